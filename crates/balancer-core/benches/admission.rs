@@ -1,0 +1,39 @@
+//! What the pure part of an admission costs: reading a real review, deciding, writing the reply.
+
+use balancer_core::{Capacity, Conventions, Counts, Policy, Ratio, Reply, Review, Subject, Work, decide};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use std::hint::black_box;
+
+/// Without white space, as it comes over the wire.
+fn wire() -> Vec<u8> {
+    let fixture = include_bytes!("../../../tests/fixtures/k8s-1.36-spark-3.5-create-executor.json");
+    serde_json::from_slice::<serde_json::Value>(fixture)
+        .map(|review| review.to_string().into_bytes())
+        .unwrap_or_default()
+}
+
+fn admission(c: &mut Criterion) {
+    let wire = wire();
+    let conventions = Conventions::default();
+    let mut group = c.benchmark_group("admission");
+    group.throughput(Throughput::Bytes(wire.len() as u64));
+    group.bench_function("decode", |b| b.iter(|| Review::decode(black_box(&wire)).is_ok()));
+    group.bench_function("decode to reply", |b| {
+        b.iter(|| {
+            let Ok(review) = Review::decode(black_box(&wire)) else { return Vec::new() };
+            let mut reply = Reply::allow(review.uid());
+            if let Work::Place(executor) = Subject::of(&review, &conventions).work {
+                reply.patch = conventions.patch(&executor, Capacity::OnDemand);
+            }
+            reply.encode()
+        });
+    });
+    group.finish();
+    let policy = Policy { ratio: Ratio::from_billionths(700_000_000).unwrap_or(Ratio::ONE), base: 2 };
+    c.bench_function("decide", |b| {
+        b.iter(|| decide(black_box(Counts { spot: 70_000, on_demand: 30_000 }), black_box(policy)));
+    });
+}
+
+criterion_group!(benches, admission);
+criterion_main!(benches);

@@ -1,0 +1,73 @@
+//! A job's life without any cluster: executors come, spot is reclaimed, more come. Shows how the
+//! ratio is kept. Simulated: no pod is made.
+//!
+//! ```sh
+//! cargo run --example simulate -- 0.7 2    # ratio, on-demand base
+//! ```
+
+use balancer_core::{BaseError, Capacity, Counts, Invalid, JobLedger, Outcome, Placing, Policy, Ratio, Stated};
+
+struct Simulation {
+    ledger: JobLedger,
+    policy: Policy,
+    next: u64,
+}
+
+impl Simulation {
+    /// `executors` more, as Spark names them.
+    fn add(&mut self, executors: u64) {
+        for number in self.next..self.next + executors {
+            let name = format!("etl-exec-{number}");
+            let placing =
+                Placing { executor: &name, pinned: None, stated: Stated::default(), policy: Some(self.policy) };
+            if let Outcome::Placed(placed) = self.ledger.place(&placing, number) {
+                print!("{}", if placed.capacity == Capacity::Spot { 's' } else { 'D' });
+            }
+        }
+        self.next += executors;
+        self.report(&format!("+{executors}"));
+    }
+
+    /// The cloud takes `executors` spot executors back.
+    fn reclaim(&mut self, executors: usize) {
+        let gone: Vec<String> = self
+            .ledger
+            .entries()
+            .iter()
+            .filter(|(_, entry)| entry.capacity == Capacity::Spot)
+            .map(|(name, _)| name.clone())
+            .take(executors)
+            .collect();
+        for name in &gone {
+            self.ledger.release(name, None);
+        }
+        self.report(&format!("-{} spot", gone.len()));
+    }
+
+    fn report(&self, what: &str) {
+        let Counts { spot, on_demand } = self.ledger.counts();
+        let past_base = (spot + on_demand).saturating_sub(u64::from(self.policy.base));
+        #[expect(clippy::cast_precision_loss, reason = "for people to read")]
+        let share = spot as f64 / past_base.max(1) as f64;
+        println!("\n{what:>9}: {spot} spot, {on_demand} on-demand; spot is {share:.3} of those past the base");
+    }
+}
+
+fn main() -> Result<(), Invalid> {
+    let mut arguments = std::env::args().skip(1);
+    let (ratio, base) =
+        (arguments.next().unwrap_or_else(|| "0.7".into()), arguments.next().unwrap_or_else(|| "0".into()));
+    let (stated, invalid) = Stated::read(Some(&ratio), Some(&base));
+    if let Some(invalid) = invalid.into_iter().next() {
+        return Err(invalid);
+    }
+    let policy =
+        stated.over(Some(Policy { ratio: Ratio::ONE, base: 0 })).unwrap_or(Policy { ratio: Ratio::ONE, base: 0 });
+    println!("ratio {}, on-demand base {} (of at most {})\n", policy.ratio, policy.base, BaseError::MOST);
+    let mut job = Simulation { ledger: JobLedger::default(), policy, next: 1 };
+    job.add(40);
+    job.reclaim(14);
+    job.add(10);
+    job.add(30);
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! The labels, annotations and values by which a cluster names roles, jobs and capacity, and what is
+//! written on an executor once it is placed.
+
+use std::str::FromStr;
+
+use crate::capacity::Capacity;
+use crate::patch::Patch;
+use crate::subject::Executor;
+use crate::text::shorten;
+
+/// How firmly a spot executor is held to spot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// Spot executors are pinned to spot and wait for it.
+    Strict,
+    /// Spot executors get no selector: Karpenter prefers spot by itself and falls back.
+    #[default]
+    BestEffort,
+}
+
+/// A text that is no [`Preference`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a preference; accepted: STRICT or BEST_EFFORT")]
+pub struct PreferenceError(String);
+
+impl FromStr for Preference {
+    type Err = PreferenceError;
+    fn from_str(text: &str) -> Result<Self, PreferenceError> {
+        match text.trim() {
+            name if name.eq_ignore_ascii_case("STRICT") => Ok(Self::Strict),
+            name if name.eq_ignore_ascii_case("BEST_EFFORT") => Ok(Self::BestEffort),
+            other => Err(PreferenceError(shorten(other))),
+        }
+    }
+}
+
+/// The names that a cluster goes by (DESIGN section 3). The default is what Spark, Karpenter and
+/// EMR on EKS write.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conventions {
+    /// `SPOT_PREFERENCE`.
+    pub preference: Preference,
+    /// `CAPACITY_TYPE_LABEL`: node label and nodeSelector key.
+    pub capacity_label: String,
+    /// `WORKLOAD_ROLE_LABEL`: the pod label that tells the role.
+    pub role_label: String,
+    /// `DRIVER_ROLE_VALUE`.
+    pub driver_role: String,
+    /// `EXECUTOR_ROLE_VALUE`.
+    pub executor_role: String,
+    /// `JOB_ID_LABEL`: the first one present on the pod is the job id.
+    pub job_id_labels: Vec<String>,
+    /// `SPOT_RATIO_ANNOTATION`.
+    pub ratio_annotation: String,
+    /// `ON_DEMAND_BASE_ANNOTATION`.
+    pub base_annotation: String,
+    /// `DECISION_ANNOTATION`; `None` writes none.
+    pub decision_annotation: Option<String>,
+    /// `NODE_ROLE_SELECTOR`: whether a pinned executor is also held to nodes labelled for executors.
+    pub node_role_selector: bool,
+}
+
+impl Default for Conventions {
+    fn default() -> Self {
+        Self {
+            preference: Preference::default(),
+            capacity_label: "karpenter.sh/capacity-type".into(),
+            role_label: "spark-role".into(),
+            driver_role: "driver".into(),
+            executor_role: "executor".into(),
+            job_id_labels: vec!["emr-containers.amazonaws.com/job.id".into(), "spark-app-selector".into()],
+            ratio_annotation: "workload/spot-ratio".into(),
+            base_annotation: "workload/on-demand-base".into(),
+            decision_annotation: Some("workload/capacity-type".into()),
+            node_role_selector: true,
+        }
+    }
+}
+
+impl Conventions {
+    /// What to write on a placed executor: its selectors, merged into its own, and the decision. An
+    /// executor that pins its capacity is left as it is.
+    pub fn patch(&self, executor: &Executor<'_>, capacity: Capacity) -> Patch {
+        let mut patch = Patch::default();
+        let spec = executor.pod.spec.as_ref();
+        let pins = match (capacity, self.preference) {
+            (Capacity::OnDemand, _) | (Capacity::Spot, Preference::Strict) => true,
+            (Capacity::Spot, Preference::BestEffort) => false,
+        };
+        if pins && executor.pinned.is_none() {
+            let own = spec.and_then(|spec| spec.node_selector.as_ref());
+            let mut wanted = vec![(self.capacity_label.as_str(), capacity.as_str())];
+            // The pod's own value of the role key stays: nothing of the pod's own is lost.
+            if self.node_role_selector && own.is_none_or(|own| own.get(&self.role_label).is_none()) {
+                wanted.push((&self.role_label, &self.executor_role));
+            }
+            if spec.is_none() {
+                patch.add_parent(&["spec"]);
+            }
+            patch.merge(&["spec", "nodeSelector"], own.is_some(), &wanted);
+        }
+        if let Some(key) = self.decision_annotation.as_deref()
+            && (executor.pinned.is_none() || executor.stamp.is_some())
+        {
+            let decision = match executor.stamp {
+                Some(id) => format!("{capacity}/{id}"),
+                None => capacity.as_str().to_owned(),
+            };
+            let own = executor.pod.metadata.annotations.as_ref();
+            // A reinvoked admission finds our own words there.
+            if own.and_then(|own| own.get(key)) != Some(decision.as_str()) {
+                patch.merge(&["metadata", "annotations"], own.is_some(), &[(key, &decision)]);
+            }
+        }
+        patch
+    }
+}

@@ -1,0 +1,158 @@
+//! Where the next executor goes: the rule of DESIGN section 5, in exact integer arithmetic, and its
+//! closed form for when no ledger can be asked.
+
+use crate::capacity::{Capacity, Counts};
+use crate::policy::Policy;
+use crate::ratio::Ratio;
+
+/// Where a job with these live executors and this policy gets its next executor.
+///
+/// First the base goes on-demand; past it, spot as long as spot's share of the executors past the
+/// base is not above the ratio. Never more than one executor away from the ratio.
+pub fn decide(counts: Counts, policy: Policy) -> Capacity {
+    let base = u64::from(policy.base);
+    if counts.on_demand < base || policy.ratio == Ratio::ZERO {
+        return Capacity::OnDemand;
+    }
+    if policy.ratio == Ratio::ONE {
+        return Capacity::Spot;
+    }
+    let past_base = counts.spot + (counts.on_demand - base);
+    let spot = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
+    // With no executor past the base this is 0 <= 0: the first one goes to spot.
+    if spot <= u128::from(policy.ratio.billionths()) * u128::from(past_base) {
+        Capacity::Spot
+    } else {
+        Capacity::OnDemand
+    }
+}
+
+/// What an executor is called by, when the ledger cannot be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ordinal<'a> {
+    /// Spark's `spark-exec-id`: 1, 2, 3 …
+    Number(u64),
+    /// No number is known; this name (or id) stands for it.
+    Name(&'a str),
+}
+
+/// Where an executor goes when no ledger can be asked.
+///
+/// By its number: what [`decide`] would have said had every earlier executor lived. By its name: a
+/// hash of it, so that the share is right on average and the answer the same each time.
+pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
+    let ratio = u128::from(policy.ratio.billionths());
+    let one = u128::from(Ratio::ONE_IN_BILLIONTHS);
+    let spot = match ordinal {
+        _ if policy.ratio == Ratio::ZERO => false,
+        Ordinal::Number(number) => match number.saturating_sub(u64::from(policy.base)) {
+            0 => false,
+            1 => true,
+            // floor((i-1)·r) > floor((i-2)·r): the step at which one more spot executor is due.
+            past => u128::from(past - 1) * ratio / one > u128::from(past - 2) * ratio / one,
+        },
+        Ordinal::Name(name) => u128::from(hash(name)) * one < ratio << 64,
+    };
+    if spot { Capacity::Spot } else { Capacity::OnDemand }
+}
+
+/// FNV-1a with murmur's finish, so that names that differ in their last letter spread evenly.
+fn hash(name: &str) -> u64 {
+    let mut hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ (hash >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    hash ^ (hash >> 33)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn policy(billionths: u32, base: u32) -> Policy {
+        Policy { ratio: Ratio::from_billionths(billionths).unwrap(), base }
+    }
+
+    #[test]
+    fn two_on_demand_and_five_spot_at_seven_tenths_get_on_demand() {
+        assert_eq!(decide(Counts { spot: 5, on_demand: 2 }, policy(700_000_000, 0)), Capacity::OnDemand);
+    }
+
+    #[test]
+    fn the_base_comes_before_a_ratio_of_one() {
+        let policy = policy(Ratio::ONE_IN_BILLIONTHS, 2);
+        assert_eq!(decide(Counts { spot: 3, on_demand: 1 }, policy), Capacity::OnDemand);
+        assert_eq!(decide(Counts { spot: 3, on_demand: 2 }, policy), Capacity::Spot);
+    }
+
+    fn ratios() -> impl Strategy<Value = u32> {
+        prop_oneof![
+            Just(0),
+            Just(1),
+            Just(500_000_000),
+            Just(700_000_000),
+            Just(999_999_999),
+            Just(Ratio::ONE_IN_BILLIONTHS),
+            0..=Ratio::ONE_IN_BILLIONTHS,
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn from_an_empty_job_the_ledger_and_the_closed_form_agree_and_stay_within_one(
+            ratio in ratios(), base in 0u32..20, executors in 1u64..400,
+        ) {
+            let policy = policy(ratio, base);
+            let mut counts = Counts::default();
+            for number in 1..=executors {
+                let capacity = decide(counts, policy);
+                prop_assert_eq!(decide_without_ledger(Ordinal::Number(number), policy), capacity, "executor {}", number);
+                counts.add(capacity);
+                let past_base = counts.total().saturating_sub(u64::from(base));
+                let wanted = u128::from(past_base) * u128::from(ratio);
+                let have = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
+                prop_assert!(have.abs_diff(wanted) <= u128::from(Ratio::ONE_IN_BILLIONTHS), "{:?} of {}", counts, number);
+            }
+        }
+
+        #[test]
+        fn from_any_counts_enough_executors_bring_the_job_within_one_of_its_ratio(
+            ratio in ratios(), spot in 0u64..60, on_demand in 0u64..60,
+        ) {
+            let policy = policy(ratio, 0);
+            let mut counts = Counts { spot, on_demand };
+            // Ten thousand reach every ratio that this many strays can be diluted to.
+            for _ in 0..10_000 {
+                counts.add(decide(counts, policy));
+            }
+            let distance = |c: Counts| (u128::from(c.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS))
+                .abs_diff(u128::from(c.total()) * u128::from(ratio));
+            // Strays against a ratio near an end stay until they die: nothing is placed against it.
+            let strays = if ratio < 10_000_000 { spot } else if ratio > 990_000_000 { on_demand } else { 0 };
+            prop_assert!(distance(counts) <= u128::from(strays + 1) * u128::from(Ratio::ONE_IN_BILLIONTHS), "{:?}", counts);
+        }
+
+        #[test]
+        fn nothing_overflows(spot: u32, on_demand: u32, ratio in ratios(), base: u32, number: u64) {
+            let policy = policy(ratio, base);
+            decide(Counts { spot: spot.into(), on_demand: on_demand.into() }, policy);
+            decide_without_ledger(Ordinal::Number(number), policy);
+        }
+    }
+
+    #[test]
+    fn names_spread_by_the_ratio() {
+        for ratio in [0, 300_000_000, 700_000_000, Ratio::ONE_IN_BILLIONTHS] {
+            let spot = (0..10_000)
+                .filter(|i| {
+                    let name = format!("etl-7abe5c-exec-{i}");
+                    decide_without_ledger(Ordinal::Name(&name), policy(ratio, 0)) == Capacity::Spot
+                })
+                .count() as i64;
+            let wanted = i64::from(ratio / 100_000);
+            assert!((spot - wanted).abs() <= 200, "{spot} of 10000 at {ratio}");
+        }
+    }
+}

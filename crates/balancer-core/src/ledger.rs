@@ -1,0 +1,402 @@
+//! One job's ledger: which live executor counts as which capacity. The reference for every store:
+//! a store adds only where it is kept, a clock and a lock (DESIGN sections 5 and 6).
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use crate::capacity::{Capacity, Counts};
+use crate::decide::decide;
+use crate::policy::{Policy, Stated};
+use crate::subject::Executor;
+
+/// Milliseconds on the store's clock; only differences matter.
+pub type Millis = u64;
+
+/// A request to place one executor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placing<'a> {
+    /// The executor's key in the ledger: its name, or the id stamped on a pod without one.
+    pub executor: &'a str,
+    /// The capacity that the pod itself asks for; it is counted as that, whatever the ratio.
+    pub pinned: Option<Capacity>,
+    /// What the executor itself states; it wins over the job's policy, for this executor alone.
+    pub stated: Stated,
+    /// The job's policy, if the caller has looked it up; noted where the ledger knows none.
+    pub policy: Option<Policy>,
+}
+
+impl<'a> Placing<'a> {
+    /// A placing of this executor, with no policy looked up.
+    pub fn of(executor: &'a Executor<'_>) -> Self {
+        Self { executor: executor.key, pinned: executor.pinned, stated: executor.stated, policy: None }
+    }
+}
+
+/// The answer to a [`Placing`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The executor is in the ledger.
+    Placed(Placed),
+    /// Neither the request nor the ledger knows the job's policy: look the driver up and ask again.
+    NeedPolicy,
+}
+
+/// Where an executor was placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Its capacity.
+    pub capacity: Capacity,
+    /// Whether this request entered it.
+    pub standing: Standing,
+    /// The job's executors with this one.
+    pub counts: Counts,
+}
+
+/// Whether an executor stood in the ledger already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Entered by this request.
+    New,
+    /// Known by its name: the same answer as before, counted once.
+    Known,
+}
+
+/// One executor in the ledger.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What it counts as.
+    pub capacity: Capacity,
+    /// The pod's uid, once the reconciler has seen the pod; an admission cannot know it.
+    pub uid: Option<String>,
+    /// When it was last placed.
+    pub placed_at: Millis,
+}
+
+/// A live executor pod as the reconciler sees it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LiveExecutor<'a> {
+    /// Its key in the ledger.
+    pub executor: &'a str,
+    /// The pod's uid.
+    pub uid: &'a str,
+    /// Where it runs or must run; `None` while nothing tells.
+    pub capacity: Option<Capacity>,
+}
+
+/// What a reconcile found wrong, and mended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Drift {
+    /// Live executors that the ledger did not have: entered.
+    pub missing: u64,
+    /// Entries without a live executor: struck.
+    pub stale: u64,
+    /// Entries under the other capacity: corrected.
+    pub wrong_capacity: u64,
+}
+
+impl Drift {
+    /// Whether the ledger was right already.
+    pub fn is_none(self) -> bool {
+        self == Self::default()
+    }
+}
+
+/// The ledger of one job.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JobLedger {
+    policy: Option<Policy>,
+    counts: Counts,
+    entries: HashMap<String, Entry>,
+    released: VecDeque<String>,
+}
+
+impl JobLedger {
+    /// How many released uids a ledger remembers. One pod's end is reviewed two or three times within
+    /// moments; this outlasts the reviews of many pods that end at once.
+    pub const RELEASED_REMEMBERED: usize = 64;
+
+    /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
+    /// are taken from the entries.
+    pub fn from_parts(
+        policy: Option<Policy>,
+        entries: HashMap<String, Entry>,
+        released: impl IntoIterator<Item = String>,
+    ) -> Self {
+        let mut ledger = Self { policy, counts: Counts::default(), entries, released: released.into_iter().collect() };
+        ledger.recount();
+        ledger
+    }
+
+    /// Decides and enters, in one step. Asked again for the same executor it gives the same answer
+    /// and counts once.
+    pub fn place(&mut self, placing: &Placing<'_>, now: Millis) -> Outcome {
+        let outcome = self.peek(placing);
+        self.policy = self.policy.or(placing.policy);
+        if let Outcome::Placed(placed) = outcome {
+            // A known name may be a new pod by that name: its uid is again unknown.
+            let entry = Entry { capacity: placed.capacity, uid: None, placed_at: now };
+            self.entries.insert(placing.executor.to_owned(), entry);
+            self.counts = placed.counts;
+        }
+        outcome
+    }
+
+    /// What [`JobLedger::place`] would answer, with nothing entered: for a dry run.
+    pub fn peek(&self, placing: &Placing<'_>) -> Outcome {
+        let Placing { executor, pinned, stated, policy } = *placing;
+        let known = self.entries.get(executor).map(|entry| entry.capacity);
+        let mut counts = self.counts;
+        let capacity = match (known, pinned) {
+            (Some(known), None) => known,
+            (Some(known), Some(pinned)) => {
+                counts.remove(known);
+                counts.add(pinned);
+                pinned
+            }
+            (None, pinned) => {
+                let capacity = match (pinned, stated.over(self.policy.or(policy))) {
+                    (Some(pinned), _) => pinned,
+                    (None, Some(policy)) => decide(counts, policy),
+                    (None, None) => return Outcome::NeedPolicy,
+                };
+                counts.add(capacity);
+                capacity
+            }
+        };
+        let standing = if known.is_some() { Standing::Known } else { Standing::New };
+        Outcome::Placed(Placed { capacity, standing, counts })
+    }
+
+    /// Strikes an executor; answers what it counted as, or `None` where nothing was struck.
+    ///
+    /// Releasing twice is harmless, also when a newer pod has taken the name in between: an entry
+    /// known under another uid stays, and so does one of unknown uid where this uid was released already.
+    /// (One pod's deletion is reviewed several times, by several callers, and a review may come after
+    /// the next pod's placement, whose uid is not known yet.)
+    pub fn release(&mut self, executor: &str, uid: Option<&str>) -> Option<Capacity> {
+        if let Some(uid) = uid {
+            let known = self.entries.get(executor).and_then(|entry| entry.uid.as_deref());
+            let again = self.released.iter().any(|released| released == uid);
+            // A pod that was seen to live on after its release has to be released again.
+            if known.map_or(again, |known| known != uid) {
+                return None;
+            }
+            if !again {
+                self.released.truncate(Self::RELEASED_REMEMBERED - 1);
+                self.released.push_front(uid.to_owned());
+            }
+        }
+        let struck = self.entries.remove(executor).map(|entry| entry.capacity);
+        if let Some(capacity) = struck {
+            self.counts.remove(capacity);
+        }
+        self.forget_if_empty();
+        struck
+    }
+
+    /// Notes the job's policy; the newest wins.
+    pub fn learn(&mut self, policy: Policy) {
+        self.policy = Some(policy);
+    }
+
+    /// Makes the ledger what the cluster says.
+    ///
+    /// Struck are entries with no live executor: at once where the pod had been seen (its uid is
+    /// known), else once the placement is `grace` old. Entered are live executors of known capacity
+    /// that are missing. Counts are taken anew from the entries. A `policy` replaces the noted one.
+    pub fn reconcile(
+        &mut self,
+        live: &[LiveExecutor<'_>],
+        policy: Option<Policy>,
+        grace: Millis,
+        now: Millis,
+    ) -> Drift {
+        let mut drift = Drift::default();
+        let names: HashSet<&str> = live.iter().map(|executor| executor.executor).collect();
+        self.entries.retain(|name, entry| {
+            let keep =
+                names.contains(name.as_str()) || (entry.uid.is_none() && now.saturating_sub(entry.placed_at) < grace);
+            drift.stale += u64::from(!keep);
+            keep
+        });
+        for &LiveExecutor { executor, uid, capacity } in live {
+            match (self.entries.get_mut(executor), capacity) {
+                (Some(entry), capacity) => {
+                    if let Some(capacity) = capacity.filter(|capacity| *capacity != entry.capacity) {
+                        entry.capacity = capacity;
+                        drift.wrong_capacity += 1;
+                    }
+                    entry.uid = Some(uid.to_owned());
+                }
+                (None, Some(capacity)) => {
+                    let entry = Entry { capacity, uid: Some(uid.to_owned()), placed_at: now };
+                    self.entries.insert(executor.to_owned(), entry);
+                    drift.missing += 1;
+                }
+                (None, None) => {}
+            }
+        }
+        self.recount();
+        self.policy = policy.or(self.policy);
+        self.forget_if_empty();
+        drift
+    }
+
+    /// Without policy and executors there is no ledger, and no store keeps one.
+    fn forget_if_empty(&mut self) {
+        if self.policy.is_none() && self.entries.is_empty() {
+            self.released.clear();
+        }
+    }
+
+    fn recount(&mut self) {
+        self.counts = Counts::default();
+        for entry in self.entries.values() {
+            self.counts.add(entry.capacity);
+        }
+    }
+
+    /// The executors by capacity.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// The noted policy.
+    pub fn policy(&self) -> Option<Policy> {
+        self.policy
+    }
+
+    /// The uids of the last releases, the newest first.
+    pub fn released(&self) -> impl Iterator<Item = &str> {
+        self.released.iter().map(String::as_str)
+    }
+
+    /// The entries by executor.
+    pub fn entries(&self) -> &HashMap<String, Entry> {
+        &self.entries
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ratio::Ratio;
+    use proptest::prelude::*;
+
+    const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 1 };
+
+    fn placing(executor: &str) -> Placing<'_> {
+        Placing { executor, pinned: None, stated: Stated::default(), policy: Some(POLICY) }
+    }
+
+    #[test]
+    fn without_any_policy_it_asks_for_one_and_enters_nothing() {
+        let mut ledger = JobLedger::default();
+        assert_eq!(ledger.place(&Placing { policy: None, ..placing("e1") }, 0), Outcome::NeedPolicy);
+        assert_eq!(ledger, JobLedger::default());
+    }
+
+    #[test]
+    fn an_executors_own_ratio_needs_the_jobs_base_and_is_not_noted_for_the_job() {
+        let mut ledger = JobLedger::default();
+        let own = Stated { ratio: Some(Ratio::ZERO), base: None };
+        let asking = Placing { stated: own, policy: None, ..placing("e1") };
+        assert_eq!(ledger.place(&asking, 0), Outcome::NeedPolicy);
+        ledger.learn(Policy { ratio: Ratio::ONE, base: 0 });
+        assert!(matches!(ledger.place(&asking, 0), Outcome::Placed(Placed { capacity: Capacity::OnDemand, .. })));
+        assert_eq!(ledger.policy().map(|p| p.ratio), Some(Ratio::ONE));
+    }
+
+    #[test]
+    fn a_looked_up_policy_does_not_replace_the_one_that_a_driver_taught() {
+        let mut ledger = JobLedger::default();
+        ledger.learn(Policy { ratio: Ratio::ZERO, base: 0 });
+        ledger.place(&placing("e1"), 0);
+        assert_eq!(ledger.policy(), Some(Policy { ratio: Ratio::ZERO, base: 0 }));
+        assert_eq!(ledger.counts(), Counts { spot: 0, on_demand: 1 });
+    }
+
+    #[test]
+    fn a_pinned_executor_counts_as_what_it_asks_for_even_if_it_was_known_as_the_other() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        let pinned = Placing { pinned: Some(Capacity::Spot), ..placing("e1") };
+        ledger.place(&pinned, 0);
+        assert_eq!(ledger.counts(), Counts { spot: 1, on_demand: 0 });
+    }
+
+    #[test]
+    fn a_release_for_an_older_pod_of_the_same_name_strikes_nothing() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        ledger.reconcile(&[LiveExecutor { executor: "e1", uid: "new", capacity: None }], None, 60_000, 1);
+        assert_eq!(ledger.release("e1", Some("old")), None);
+        assert_eq!(ledger.release("e1", Some("new")), Some(Capacity::OnDemand));
+        assert_eq!(ledger.release("e1", Some("new")), None);
+    }
+
+    #[test]
+    fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        assert_eq!(ledger.release("e1", Some("first")), Some(Capacity::OnDemand));
+        ledger.place(&placing("e1"), 1);
+        assert_eq!(ledger.release("e1", Some("first")), None);
+        assert_eq!(ledger.counts().total(), 1);
+        assert_eq!(ledger.release("e1", Some("second")), Some(Capacity::OnDemand));
+    }
+
+    #[test]
+    fn released_uids_are_remembered_up_to_a_bound() {
+        let mut ledger = JobLedger::default();
+        for i in 0..1000 {
+            ledger.place(&placing("e1"), i);
+            ledger.release("e1", Some(&format!("uid-{i}")));
+        }
+        assert_eq!(ledger.released().count(), JobLedger::RELEASED_REMEMBERED);
+        assert_eq!(ledger.released().next(), Some("uid-999"));
+    }
+
+    #[test]
+    fn a_placement_waits_for_its_pod_for_the_grace_but_a_seen_pod_that_is_gone_is_struck_at_once() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("seen"), 0);
+        ledger.place(&placing("waiting"), 0);
+        let seen = [LiveExecutor { executor: "seen", uid: "u", capacity: None }];
+        assert!(ledger.reconcile(&seen, None, 100, 10).is_none());
+        assert_eq!(ledger.reconcile(&[], None, 100, 99), Drift { stale: 1, ..Drift::default() });
+        assert_eq!(ledger.reconcile(&[], None, 100, 100), Drift { stale: 1, ..Drift::default() });
+        assert_eq!(ledger.counts().total(), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn counts_are_always_the_sum_of_the_entries(steps in proptest::collection::vec((0u8..6, 0u8..12, any::<bool>()), 0..120)) {
+            let mut ledger = JobLedger::default();
+            for (now, (step, executor, flag)) in steps.into_iter().enumerate() {
+                let name = format!("e{executor}");
+                let pinned = flag.then_some(Capacity::Spot);
+                let before = ledger.clone();
+                let asked = Placing { pinned: pinned.filter(|_| step == 1), ..placing(&name) };
+                match step {
+                    0 | 1 => {
+                        let peeked = ledger.peek(&asked);
+                        prop_assert_eq!(&ledger, &before);
+                        prop_assert_eq!(ledger.place(&asked, now as Millis), peeked);
+                        let once = ledger.counts();
+                        ledger.place(&asked, now as Millis);
+                        prop_assert_eq!(ledger.counts(), once);
+                    }
+                    2 => { ledger.release(&name, None); }
+                    3 => { ledger.release(&name, Some("other")); }
+                    4 => { ledger.reconcile(&[LiveExecutor { executor: &name, uid: "u", capacity: pinned }], None, 5, now as Millis); }
+                    _ => ledger.learn(POLICY),
+                }
+                let mut counts = Counts::default();
+                for entry in ledger.entries().values() {
+                    counts.add(entry.capacity);
+                }
+                prop_assert_eq!(ledger.counts(), counts);
+            }
+        }
+    }
+}

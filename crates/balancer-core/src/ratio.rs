@@ -1,0 +1,198 @@
+//! The wanted share of spot, kept as an exact integer so that every replica, the memory ledger and
+//! the Redis scripts decide alike.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::text::shorten;
+
+/// The wanted share of spot executors, 0 to 1, in steps of one billionth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ratio(u32);
+
+/// Why a text is not a ratio.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RatioError {
+    /// Neither a decimal, a percentage nor a known name.
+    #[error("{0:?} is not a ratio; {ACCEPTED}")]
+    NotARatio(String),
+    /// A number, but not within 0 to 1 (0 to 100 for a percentage).
+    #[error("{0:?} is outside 0 to 1; {ACCEPTED}")]
+    OutOfRange(String),
+}
+
+const ACCEPTED: &str = "accepted: a decimal from 0 to 1 such as 0.7, a percentage such as 70%, \
+     RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY or COST_ONLY";
+
+impl Ratio {
+    /// How many steps make 1.
+    pub const ONE_IN_BILLIONTHS: u32 = 1_000_000_000;
+    /// Everything on-demand.
+    pub const ZERO: Self = Self(0);
+    /// Everything on spot.
+    pub const ONE: Self = Self(Self::ONE_IN_BILLIONTHS);
+
+    /// Names for people who should not have to think in raw numbers (DESIGN section 3).
+    pub const NAMES: [(&'static str, Self); 5] = [
+        ("RELIABILITY_ONLY", Self::ZERO),
+        ("RELIABILITY_OVER_COST", Self(300_000_000)),
+        ("BALANCED", Self(500_000_000)),
+        ("COST_OVER_RELIABILITY", Self(800_000_000)),
+        ("COST_ONLY", Self::ONE),
+    ];
+
+    /// A ratio of so many billionths; `None` above [`Ratio::ONE_IN_BILLIONTHS`].
+    pub const fn from_billionths(billionths: u32) -> Option<Self> {
+        if billionths <= Self::ONE_IN_BILLIONTHS { Some(Self(billionths)) } else { None }
+    }
+
+    /// The ratio in billionths.
+    pub const fn billionths(self) -> u32 {
+        self.0
+    }
+}
+
+impl FromStr for Ratio {
+    type Err = RatioError;
+
+    /// Reads `0.7`, `.7`, `70%`, `BALANCED`; white space around it does not count. Digits past the
+    /// ninth decimal are rounded half up. No sign, exponent, NaN or infinity.
+    fn from_str(text: &str) -> Result<Self, RatioError> {
+        let trimmed = text.trim();
+        if let Some((_, ratio)) = Self::NAMES.iter().find(|(name, _)| name.eq_ignore_ascii_case(trimmed)) {
+            return Ok(*ratio);
+        }
+        let (number, unit) = match trimmed.strip_suffix('%') {
+            Some(percent) => (percent.trim_end(), u128::from(Self::ONE_IN_BILLIONTHS / 100)),
+            None => (trimmed, u128::from(Self::ONE_IN_BILLIONTHS)),
+        };
+        let steps = decimal_times(number, unit).ok_or_else(|| {
+            // "-0.1" and "inf" are numbers to their writer: say what is wrong with them.
+            match number.parse::<f64>() {
+                Ok(value) if value < 0.0 || value.is_infinite() => RatioError::OutOfRange(shorten(trimmed)),
+                _ => RatioError::NotARatio(shorten(trimmed)),
+            }
+        })?;
+        u32::try_from(steps)
+            .ok()
+            .and_then(Self::from_billionths)
+            .ok_or_else(|| RatioError::OutOfRange(shorten(trimmed)))
+    }
+}
+
+/// A plain decimal times `unit`, rounded half up; `None` for anything but digits around one point.
+/// Saturates far above every ratio, so that a long number is out of range and not an overflow.
+fn decimal_times(number: &str, unit: u128) -> Option<u128> {
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
+    let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
+    if (whole.is_empty() && fraction.is_empty()) || !digits(whole) || !digits(fraction) {
+        return None;
+    }
+    let whole = whole.bytes().fold(0u128, |n, b| n.saturating_mul(10).saturating_add(u128::from(b - b'0')));
+    // Twenty digits are far past half a billionth; more cannot change the rounding but by a tie.
+    let mut part = 0u128;
+    let mut scale = 1u128;
+    for b in fraction.bytes().take(20) {
+        part = part * 10 + u128::from(b - b'0');
+        scale *= 10;
+    }
+    let part = (part * unit * 2 + scale) / (scale * 2);
+    Some(whole.saturating_mul(unit).saturating_add(part))
+}
+
+impl fmt::Display for Ratio {
+    /// The shortest decimal: `0`, `0.7`, `1`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = self.0 / Self::ONE_IN_BILLIONTHS;
+        let part = self.0 % Self::ONE_IN_BILLIONTHS;
+        if part == 0 {
+            return write!(f, "{whole}");
+        }
+        let digits = format!("{part:09}");
+        write!(f, "{whole}.{}", digits.trim_end_matches('0'))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn every_accepted_form_reads_as_its_exact_value() {
+        for (text, billionths) in [
+            ("0", 0),
+            ("0.0", 0),
+            ("0.7", 700_000_000),
+            (".7", 700_000_000),
+            ("1.", 1_000_000_000),
+            ("1", 1_000_000_000),
+            ("1.000", 1_000_000_000),
+            ("00.5", 500_000_000),
+            ("70%", 700_000_000),
+            ("70 %", 700_000_000),
+            ("33.3%", 333_000_000),
+            ("0%", 0),
+            ("100%", 1_000_000_000),
+            (" 0.25\n", 250_000_000),
+            ("0.30000000000000004", 300_000_000),
+            ("0.3333333335", 333_333_334),
+            ("balanced", 500_000_000),
+            ("Cost_Only", 1_000_000_000),
+            ("RELIABILITY_ONLY", 0),
+            ("reliability_over_cost", 300_000_000),
+            ("COST_OVER_RELIABILITY", 800_000_000),
+        ] {
+            assert_eq!(text.parse::<Ratio>().map(Ratio::billionths), Ok(billionths), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn numbers_outside_the_range_are_refused_as_such() {
+        for text in [
+            "1.000000001",
+            "1.1",
+            "2",
+            "70",
+            "101%",
+            "100.0001%",
+            "-0.1",
+            "-1",
+            "inf",
+            "-Infinity",
+            "9999999999999999999999999999999999999999999999",
+        ] {
+            assert!(matches!(text.parse::<Ratio>(), Err(RatioError::OutOfRange(_))), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn texts_that_are_no_ratio_are_refused_as_such() {
+        for text in [
+            "", " ", ".", "%", "NaN", "nan%", "0,7", "0.7.1", "1e-1", "+0.5", "half", "7/10", "0x1", "70%%", "% 70",
+            "０.７", "0 .7",
+        ] {
+            assert!(matches!(text.parse::<Ratio>(), Err(RatioError::NotARatio(_))), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_error_names_the_value_and_what_is_accepted_and_stays_short() {
+        let error = "x".repeat(100_000).parse::<Ratio>().unwrap_err().to_string();
+        assert!(error.contains("70%") && error.contains("BALANCED"), "{error}");
+        assert!(error.len() < 400, "{}", error.len());
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_displayed_reads_back_the_same(billionths in 0u32..=Ratio::ONE_IN_BILLIONTHS) {
+            let ratio = Ratio::from_billionths(billionths).unwrap();
+            prop_assert_eq!(ratio.to_string().parse::<Ratio>(), Ok(ratio));
+        }
+
+        #[test]
+        fn no_text_panics(text in ".{0,64}") {
+            let _ = text.parse::<Ratio>();
+        }
+    }
+}

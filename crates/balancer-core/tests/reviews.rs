@@ -1,0 +1,423 @@
+//! Real AdmissionReviews, from Spark through real apiservers: what is read of them, what is written
+//! back, and that no bytes whatever make the decoder panic.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test says by a panic what is wrong")]
+
+use balancer_core::{
+    Capacity, Conventions, Counts, Leave, Ordinal, Preference, Ratio, Reply, Review, ReviewError, Stated, Subject, Work,
+};
+use base64::Engine;
+use proptest::prelude::*;
+use serde_json::{Value, json};
+
+const CREATE_1_20: &[u8] = include_bytes!("../../../tests/fixtures/k8s-1.20-spark-3.5-create-executor.json");
+const CREATE_1_36: &[u8] = include_bytes!("../../../tests/fixtures/k8s-1.36-spark-3.5-create-executor.json");
+const DRIVER_1_36: &[u8] = include_bytes!("../../../tests/fixtures/k8s-1.36-spark-3.5-create-driver.json");
+const DELETE_1_20: &[u8] = include_bytes!("../../../tests/fixtures/k8s-1.20-spark-3.5-delete-executor-named.json");
+const DELETE_AGAIN_1_20: &[u8] =
+    include_bytes!("../../../tests/fixtures/k8s-1.20-spark-3.5-delete-executor-named-again.json");
+const COLLECTION_1_20: &[u8] =
+    include_bytes!("../../../tests/fixtures/k8s-1.20-spark-3.5-delete-executor-collection.json");
+const COLLECTION_1_36: &[u8] =
+    include_bytes!("../../../tests/fixtures/k8s-1.36-spark-3.5-delete-executor-collection.json");
+
+fn value(bytes: &[u8]) -> Value {
+    serde_json::from_slice(bytes).unwrap()
+}
+
+/// A real creation with `change` done to its pod.
+fn create_with(change: impl FnOnce(&mut Value)) -> Vec<u8> {
+    let mut review = value(CREATE_1_36);
+    change(&mut review["request"]["object"]);
+    serde_json::to_vec(&review).unwrap()
+}
+
+/// The pod as it is after our patch for `capacity`.
+fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value {
+    let review = Review::decode(bytes).unwrap();
+    let Work::Place(executor) = Subject::of(&review, conventions).work else { panic!("not an executor's creation") };
+    let mut reply = Reply::allow(review.uid());
+    reply.patch = conventions.patch(&executor, capacity);
+    let reply = value(&reply.encode());
+    let mut pod = value(bytes)["request"]["object"].clone();
+    if let Some(patch) = reply["response"]["patch"].as_str() {
+        let patch = base64::engine::general_purpose::STANDARD.decode(patch).unwrap();
+        let patch: json_patch::Patch = serde_json::from_slice(&patch).unwrap();
+        json_patch::patch(&mut pod, &patch).unwrap();
+    }
+    pod
+}
+
+fn strict() -> Conventions {
+    Conventions { preference: Preference::Strict, ..Conventions::default() }
+}
+
+#[test]
+fn an_executors_creation_is_read_alike_from_old_and_new_apiservers() {
+    let conventions = Conventions::default();
+    for (bytes, id, name) in [
+        (CREATE_1_20, "spark-pi-7abe5c", "spark-pi-7abe5c-exec-1"),
+        (CREATE_1_36, "spark-pi-dd77a5", "spark-pi-dd77a5-exec-1"),
+    ] {
+        let review = Review::decode(bytes).unwrap();
+        assert_eq!(review.uid(), value(bytes)["request"]["uid"]);
+        let subject = Subject::of(&review, &conventions);
+        assert!(!subject.dry_run);
+        let Work::Place(executor) = subject.work else { panic!("{:?}", subject.work) };
+        // On 1.20 the object has no namespace: it comes from the request.
+        assert_eq!((executor.job.namespace, executor.job.id), ("sandbox", id));
+        assert_eq!(executor.job_label, "emr-containers.amazonaws.com/job.id");
+        assert_eq!((executor.key, executor.stamp, executor.uid), (name, None, None));
+        assert_eq!(executor.ordinal, Ordinal::Number(1));
+        assert_eq!((executor.pinned, executor.stated), (None, Stated::default()));
+    }
+}
+
+#[test]
+fn a_drivers_creation_states_its_jobs_policy() {
+    let conventions = Conventions::default();
+    let review = Review::decode(DRIVER_1_36).unwrap();
+    let Work::Learn(driver) = Subject::of(&review, &conventions).work else { panic!() };
+    assert_eq!((driver.job.namespace, driver.job.id), ("sandbox", "00000003abc"));
+    assert_eq!(driver.stated, Stated { ratio: "0.7".parse().ok(), base: None });
+}
+
+#[test]
+fn every_kind_of_deletion_names_the_executor_and_its_uid() {
+    let conventions = Conventions::default();
+    for bytes in [DELETE_1_20, DELETE_AGAIN_1_20, COLLECTION_1_20, COLLECTION_1_36] {
+        let old = &value(bytes)["request"]["oldObject"]["metadata"];
+        let review = Review::decode(bytes).unwrap();
+        let Work::Release(executor) = Subject::of(&review, &conventions).work else { panic!() };
+        assert_eq!((executor.key, executor.uid), (old["name"].as_str().unwrap(), old["uid"].as_str()));
+        assert_eq!(executor.job.namespace, "sandbox");
+    }
+}
+
+#[test]
+fn the_first_job_label_present_tells_the_job_and_an_empty_one_does_not() {
+    let conventions = Conventions::default();
+    let labelled = |labels: Value| create_with(|pod| pod["metadata"]["labels"] = labels);
+    for (labels, expected) in [
+        (json!({"spark-role": "executor", "spark-app-selector": "app"}), Some(("spark-app-selector", "app"))),
+        (
+            json!({"spark-role": "executor", "emr-containers.amazonaws.com/job.id": "", "spark-app-selector": "app"}),
+            Some(("spark-app-selector", "app")),
+        ),
+        (json!({"spark-role": "executor"}), None),
+    ] {
+        let bytes = labelled(labels);
+        let review = Review::decode(&bytes).unwrap();
+        match (Subject::of(&review, &conventions).work, expected) {
+            (Work::Place(executor), Some(expected)) => assert_eq!((executor.job_label, executor.job.id), expected),
+            (Work::Leave(Leave::NoJob), None) => {}
+            (work, expected) => panic!("{work:?} instead of {expected:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_none_of_ours_is_left() {
+    let conventions = Conventions::default();
+    let with = |path: &str, to: Value| {
+        let mut review = value(CREATE_1_36);
+        *review.pointer_mut(path).unwrap() = to;
+        serde_json::to_vec(&review).unwrap()
+    };
+    let mut eviction = value(CREATE_1_36);
+    eviction["request"]["subResource"] = json!("eviction");
+    let mut delete_driver = value(DRIVER_1_36);
+    delete_driver["request"]["operation"] = json!("DELETE");
+    delete_driver["request"]["oldObject"] = delete_driver["request"]["object"].take();
+    for (bytes, leave) in [
+        (with("/request/resource/resource", json!("deployments")), Leave::NotAPod),
+        (with("/request/resource/group", json!("apps")), Leave::NotAPod),
+        (with("/request/object", Value::Null), Leave::NotAPod),
+        (serde_json::to_vec(&eviction).unwrap(), Leave::NotAPod),
+        (with("/request/operation", json!("UPDATE")), Leave::OtherOperation),
+        (with("/request/operation", json!("CONNECT")), Leave::OtherOperation),
+        (serde_json::to_vec(&delete_driver).unwrap(), Leave::OtherOperation),
+        (with("/request/object/metadata/labels/spark-role", json!("worker")), Leave::OtherRole),
+        (with("/request/object/metadata/labels", Value::Null), Leave::OtherRole),
+        (create_with(|pod| pod["spec"]["nodeName"] = json!("node-1")), Leave::Bound),
+    ] {
+        let review = Review::decode(&bytes).unwrap();
+        assert_eq!(Subject::of(&review, &conventions).work, Work::Leave(leave));
+    }
+}
+
+#[test]
+fn a_pod_without_a_name_is_known_by_the_request_and_found_again_by_its_stamp() {
+    let conventions = strict();
+    let nameless = create_with(|pod| {
+        pod["metadata"]["name"] = Value::Null;
+        pod["metadata"]["generateName"] = json!("etl-exec-");
+    });
+    let mut review = value(&nameless);
+    review["request"]["name"] = Value::Null;
+    let nameless = serde_json::to_vec(&review).unwrap();
+    let uid = review["request"]["uid"].as_str().unwrap().to_owned();
+    {
+        let review = Review::decode(&nameless).unwrap();
+        let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+        assert_eq!((executor.key, executor.stamp), (uid.as_str(), Some(uid.as_str())));
+    }
+    let pod = patched(&nameless, &conventions, Capacity::Spot);
+    assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], format!("spot/{uid}"));
+
+    // The same pod comes again in another call of the same admission, and later to be deleted.
+    review["request"]["uid"] = json!("another call");
+    review["request"]["object"] = pod.clone();
+    let again = serde_json::to_vec(&review).unwrap();
+    let review_again = Review::decode(&again).unwrap();
+    let Work::Place(executor) = Subject::of(&review_again, &conventions).work else { panic!() };
+    assert_eq!(executor.key, uid);
+    review["request"]["operation"] = json!("DELETE");
+    review["request"]["oldObject"] = pod;
+    review["request"]["oldObject"]["metadata"]["name"] = json!("etl-exec-x7k2p");
+    let deleted = serde_json::to_vec(&review).unwrap();
+    let review_deleted = Review::decode(&deleted).unwrap();
+    let Work::Release(executor) = Subject::of(&review_deleted, &conventions).work else { panic!() };
+    assert_eq!(executor.key, uid);
+}
+
+#[test]
+fn a_copied_decision_does_not_rename_a_pod_that_has_a_name() {
+    let conventions = Conventions::default();
+    let bytes = create_with(|pod| {
+        pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot/of-another-pod"});
+    });
+    let review = Review::decode(&bytes).unwrap();
+    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+    assert_eq!(executor.key, "spark-pi-dd77a5-exec-1");
+    let pod = patched(&bytes, &conventions, Capacity::OnDemand);
+    assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], "on-demand");
+}
+
+#[test]
+fn the_patch_merges_and_loses_nothing_of_the_pods_own() {
+    let own_affinity = json!({"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}});
+    let bytes = create_with(|pod| {
+        pod["spec"]["nodeSelector"] = json!({"disk": "nvme", "a/b~c": "x"});
+        pod["spec"]["affinity"] = own_affinity.clone();
+        pod["metadata"]["annotations"] = json!({"team": "etl"});
+    });
+    let before = value(&bytes)["request"]["object"].clone();
+    let after = patched(&bytes, &strict(), Capacity::Spot);
+    assert_eq!(
+        after["spec"]["nodeSelector"],
+        json!({"disk": "nvme", "a/b~c": "x", "karpenter.sh/capacity-type": "spot", "spark-role": "executor"})
+    );
+    assert_eq!(after["metadata"]["annotations"], json!({"team": "etl", "workload/capacity-type": "spot"}));
+    let mut undone = after;
+    undone["spec"]["nodeSelector"] = before["spec"]["nodeSelector"].clone();
+    undone["metadata"]["annotations"] = before["metadata"]["annotations"].clone();
+    assert_eq!(undone, before);
+}
+
+#[test]
+fn a_best_effort_spot_executor_gets_no_selector_and_an_on_demand_one_is_pinned() {
+    let conventions = Conventions::default();
+    let spot = patched(CREATE_1_20, &conventions, Capacity::Spot);
+    assert_eq!(spot["spec"]["nodeSelector"], Value::Null);
+    assert_eq!(spot["metadata"]["annotations"]["workload/capacity-type"], "spot");
+    let on_demand = patched(CREATE_1_20, &conventions, Capacity::OnDemand);
+    assert_eq!(
+        on_demand["spec"]["nodeSelector"],
+        json!({"karpenter.sh/capacity-type": "on-demand", "spark-role": "executor"})
+    );
+}
+
+#[test]
+fn the_role_selector_and_the_decision_can_be_turned_off() {
+    let conventions = Conventions { node_role_selector: false, decision_annotation: None, ..strict() };
+    let pod = patched(CREATE_1_36, &conventions, Capacity::Spot);
+    assert_eq!(pod["spec"]["nodeSelector"], json!({"karpenter.sh/capacity-type": "spot"}));
+    assert_eq!(pod["metadata"]["annotations"], Value::Null);
+}
+
+#[test]
+fn the_pods_own_role_selector_stays() {
+    let bytes = create_with(|pod| pod["spec"]["nodeSelector"] = json!({"spark-role": "heavy"}));
+    let pod = patched(&bytes, &strict(), Capacity::Spot);
+    assert_eq!(pod["spec"]["nodeSelector"], json!({"spark-role": "heavy", "karpenter.sh/capacity-type": "spot"}));
+}
+
+#[test]
+fn absent_null_and_empty_parents_are_all_patched() {
+    for (selector, annotations) in
+        [(None, None), (Some(Value::Null), Some(Value::Null)), (Some(json!({})), Some(json!({})))]
+    {
+        let bytes = create_with(|pod| {
+            for (parent, key, own) in [("spec", "nodeSelector", &selector), ("metadata", "annotations", &annotations)] {
+                let parent = pod[parent].as_object_mut().unwrap();
+                parent.remove(key);
+                if let Some(own) = own {
+                    parent.insert(key.into(), own.clone());
+                }
+            }
+        });
+        let pod = patched(&bytes, &strict(), Capacity::Spot);
+        assert_eq!(pod["spec"]["nodeSelector"]["karpenter.sh/capacity-type"], "spot");
+        assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], "spot");
+    }
+    let specless = create_with(|pod| {
+        pod.as_object_mut().unwrap().remove("spec");
+    });
+    assert_eq!(patched(&specless, &strict(), Capacity::Spot)["spec"]["nodeSelector"]["spark-role"], "executor");
+}
+
+#[test]
+fn a_reinvoked_admission_changes_nothing_more() {
+    let mut review = value(CREATE_1_36);
+    review["request"]["object"] = patched(CREATE_1_36, &strict(), Capacity::Spot);
+    let again = serde_json::to_vec(&review).unwrap();
+    assert_eq!(patched(&again, &strict(), Capacity::Spot), review["request"]["object"]);
+}
+
+#[test]
+fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
+    let affinity = |terms: Value| json!({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}});
+    let key = "karpenter.sh/capacity-type";
+    let term = |operator: &str, values: Value| json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]});
+    let elsewhere = json!({"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]});
+    let (spot, on_demand) = (Some(Capacity::Spot), Some(Capacity::OnDemand));
+    for (spec, pinned) in [
+        (json!({}), None),
+        (json!({"nodeSelector": {key: "spot"}}), spot),
+        (json!({"nodeSelector": {key: "on-demand"}}), on_demand),
+        (json!({"nodeSelector": {key: "reserved"}}), on_demand),
+        (affinity(json!([term("In", json!(["spot"]))])), spot),
+        (affinity(json!([term("In", json!(["on-demand"]))])), on_demand),
+        (affinity(json!([term("In", json!(["on-demand", "spot"]))])), None),
+        (affinity(json!([term("In", json!(["spot", "reserved"]))])), spot),
+        (affinity(json!([term("NotIn", json!(["spot"]))])), on_demand),
+        (affinity(json!([term("NotIn", json!(["on-demand"]))])), spot),
+        (affinity(json!([term("Exists", Value::Null)])), None),
+        (affinity(json!([term("DoesNotExist", Value::Null)])), on_demand),
+        (affinity(json!([elsewhere])), None),
+        // Terms are alternatives.
+        (affinity(json!([term("In", json!(["spot"])), term("In", json!(["on-demand"]))])), None),
+        (affinity(json!([term("In", json!(["spot"])), elsewhere])), None),
+        (affinity(json!([term("In", json!(["spot"])), term("NotIn", json!(["on-demand"]))])), spot),
+        // Expressions of one term are not.
+        (
+            affinity(json!([{"matchExpressions": [
+                {"key": "zone", "operator": "In", "values": ["a"]},
+                {"key": key, "operator": "In", "values": ["spot"]},
+            ]}])),
+            spot,
+        ),
+        (json!({"affinity": {"nodeAffinity": null}}), None),
+        (
+            json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": term("In", json!(["spot"]))}]}}}),
+            None,
+        ),
+    ] {
+        let bytes = create_with(|pod| {
+            for (name, own) in spec.as_object().unwrap() {
+                pod["spec"][name] = own.clone();
+            }
+        });
+        let review = Review::decode(&bytes).unwrap();
+        let conventions = strict();
+        let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+        assert_eq!(executor.pinned, pinned, "{spec}");
+        if let Some(capacity) = pinned {
+            assert_eq!(patched(&bytes, &conventions, capacity), value(&bytes)["request"]["object"], "{spec}");
+        }
+    }
+}
+
+#[test]
+fn an_executors_own_annotations_are_read_and_wrong_ones_told() {
+    let conventions = Conventions::default();
+    let bytes = create_with(|pod| {
+        pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "COST_ONLY", "workload/on-demand-base": "many"});
+    });
+    let review = Review::decode(&bytes).unwrap();
+    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+    assert_eq!(executor.stated, Stated { ratio: Some(Ratio::ONE), base: None });
+    assert_eq!(executor.invalid.len(), 1);
+}
+
+#[test]
+fn what_is_no_review_is_refused_by_its_cause() {
+    let wrong = |change: fn(&mut Value)| {
+        let mut review = value(CREATE_1_36);
+        change(&mut review);
+        serde_json::to_vec(&review).unwrap()
+    };
+    type IsCause = fn(&ReviewError) -> bool;
+    let unreadable: IsCause = |e| matches!(e, ReviewError::Unreadable(_));
+    let wrong_kind: IsCause = |e| matches!(e, ReviewError::WrongKind { .. });
+    let cases: [(Vec<u8>, IsCause); 13] = [
+        (b"".to_vec(), unreadable),
+        (b"hello".to_vec(), unreadable),
+        (b"[]".to_vec(), unreadable),
+        (b"7".to_vec(), unreadable),
+        (CREATE_1_36[..CREATE_1_36.len() / 2].to_vec(), unreadable),
+        ([CREATE_1_36, b"}"].concat(), unreadable),
+        (wrong(|r| r["request"] = json!("x")), unreadable),
+        (wrong(|r| r["request"]["object"]["metadata"]["labels"] = json!(["x"])), unreadable),
+        (b"{}".to_vec(), wrong_kind),
+        (b"null".to_vec(), wrong_kind),
+        (wrong(|r| r["apiVersion"] = json!("admission.k8s.io/v1beta1")), wrong_kind),
+        (wrong(|r| r["request"] = Value::Null), |e| matches!(e, ReviewError::NoRequest)),
+        (wrong(|r| r["request"]["uid"] = json!("")), |e| matches!(e, ReviewError::NoUid)),
+    ];
+    for (bytes, is_cause) in cases {
+        let error = Review::decode(&bytes).unwrap_err();
+        assert!(is_cause(&error), "{error:?}");
+    }
+}
+
+#[test]
+fn a_reply_without_changes_has_no_patch() {
+    let reply = value(&Reply::allow("u\"1").encode());
+    assert_eq!(
+        reply,
+        json!({"apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": {"uid": "u\"1", "allowed": true}})
+    );
+}
+
+#[test]
+fn escaped_strings_are_read_as_what_they_stand_for() {
+    let bytes = String::from_utf8(CREATE_1_36.to_vec())
+        .unwrap()
+        .replace("spark-pi-dd77a5-exec-1", r"spark-pi-dd77a5\u002dexec\u002d1");
+    let conventions = Conventions::default();
+    let review = Review::decode(bytes.as_bytes()).unwrap();
+    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+    assert_eq!(executor.key, "spark-pi-dd77a5-exec-1");
+}
+
+#[test]
+fn counts_never_fall_below_none() {
+    let mut counts = Counts::default();
+    counts.remove(Capacity::Spot);
+    assert_eq!(counts, Counts::default());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(10_000))]
+    #[test]
+    fn no_mutation_of_a_real_review_panics(at in any::<prop::sample::Index>(), byte: u8, cut in prop::option::of(any::<prop::sample::Index>()), splice in prop::option::of("[\\[\\]{}\",:0-9a-z\\\\]{0,6}")) {
+        let mut bytes = CREATE_1_36.to_vec();
+        let index = at.index(bytes.len());
+        match splice {
+            Some(text) => { bytes.splice(index..index, text.bytes()); }
+            None => bytes[index] = byte,
+        }
+        if let Some(cut) = cut {
+            bytes.truncate(cut.index(bytes.len()));
+        }
+        let conventions = Conventions::default();
+        if let Ok(review) = Review::decode(&bytes)
+            && let Work::Place(executor) = Subject::of(&review, &conventions).work
+        {
+            let mut reply = Reply::allow(review.uid());
+            reply.patch = conventions.patch(&executor, Capacity::OnDemand);
+            let _: Value = serde_json::from_slice(&reply.encode()).unwrap();
+        }
+    }
+}
