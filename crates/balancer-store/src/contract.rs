@@ -1,0 +1,667 @@
+//! What every [`Ledger`] has to do, as tests that any store can be put to.
+//!
+//! [`contract!`](crate::contract!) makes a test of each, given how to make an empty ledger; that may
+//! also return from the test, where the store's server is not there. Each uses a job of its own, so one
+//! ledger may serve them all. The crate that calls it needs `tokio` (multi-threaded) and `anyhow`.
+//!
+//! ```
+//! # mod tests {
+//! use balancer_store::MemoryLedger;
+//!
+//! balancer_store::contract!(MemoryLedger::new(std::time::Duration::from_secs(60)));
+//! # }
+//! ```
+//!
+//! What takes a server's clock or a look at its memory is left to the store's own tests: how long a
+//! ledger lives, and that a peek prolongs no life.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use balancer_core::{
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, LiveExecutor, Outcome, Placed, Placing, Policy, Ratio, Standing,
+    Stated,
+};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+use tokio::runtime::Handle;
+
+use crate::{Ledger, StoreError};
+
+use Capacity::{OnDemand, Spot};
+use Standing::{Known, New};
+
+/// Makes a test of each part of the contract. See [the module](mod@crate::contract).
+#[macro_export]
+macro_rules! contract {
+    ($ledger:expr) => {
+        $crate::contract!($ledger;
+            placing_an_executor_twice_counts_it_once,
+            a_jobs_executors_follow_its_ratio_after_its_base,
+            every_ratio_decides_as_the_reference_does,
+            peeking_answers_what_placing_would_and_writes_nothing,
+            without_any_policy_it_asks_for_one_and_enters_nothing,
+            a_looked_up_policy_is_noted_for_the_next_executor,
+            a_looked_up_policy_does_not_replace_the_one_that_was_taught,
+            the_newest_policy_that_is_taught_wins,
+            what_an_executor_states_holds_for_itself_alone,
+            an_executor_that_states_all_needs_no_policy,
+            a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for,
+            a_pinned_executor_known_as_the_other_changes_sides,
+            a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid,
+            releasing_twice_is_releasing_once,
+            a_release_for_an_older_pod_of_the_name_strikes_nothing,
+            a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing,
+            a_release_without_a_uid_strikes_whatever_has_the_name,
+            reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong,
+            reconciling_a_right_ledger_finds_nothing,
+            a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once,
+            a_live_executor_of_unknown_capacity_stays_but_is_not_entered,
+            a_reconciled_policy_replaces_the_noted_one,
+            a_job_of_which_nothing_is_known_stays_unknown,
+            names_may_hold_any_text,
+            jobs_do_not_touch_one_another,
+            executors_placed_at_once_are_each_counted_once,
+            ten_thousand_executors_are_no_matter,
+            random_histories_agree_with_the_reference,
+        );
+    };
+    ($ledger:expr; $($name:ident,)+) => {
+        $(
+            #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() -> anyhow::Result<()> {
+                let ledger = $ledger;
+                Ok($crate::contract::$name(&ledger).await?)
+            }
+        )+
+    };
+}
+
+type Checked = Result<(), StoreError>;
+
+/// Longer than any test takes.
+const LONG: Duration = Duration::from_secs(86_400);
+
+fn job(id: &str) -> JobId<'_> {
+    JobId { namespace: "contract", id }
+}
+
+fn policy(ratio: u32, base: u32) -> Policy {
+    Policy { ratio: Ratio::from_billionths(ratio).unwrap_or(Ratio::ONE), base }
+}
+
+fn all_spot() -> Policy {
+    policy(Ratio::ONE_IN_BILLIONTHS, 0)
+}
+
+fn all_on_demand() -> Policy {
+    policy(0, 0)
+}
+
+fn placing(executor: &str, policy: Option<Policy>) -> Placing<'_> {
+    Placing { executor, pinned: None, stated: Stated::default(), policy }
+}
+
+fn placed(capacity: Capacity, standing: Standing, spot: u64, on_demand: u64) -> Outcome {
+    Outcome::Placed(Placed { capacity, standing, counts: Counts { spot, on_demand } })
+}
+
+fn live<'a>(executor: &'a str, uid: &'a str, capacity: Option<Capacity>) -> LiveExecutor<'a> {
+    LiveExecutor { executor, uid, capacity }
+}
+
+async fn counts(ledger: &impl Ledger, job: JobId<'_>) -> Result<(u64, u64), StoreError> {
+    let counts = ledger.show(job).await?.map(|ledger| ledger.counts()).unwrap_or_default();
+    Ok((counts.spot, counts.on_demand))
+}
+
+/// The apiserver repeats a call that took too long.
+pub async fn placing_an_executor_twice_counts_it_once(ledger: &impl Ledger) -> Checked {
+    let job = job("twice");
+    let asked = placing("e1", Some(policy(500_000_000, 0)));
+    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, New, 1, 0));
+    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, Known, 1, 0));
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, New, 1, 1));
+    // By now another executor would go to spot; a known one stays what it is.
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, Known, 1, 1));
+    assert_eq!(counts(ledger, job).await?, (1, 1));
+    Ok(())
+}
+
+/// Exactly, from an empty job.
+pub async fn a_jobs_executors_follow_its_ratio_after_its_base(ledger: &impl Ledger) -> Checked {
+    let job = job("ratio");
+    ledger.learn(job, policy(700_000_000, 2)).await?;
+    let mut on_demand = Vec::new();
+    for number in 1..=22 {
+        let name = format!("e{number}");
+        let outcome = ledger.place(job, &placing(&name, None)).await?;
+        assert_ne!(outcome, Outcome::NeedPolicy, "the policy was taught");
+        if matches!(outcome, Outcome::Placed(placed) if placed.capacity == OnDemand) {
+            on_demand.push(number);
+        }
+    }
+    assert_eq!(on_demand, [1, 2, 4, 7, 10, 14, 17, 20]);
+    assert_eq!(counts(ledger, job).await?, (14, 8));
+    Ok(())
+}
+
+/// Ratios with nine places, at and next to the ends.
+pub async fn every_ratio_decides_as_the_reference_does(ledger: &impl Ledger) -> Checked {
+    for ratio in [0, 1, 10, 333_333_333, 500_000_000, 512_500_000, 666_666_667, 700_000_001, 999_999_999, 1_000_000_000]
+    {
+        for base in [0, 3, 1_000_000] {
+            let id = format!("ratio-{ratio}-{base}");
+            let mut reference = JobLedger::default();
+            reference.learn(policy(ratio, base));
+            ledger.learn(job(&id), policy(ratio, base)).await?;
+            // As many as bring 0.5125, which no binary fraction is, to an exact tie.
+            for number in 0..85 {
+                let name = format!("e{number}");
+                let asked = placing(&name, None);
+                assert_eq!(ledger.place(job(&id), &asked).await?, reference.place(&asked, 0), "{id}, {name}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// For dry runs.
+pub async fn peeking_answers_what_placing_would_and_writes_nothing(ledger: &impl Ledger) -> Checked {
+    let job = job("peek");
+    let asked = placing("e1", Some(all_spot()));
+    assert_eq!(ledger.peek(job, &placing("e1", None)).await?, Outcome::NeedPolicy);
+    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, New, 1, 0));
+    assert_eq!(ledger.show(job).await?, None);
+
+    ledger.place(job, &asked).await?;
+    let before = ledger.show(job).await?;
+    let pinned = Placing { pinned: Some(OnDemand), ..asked };
+    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, Known, 1, 0));
+    assert_eq!(ledger.peek(job, &pinned).await?, placed(OnDemand, Known, 0, 1));
+    assert_eq!(ledger.peek(job, &placing("e2", Some(all_on_demand()))).await?, placed(Spot, New, 2, 0));
+    assert_eq!(ledger.show(job).await?, before);
+    Ok(())
+}
+
+/// The webhook then looks the driver up.
+pub async fn without_any_policy_it_asks_for_one_and_enters_nothing(ledger: &impl Ledger) -> Checked {
+    let job = job("no-policy");
+    let half = Placing { stated: Stated { ratio: Some(Ratio::ONE), base: None }, ..placing("e1", None) };
+    for asked in [placing("e1", None), half] {
+        assert_eq!(ledger.place(job, &asked).await?, Outcome::NeedPolicy);
+    }
+    assert_eq!(ledger.show(job).await?, None);
+    Ok(())
+}
+
+/// So that the driver is looked up once for each job.
+pub async fn a_looked_up_policy_is_noted_for_the_next_executor(ledger: &impl Ledger) -> Checked {
+    let job = job("looked-up");
+    assert_eq!(ledger.place(job, &placing("e1", Some(policy(1, 1)))).await?, placed(OnDemand, New, 0, 1));
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(Spot, New, 1, 1));
+    assert_eq!(ledger.place(job, &placing("e3", None)).await?, placed(OnDemand, New, 1, 2));
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(policy(1, 1)));
+    Ok(())
+}
+
+/// The driver's own creation is the better source.
+pub async fn a_looked_up_policy_does_not_replace_the_one_that_was_taught(ledger: &impl Ledger) -> Checked {
+    let job = job("taught");
+    ledger.learn(job, all_on_demand()).await?;
+    assert_eq!(ledger.place(job, &placing("e1", Some(all_spot()))).await?, placed(OnDemand, New, 0, 1));
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_on_demand()));
+    Ok(())
+}
+
+/// An edited driver takes effect at once.
+pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Checked {
+    let job = job("taught-twice");
+    ledger.learn(job, all_on_demand()).await?;
+    ledger.place(job, &placing("e1", None)).await?;
+    ledger.learn(job, all_spot()).await?;
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(Spot, New, 1, 1));
+    Ok(())
+}
+
+/// Its ratio with the job's base, or its base with the job's ratio.
+pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger) -> Checked {
+    let job = job("own");
+    ledger.learn(job, policy(Ratio::ONE_IN_BILLIONTHS, 1)).await?;
+    let own = |ratio, base| Stated { ratio, base };
+    let ratio = Placing { stated: own(Some(Ratio::ZERO), None), ..placing("e1", None) };
+    let base = Placing { stated: own(None, Some(3)), ..placing("e2", None) };
+    assert_eq!(ledger.place(job, &ratio).await?, placed(OnDemand, New, 0, 1));
+    assert_eq!(ledger.place(job, &Placing { executor: "e3", ..ratio }).await?, placed(OnDemand, New, 0, 2));
+    assert_eq!(ledger.place(job, &base).await?, placed(OnDemand, New, 0, 3));
+    assert_eq!(ledger.place(job, &placing("e4", None)).await?, placed(Spot, New, 1, 3));
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(policy(Ratio::ONE_IN_BILLIONTHS, 1)));
+    Ok(())
+}
+
+/// And is asked for no look-up.
+pub async fn an_executor_that_states_all_needs_no_policy(ledger: &impl Ledger) -> Checked {
+    let job = job("own-all");
+    let stated = Stated { ratio: Some(Ratio::ONE), base: Some(0) };
+    assert_eq!(ledger.place(job, &Placing { stated, ..placing("e1", None) }).await?, placed(Spot, New, 1, 0));
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, Outcome::NeedPolicy);
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), None);
+    Ok(())
+}
+
+/// Whatever the ratio says.
+pub async fn a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for(ledger: &impl Ledger) -> Checked {
+    let job = job("pinned");
+    let pinned = Placing { pinned: Some(Spot), ..placing("e1", None) };
+    assert_eq!(ledger.place(job, &pinned).await?, placed(Spot, New, 1, 0));
+    ledger.learn(job, all_on_demand()).await?;
+    assert_eq!(ledger.place(job, &Placing { executor: "e2", ..pinned }).await?, placed(Spot, New, 2, 0));
+    let looked_up = Placing { policy: Some(all_spot()), pinned: Some(OnDemand), ..placing("e3", None) };
+    assert_eq!(ledger.place(job, &looked_up).await?, placed(OnDemand, New, 2, 1));
+    Ok(())
+}
+
+/// A pod was made again by hand, with a selector of its own.
+pub async fn a_pinned_executor_known_as_the_other_changes_sides(ledger: &impl Ledger) -> Checked {
+    let job = job("changes-sides");
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    let pinned = Placing { pinned: Some(OnDemand), ..placing("e1", None) };
+    assert_eq!(ledger.place(job, &pinned).await?, placed(OnDemand, Known, 0, 1));
+    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(OnDemand, Known, 0, 1));
+    assert_eq!(counts(ledger, job).await?, (0, 1));
+    Ok(())
+}
+
+/// Its uid is the next pod's to tell.
+pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(ledger: &impl Ledger) -> Checked {
+    let job = job("again");
+    let uid = async |name: &str| -> Result<Option<String>, StoreError> {
+        Ok(ledger.show(job).await?.and_then(|ledger| ledger.entries().get(name).and_then(|entry| entry.uid.clone())))
+    };
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.reconcile(job, &[live("e1", "first", None)], None, LONG).await?;
+    assert_eq!(uid("e1").await?.as_deref(), Some("first"));
+    ledger.learn(job, all_on_demand()).await?;
+    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, Known, 1, 0));
+    assert_eq!(uid("e1").await?, None);
+    Ok(())
+}
+
+/// One end of an executor is two to three DELETE reviews.
+pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked {
+    let job = job("release");
+    assert_eq!(ledger.release(job, "e1", Some("u")).await?, None);
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.place(job, &placing("e2", None)).await?;
+    assert_eq!(ledger.release(job, "e1", Some("u")).await?, Some(Spot));
+    assert_eq!(ledger.release(job, "e1", Some("u")).await?, None);
+    assert_eq!(ledger.release(job, "unknown", None).await?, None);
+    assert_eq!(counts(ledger, job).await?, (1, 0));
+    ledger.learn(job, all_on_demand()).await?;
+    ledger.place(job, &placing("e3", None)).await?;
+    assert_eq!(ledger.release(job, "e3", None).await?, Some(OnDemand));
+    assert_eq!(ledger.release(job, "e2", None).await?, Some(Spot));
+    assert_eq!(counts(ledger, job).await?, (0, 0));
+    Ok(())
+}
+
+/// A newer pod has taken it.
+pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &impl Ledger) -> Checked {
+    let job = job("older");
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.reconcile(job, &[live("e1", "newer", None)], None, LONG).await?;
+    assert_eq!(ledger.release(job, "e1", Some("older")).await?, None);
+    assert_eq!(counts(ledger, job).await?, (1, 0));
+    assert_eq!(ledger.release(job, "e1", Some("newer")).await?, Some(Spot));
+    assert_eq!(counts(ledger, job).await?, (0, 0));
+    Ok(())
+}
+
+/// One pod's deletion is reviewed several times, by several callers at once, and a review may come
+/// after the next pod's placement.
+pub async fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing(ledger: &impl Ledger) -> Checked {
+    let job = job("comes-again");
+    for pod in 0..JobLedger::RELEASED_REMEMBERED + 2 {
+        ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+        for before in pod.saturating_sub(3)..pod {
+            assert_eq!(ledger.release(job, "e1", Some(&format!("pod {before}"))).await?, None);
+        }
+        assert_eq!(counts(ledger, job).await?, (1, 0));
+        assert_eq!(ledger.release(job, "e1", Some(&format!("pod {pod}"))).await?, Some(Spot));
+    }
+    let remembered = ledger.show(job).await?.map(|ledger| ledger.released().count());
+    assert_eq!(remembered, Some(JobLedger::RELEASED_REMEMBERED));
+    Ok(())
+}
+
+/// It cannot tell pods apart.
+pub async fn a_release_without_a_uid_strikes_whatever_has_the_name(ledger: &impl Ledger) -> Checked {
+    let job = job("no-uid");
+    ledger.reconcile(job, &[live("e1", "u", Some(OnDemand))], None, LONG).await?;
+    assert_eq!(ledger.release(job, "e1", None).await?, Some(OnDemand));
+    Ok(())
+}
+
+/// And tells how many of each.
+pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong(ledger: &impl Ledger) -> Checked {
+    let job = job("reconcile");
+    for name in ["right", "wrong", "gone-1", "gone-2"] {
+        ledger.place(job, &placing(name, Some(all_spot()))).await?;
+    }
+    let now = [
+        live("right", "u1", Some(Spot)),
+        live("wrong", "u2", Some(OnDemand)),
+        live("new-1", "u3", Some(OnDemand)),
+        live("new-2", "u4", Some(OnDemand)),
+        live("new-3", "u5", Some(Spot)),
+        // Told twice, counted once.
+        live("new-3", "u5", Some(Spot)),
+    ];
+    let drift = ledger.reconcile(job, &now, None, Duration::ZERO).await?;
+    assert_eq!(drift, Drift { missing: 3, stale: 2, wrong_capacity: 1 });
+    let shown = ledger.show(job).await?.unwrap_or_default();
+    assert_eq!(shown.counts(), Counts { spot: 2, on_demand: 3 });
+    assert_eq!(shown.policy(), Some(all_spot()));
+    let mut uids: Vec<_> =
+        shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref().unwrap_or_default())).collect();
+    uids.sort_unstable();
+    assert_eq!(uids, [("new-1", "u3"), ("new-2", "u4"), ("new-3", "u5"), ("right", "u1"), ("wrong", "u2")]);
+    // What was entered counts for the next placing.
+    assert_eq!(ledger.place(job, &placing("next", None)).await?, placed(Spot, New, 3, 3));
+    Ok(())
+}
+
+/// Nor does it change anything.
+pub async fn reconciling_a_right_ledger_finds_nothing(ledger: &impl Ledger) -> Checked {
+    let job = job("right");
+    assert!(ledger.reconcile(job, &[], None, LONG).await?.is_none());
+    let now = [live("e1", "u1", Some(Spot)), live("e2", "u2", Some(OnDemand))];
+    assert_eq!(ledger.reconcile(job, &now, None, LONG).await?.missing, 2);
+    let before = ledger.show(job).await?;
+    assert!(ledger.reconcile(job, &now, None, Duration::ZERO).await?.is_none());
+    assert_eq!(ledger.show(job).await?, before);
+    Ok(())
+}
+
+/// An admission comes before its pod; a pod that was seen has no excuse.
+pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once(
+    ledger: &impl Ledger,
+) -> Checked {
+    let job = job("grace");
+    ledger.place(job, &placing("waiting", Some(all_spot()))).await?;
+    ledger.place(job, &placing("seen", None)).await?;
+    assert!(ledger.reconcile(job, &[live("seen", "u", None)], None, LONG).await?.is_none());
+    assert_eq!(ledger.reconcile(job, &[], None, LONG).await?, Drift { stale: 1, ..Drift::default() });
+    assert_eq!(counts(ledger, job).await?, (1, 0));
+    assert_eq!(ledger.release(job, "seen", None).await?, None);
+    assert!(ledger.reconcile(job, &[], None, Duration::MAX).await?.is_none());
+    assert_eq!(ledger.reconcile(job, &[], None, Duration::ZERO).await?, Drift { stale: 1, ..Drift::default() });
+    assert_eq!(counts(ledger, job).await?, (0, 0));
+    Ok(())
+}
+
+/// It may not be bound yet, and carry no decision.
+pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger: &impl Ledger) -> Checked {
+    let job = job("unknown-capacity");
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    let now = [live("e1", "u1", None), live("e2", "u2", None)];
+    assert!(ledger.reconcile(job, &now, None, Duration::ZERO).await?.is_none());
+    assert_eq!(counts(ledger, job).await?, (1, 0));
+    Ok(())
+}
+
+/// Without one the noted one stays.
+pub async fn a_reconciled_policy_replaces_the_noted_one(ledger: &impl Ledger) -> Checked {
+    let job = job("reconciled-policy");
+    ledger.reconcile(job, &[], Some(all_spot()), LONG).await?;
+    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, New, 1, 0));
+    ledger.reconcile(job, &[], Some(all_on_demand()), LONG).await?;
+    ledger.reconcile(job, &[], None, LONG).await?;
+    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, New, 1, 1));
+    Ok(())
+}
+
+/// Whoever asks about it.
+pub async fn a_job_of_which_nothing_is_known_stays_unknown(ledger: &impl Ledger) -> Checked {
+    let job = job("unknown");
+    ledger.place(job, &placing("e1", None)).await?;
+    ledger.release(job, "e1", Some("u")).await?;
+    ledger.reconcile(job, &[], None, Duration::ZERO).await?;
+    ledger.reconcile(job, &[live("e1", "u", None)], None, Duration::ZERO).await?;
+    assert_eq!(ledger.show(job).await?, None);
+    Ok(())
+}
+
+/// Texts that a server, a script or a key might take for something else.
+const TEXTS: [&str; 12] = [
+    "e1",
+    "an executor",
+    " ",
+    "}{",
+    "{e}",
+    "e\0one",
+    "e\r\n1",
+    "spot 0 -",
+    "-",
+    "été-執行者-🦀",
+    "*3\r\n$3\r\nDEL",
+    "'; return 1 --",
+];
+
+/// As executor, as uid and as job id.
+pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
+    for id in TEXTS {
+        let id = format!("any {id}");
+        let job = job(&id);
+        for name in TEXTS {
+            ledger.place(job, &placing(name, Some(all_spot()))).await?;
+            let uid = format!("uid {name}");
+            // Strikes the one that was seen before it.
+            ledger.reconcile(job, &[live(name, &uid, None)], None, LONG).await?;
+            let shown = ledger.show(job).await?.unwrap_or_default();
+            let held: Vec<_> =
+                shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref())).collect();
+            assert_eq!(held, [(name, Some(uid.as_str()))], "{id:?}");
+        }
+        for name in TEXTS {
+            ledger.place(job, &placing(name, None)).await?;
+        }
+        assert_eq!(counts(ledger, job).await?, (TEXTS.len() as u64, 0), "{id:?}");
+        for name in TEXTS {
+            assert_eq!(
+                ledger.release(job, name, Some(&format!("uid {name}"))).await?,
+                Some(Spot),
+                "{name:?} of {id:?}"
+            );
+        }
+        assert_eq!(counts(ledger, job).await?, (0, 0), "{id:?}");
+    }
+    Ok(())
+}
+
+/// The same executor names, the same job id in another namespace, an id within an id.
+pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
+    let jobs = [("team-a", "job"), ("team-b", "job"), ("team-a", "job-1"), ("team-a", "JOB"), ("team-a", "job}")]
+        .map(|(namespace, id)| JobId { namespace, id });
+    for (ratio, job) in (0u32..).zip(jobs) {
+        ledger.learn(job, policy(ratio, 0)).await?;
+        ledger.place(job, &placing("e1", None)).await?;
+        ledger.place(job, &placing(job.id, None)).await?;
+    }
+    ledger.release(jobs[0], "e1", None).await?;
+    ledger.reconcile(jobs[1], &[], Some(policy(1_000, 0)), Duration::ZERO).await?;
+    let mut shown = Vec::new();
+    for job in jobs {
+        let ledger = ledger.show(job).await?.unwrap_or_default();
+        shown.push((ledger.policy().map(|policy| policy.ratio.billionths()), ledger.counts().total()));
+    }
+    assert_eq!(shown, [(Some(0), 1), (Some(1_000), 0), (Some(2), 2), (Some(3), 2), (Some(4), 2)]);
+    Ok(())
+}
+
+/// Spark asks for its executors in batches, and calls are repeated.
+pub async fn executors_placed_at_once_are_each_counted_once(ledger: &impl Ledger) -> Checked {
+    let job = job("at-once");
+    ledger.learn(job, policy(500_000_000, 0)).await?;
+    for round in 0..8 {
+        let place = async |number: usize| {
+            let name = format!("e{round}-{number}");
+            ledger.place(job, &placing(&name, None)).await
+        };
+        let answers = tokio::try_join!(place(1), place(1), place(2), place(2), place(3), place(3), place(4), place(4))?;
+        let (a, b, ..) = answers;
+        let capacity = |outcome| match outcome {
+            Outcome::Placed(placed) => Some(placed.capacity),
+            Outcome::NeedPolicy => None,
+        };
+        assert_eq!(capacity(a), capacity(b), "the same executor was placed in two ways");
+    }
+    // The first goes to spot, and from there each is within one of the ratio: 17 or 16 of 32.
+    assert_eq!(counts(ledger, job).await?, (16, 16));
+    Ok(())
+}
+
+/// In one job, and in one reconcile.
+pub async fn ten_thousand_executors_are_no_matter(ledger: &impl Ledger) -> Checked {
+    const ALL: usize = 10_000;
+    let job = job("large");
+    let names: Vec<String> = (0..ALL).map(|number| format!("etl-7abe5c93a6f4-exec-{number}")).collect();
+    let uids: Vec<String> = (0..ALL).map(|number| format!("0d5c9a54-7f5b-4a0b-9d6e-{number:012}")).collect();
+    let all: Vec<LiveExecutor<'_>> =
+        names.iter().zip(&uids).map(|(name, uid)| live(name, uid, Some(OnDemand))).collect();
+    let (half, rest) = all.split_at(ALL / 2);
+
+    for executor in half {
+        ledger.place(job, &placing(executor.executor, Some(all_spot()))).await?;
+    }
+    assert_eq!(counts(ledger, job).await?, (5_000, 0));
+    let drift = ledger.reconcile(job, &all, None, Duration::ZERO).await?;
+    assert_eq!(drift, Drift { missing: 5_000, stale: 0, wrong_capacity: 5_000 });
+    assert_eq!(ledger.place(job, &placing("one more", None)).await?, placed(Spot, New, 1, 10_000));
+    let drift = ledger.reconcile(job, rest, None, Duration::ZERO).await?;
+    assert_eq!(drift, Drift { missing: 0, stale: 5_001, wrong_capacity: 0 });
+    assert_eq!(counts(ledger, job).await?, (0, 5_000));
+    Ok(())
+}
+
+/// One call of a random history.
+#[derive(Clone, Debug)]
+enum Step {
+    Place(Ask),
+    Peek(Ask),
+    Release { executor: &'static str, uid: Option<&'static str> },
+    Learn(Policy),
+    Reconcile { live: Vec<LiveExecutor<'static>>, policy: Option<Policy>, patient: bool },
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Ask {
+    executor: &'static str,
+    pinned: Option<Capacity>,
+    stated: Stated,
+    policy: Option<Policy>,
+}
+
+impl Ask {
+    fn placing(&self) -> Placing<'_> {
+        let Self { executor, pinned, stated, policy } = *self;
+        Placing { executor, pinned, stated, policy }
+    }
+}
+
+fn some_steps() -> impl Strategy<Value = Vec<Step>> {
+    // A few names, so that most calls are about an executor that was there before.
+    let executor = || prop::sample::select(vec!["e1", "e2", "e3", "e4", "e 5", "e\0}{6", "🦀"]);
+    let uid = || prop::sample::select(vec!["u1", "u2", "u 3"]);
+    let capacity = || prop::sample::select(vec![Spot, OnDemand]);
+    let ratio = || {
+        prop_oneof![
+            Just(0),
+            Just(1),
+            Just(500_000_000),
+            Just(999_999_999),
+            Just(Ratio::ONE_IN_BILLIONTHS),
+            0..=1u32 << 29
+        ]
+        .prop_map(|billionths| policy(billionths, 0).ratio)
+    };
+    let base = || 0u32..4;
+    let policy = move || (ratio(), base()).prop_map(|(ratio, base)| Policy { ratio, base });
+    let seldom = |strategy: BoxedStrategy<_>| prop::option::weighted(0.2, strategy);
+    let ask = move || {
+        (
+            executor(),
+            prop::option::weighted(0.15, capacity()),
+            seldom(ratio().boxed()),
+            prop::option::weighted(0.2, base()),
+            prop::option::weighted(0.6, policy()),
+        )
+            .prop_map(|(executor, pinned, ratio, base, policy)| Ask {
+                executor,
+                pinned,
+                stated: Stated { ratio, base },
+                policy,
+            })
+    };
+    let live = (executor(), uid(), prop::option::weighted(0.7, capacity()))
+        .prop_map(|(executor, uid, capacity)| LiveExecutor { executor, uid, capacity });
+    let step = prop_oneof![
+        8 => ask().prop_map(Step::Place),
+        2 => ask().prop_map(Step::Peek),
+        4 => (executor(), prop::option::of(uid())).prop_map(|(executor, uid)| Step::Release { executor, uid }),
+        1 => policy().prop_map(Step::Learn),
+        3 => (prop::collection::vec(live, 0..8), prop::option::weighted(0.2, policy()), any::<bool>())
+            .prop_map(|(live, policy, patient)| Step::Reconcile { live, policy, patient }),
+    ];
+    prop::collection::vec(step, 1..40)
+}
+
+/// Every answer, and what is held after every step.
+pub async fn random_histories_agree_with_the_reference(ledger: &impl Ledger) -> Checked {
+    let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::default() });
+    let history = AtomicU32::new(0);
+    let result = runner.run(&some_steps(), |steps| {
+        let id = format!("history-{}", history.fetch_add(1, Ordering::Relaxed));
+        // Proptest does not know of async.
+        tokio::task::block_in_place(|| Handle::current().block_on(play(ledger, job(&id), &steps)))
+            .map_err(|error| TestCaseError::fail(error.to_string()))
+    });
+    assert!(result.is_ok(), "{}", result.err().map(|error| error.to_string()).unwrap_or_default());
+    Ok(())
+}
+
+async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
+    let mut reference = JobLedger::default();
+    for step in steps {
+        match step {
+            Step::Place(ask) => {
+                assert_eq!(ledger.place(job, &ask.placing()).await?, reference.place(&ask.placing(), 0), "{step:?}");
+            }
+            Step::Peek(ask) => {
+                assert_eq!(ledger.peek(job, &ask.placing()).await?, reference.peek(&ask.placing()), "{step:?}");
+            }
+            Step::Release { executor, uid } => {
+                assert_eq!(ledger.release(job, executor, *uid).await?, reference.release(executor, *uid), "{step:?}");
+            }
+            Step::Learn(policy) => {
+                ledger.learn(job, *policy).await?;
+                reference.learn(*policy);
+            }
+            Step::Reconcile { live, policy, patient } => {
+                // No history takes as long as the one grace, nor less than the other: no clock matters.
+                let grace = if *patient { LONG } else { Duration::ZERO };
+                let wanted = reference.reconcile(live, *policy, u64::from(*patient), 0);
+                assert_eq!(ledger.reconcile(job, live, *policy, grace).await?, wanted, "{step:?}");
+            }
+        }
+        let shown = ledger.show(job).await?.unwrap_or_default();
+        assert_eq!(without_times(&shown), without_times(&reference), "after {step:?}");
+    }
+    Ok(())
+}
+
+fn without_times(ledger: &JobLedger) -> JobLedger {
+    let at_zero = |(name, entry): (&String, &Entry)| (name.clone(), Entry { placed_at: 0, ..entry.clone() });
+    let released = ledger.released().map(str::to_owned);
+    JobLedger::from_parts(ledger.policy(), ledger.entries().iter().map(at_zero).collect(), released)
+}

@@ -1,0 +1,36 @@
+//! Where the ledgers of jobs are kept, and by whom an executor's placement is remembered.
+//!
+//! [`Ledger`] is the one interface. [`MemoryLedger`] keeps [`JobLedger`]s under a lock, for one process.
+//! [`RedisLedger`] keeps the same in Redis, for any number of processes: every change is one atomic
+//! script. Both do what [`JobLedger`] does; the feature `contract` holds the tests that say so, for any
+//! further store as well.
+//!
+//! ```
+//! use balancer_core::{JobId, Outcome, Placing, Policy, Ratio, Stated};
+//! use balancer_store::{Ledger, MemoryLedger};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), balancer_store::StoreError> {
+//! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
+//! let job = JobId { namespace: "etl", id: "spark-1" };
+//! ledger.learn(job, Policy { ratio: Ratio::ONE, base: 0 }).await?;
+//! let placing = Placing { executor: "exec-1", pinned: None, stated: Stated::default(), policy: None };
+//! assert!(matches!(ledger.place(job, &placing).await?, Outcome::Placed(_)));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`JobLedger`]: balancer_core::JobLedger
+#![deny(missing_docs)]
+
+#[cfg(feature = "contract")]
+pub mod contract;
+mod error;
+mod ledger;
+mod memory;
+mod redis;
+
+pub use self::error::StoreError;
+pub use self::ledger::Ledger;
+pub use self::memory::MemoryLedger;
+pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};

@@ -1,0 +1,243 @@
+//! Ledgers in this process's memory: the reference, for one replica and for development.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use balancer_core::{Capacity, Drift, JobId, JobLedger, LiveExecutor, Millis, Outcome, Placing, Policy};
+
+use crate::{Ledger, StoreError};
+
+/// [`JobLedger`]s under a lock. It never fails.
+///
+/// A ledger's life ends the TTL after its last touch; its memory is freed in passing by a later call,
+/// an eighth of the TTL later at most. So each job is looked at a few times in its life, and no task
+/// has to run.
+pub struct MemoryLedger {
+    ttl: Millis,
+    clock: Box<dyn Fn() -> Millis + Send + Sync>,
+    jobs: Mutex<Jobs>,
+}
+
+#[derive(Debug, Default)]
+struct Jobs {
+    kept: HashMap<Key, Kept>,
+    next_sweep: Millis,
+}
+
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Key {
+    namespace: String,
+    id: String,
+}
+
+#[derive(Debug, Default)]
+struct Kept {
+    ledger: JobLedger,
+    touched: Millis,
+}
+
+impl MemoryLedger {
+    /// No ledgers yet; each is dropped `ttl` after its last touch.
+    pub fn new(ttl: Duration) -> Self {
+        let start = Instant::now();
+        Self::with_clock(ttl, move || millis(start.elapsed()))
+    }
+
+    /// The same on a clock of the caller's, which must not go backwards.
+    pub fn with_clock(ttl: Duration, clock: impl Fn() -> Millis + Send + Sync + 'static) -> Self {
+        Self { ttl: millis(ttl), clock: Box::new(clock), jobs: Mutex::default() }
+    }
+
+    /// Changes a job's ledger. One that holds nothing is not kept.
+    fn change<T>(&self, job: JobId<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
+        let mut jobs = self.lock();
+        let now = (self.clock)();
+        if now >= jobs.next_sweep {
+            jobs.kept.retain(|_, kept| self.lives(kept, now));
+            jobs.next_sweep = now.saturating_add(self.ttl / 8);
+        }
+        let mut kept = match jobs.kept.entry(Key::of(job)) {
+            Entry::Occupied(kept) => kept,
+            Entry::Vacant(none) => none.insert_entry(Kept::default()),
+        };
+        if !self.lives(kept.get(), now) {
+            kept.get_mut().ledger = JobLedger::default();
+        }
+        let answer = change(&mut kept.get_mut().ledger, now);
+        kept.get_mut().touched = now;
+        if holds_nothing(&kept.get().ledger) {
+            kept.remove();
+        }
+        answer
+    }
+
+    /// Looks at a job's ledger, if there is one.
+    fn look<T>(&self, job: JobId<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
+        let jobs = self.lock();
+        let now = (self.clock)();
+        let kept = jobs.kept.get(&Key::of(job)).filter(|kept| self.lives(kept, now));
+        look(kept.map(|kept| &kept.ledger))
+    }
+
+    fn lives(&self, kept: &Kept, now: Millis) -> bool {
+        now.saturating_sub(kept.touched) < self.ttl
+    }
+
+    /// A panic under the lock would have been in one job's change; the other jobs are whole, and the
+    /// reconciler mends that one.
+    fn lock(&self) -> MutexGuard<'_, Jobs> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Key {
+    fn of(job: JobId<'_>) -> Self {
+        Self { namespace: job.namespace.to_owned(), id: job.id.to_owned() }
+    }
+}
+
+fn holds_nothing(ledger: &JobLedger) -> bool {
+    ledger.policy().is_none() && ledger.entries().is_empty()
+}
+
+fn millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
+impl fmt::Debug for MemoryLedger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("MemoryLedger").field("ttl", &self.ttl).field("jobs", &self.lock().kept.len()).finish()
+    }
+}
+
+impl Ledger for MemoryLedger {
+    async fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
+        Ok(self.change(job, |ledger, now| ledger.place(placing, now)))
+    }
+
+    async fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
+        Ok(self.look(job, |ledger| match ledger {
+            Some(ledger) => ledger.peek(placing),
+            None => JobLedger::default().peek(placing),
+        }))
+    }
+
+    async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
+        Ok(self.change(job, |ledger, _| ledger.release(executor, uid)))
+    }
+
+    async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {
+        self.change(job, |ledger, _| ledger.learn(policy));
+        Ok(())
+    }
+
+    async fn reconcile(
+        &self,
+        job: JobId<'_>,
+        live: &[LiveExecutor<'_>],
+        policy: Option<Policy>,
+        grace: Duration,
+    ) -> Result<Drift, StoreError> {
+        Ok(self.change(job, |ledger, now| ledger.reconcile(live, policy, millis(grace), now)))
+    }
+
+    async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
+        Ok(self.look(job, |ledger| ledger.cloned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use balancer_core::{Ratio, Stated};
+
+    use super::*;
+
+    const TTL: Duration = Duration::from_millis(800);
+    const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 0 };
+
+    fn job(id: &str) -> JobId<'_> {
+        JobId { namespace: "etl", id }
+    }
+
+    fn placing(executor: &str) -> Placing<'_> {
+        Placing { executor, pinned: None, stated: Stated::default(), policy: Some(POLICY) }
+    }
+
+    async fn executors(ledger: &MemoryLedger, id: &str) -> Result<u64, StoreError> {
+        Ok(ledger.show(job(id)).await?.unwrap_or_default().counts().total())
+    }
+
+    /// A ledger, and the hand of its clock.
+    fn at_zero() -> (MemoryLedger, Arc<AtomicU64>) {
+        let hand = Arc::new(AtomicU64::new(0));
+        let clock = Arc::clone(&hand);
+        (MemoryLedger::with_clock(TTL, move || clock.load(Ordering::Relaxed)), hand)
+    }
+
+    #[tokio::test]
+    async fn a_ledger_lives_for_the_ttl_after_its_last_touch_and_no_longer() -> Result<(), StoreError> {
+        let (ledger, hand) = at_zero();
+        ledger.place(job("a"), &placing("e1")).await?;
+        hand.store(700, Ordering::Relaxed);
+        ledger.release(job("a"), "unknown", None).await?;
+        hand.store(1_499, Ordering::Relaxed);
+        assert!(ledger.show(job("a")).await?.is_some());
+        ledger.peek(job("a"), &placing("e2")).await?;
+        hand.store(1_500, Ordering::Relaxed);
+        assert_eq!(ledger.show(job("a")).await?, None);
+        ledger.place(job("a"), &placing("e2")).await?;
+        assert_eq!(executors(&ledger, "a").await?, 1, "a dropped ledger came back");
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_peek_sees_nothing_of_a_dropped_ledger() -> Result<(), StoreError> {
+        let (ledger, hand) = at_zero();
+        ledger.learn(job("a"), POLICY).await?;
+        hand.store(800, Ordering::Relaxed);
+        let asking = Placing { policy: None, ..placing("e1") };
+        assert_eq!(ledger.peek(job("a"), &asking).await?, Outcome::NeedPolicy);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn the_memory_of_jobs_that_ended_is_freed_by_the_calls_for_others() -> Result<(), StoreError> {
+        let (ledger, hand) = at_zero();
+        for second in 0..10_000u64 {
+            hand.store(second * 10, Ordering::Relaxed);
+            ledger.place(job(&second.to_string()), &placing("e1")).await?;
+            // The 80 jobs of the last TTL, and those of an eighth of one more.
+            assert!(ledger.lock().kept.len() <= 91, "{} jobs are kept", ledger.lock().kept.len());
+        }
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn jobs_of_which_nothing_is_known_take_no_memory() -> Result<(), StoreError> {
+        let (ledger, _) = at_zero();
+        let asking = Placing { policy: None, ..placing("e1") };
+        assert_eq!(ledger.place(job("a"), &asking).await?, Outcome::NeedPolicy);
+        ledger.release(job("b"), "e1", None).await?;
+        ledger.reconcile(job("c"), &[], None, TTL).await?;
+        assert_eq!(ledger.lock().kept.len(), 0);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn a_panic_under_the_lock_does_not_take_the_store_down() -> Result<(), StoreError> {
+        let (ledger, _) = at_zero();
+        ledger.place(job("a"), &placing("e1")).await?;
+        let panics = std::panic::AssertUnwindSafe(|| ledger.change(job("b"), |_, _| panic!("on purpose")));
+        assert!(std::panic::catch_unwind(panics).is_err());
+        assert!(ledger.jobs.is_poisoned());
+        ledger.place(job("a"), &placing("e2")).await?;
+        assert_eq!(executors(&ledger, "a").await?, 2);
+        Ok(())
+    }
+}

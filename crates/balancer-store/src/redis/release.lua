@@ -1,0 +1,55 @@
+-- Strikes an executor. An entry known under another uid stays: a newer pod has taken the name. So does
+-- one of unknown uid where this uid was released already: one pod's deletion is reviewed several
+-- times, and a review may come after the next pod's placement, whose uid is not known yet.
+--
+-- KEYS, ARGV[1]: as at the top of shared.lua
+-- ARGV[2]  the executor
+-- ARGV[3]  the uid of its pod; left out where unknown
+-- ARGV[4]  how many released uids are remembered; left out with it
+--
+-- Returns  1 where it counted as spot, 0 as on-demand, nil where nothing was struck
+local uid = ARGV[3]
+
+-- The uids remembered, with this one in front, or nothing where it is among them already. Each is
+-- written behind its length, since a uid may hold any text.
+local function with_this_one()
+  local released = call('HGET', KEYS[1], 'released') or ''
+  local remembered, number, most, at = { #uid .. ':' .. uid }, 1, tonumber(ARGV[4]), 1
+  while true do
+    local length, first = string.match(released, '^(%d+):()', at)
+    if not length then break end
+    at = first + length
+    local before = string.sub(released, first, at - 1)
+    if before == uid then return nil end
+    if number < most then
+      number = number + 1
+      remembered[number] = #before .. ':' .. before
+    end
+  end
+  return table.concat(remembered)
+end
+
+local entry = call('HGET', KEYS[2], ARGV[2])
+local known = '-'
+if entry then local _, seen = rest_of(entry) known = seen end
+
+local released = uid and with_this_one()
+local struck
+if not uid or known == uid or known == '-' and released then
+  local spot, on_demand, ratio, base = noted()
+  local left = spot + on_demand
+  if entry then
+    struck = capacity_of(entry) == 'spot' and 1 or 0
+    left = left - 1
+    call('HDEL', KEYS[2], ARGV[2])
+    call('HSET', KEYS[1], 'on-demand', on_demand - (1 - struck), 'spot', spot - struck)
+  end
+  -- Without policy and executors there is no ledger, and nothing is remembered.
+  if left == 0 and not (ratio and base) then
+    call('HDEL', KEYS[1], 'released')
+  elseif released then
+    call('HSET', KEYS[1], 'released', released)
+  end
+end
+touch()
+return struck

@@ -1,0 +1,115 @@
+//! What the Redis ledger makes of servers that no real one is like every day. They are played here.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use balancer_core::{JobId, Placing, Stated};
+use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A server that gives one answer to AUTH, one to PING and one to everything else.
+async fn server(auth: &'static str, ping: &'static str, other: &'static str) -> Result<u16> {
+    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let port = listener.local_addr()?.port();
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let mut received = [0; 16_384];
+                while let Ok(length @ 1..) = client.read(&mut received).await {
+                    let command = String::from_utf8_lossy(received.get(..length).unwrap_or_default()).into_owned();
+                    let answer = match command.split("\r\n").nth(2) {
+                        Some("AUTH") => auth,
+                        Some("PING") => ping,
+                        _ => other,
+                    };
+                    if client.write_all(answer.as_bytes()).await.is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+    });
+    Ok(port)
+}
+
+async fn connect(port: u16) -> Result<RedisLedger> {
+    let options = RedisOptions { timeout: TIMEOUT, ttl: Duration::from_secs(60) };
+    Ok(RedisLedger::connect(&format!("redis://balancer:s3cret@127.0.0.1:{port}"), options).await?)
+}
+
+async fn failure(ledger: &RedisLedger) -> Result<StoreError> {
+    let placing = Placing { executor: "e1", pinned: None, stated: Stated::default(), policy: None };
+    let begin = Instant::now();
+    let answer = ledger.place(JobId { namespace: "etl", id: "job" }, &placing).await;
+    assert!(begin.elapsed() < TIMEOUT, "it took {:?}", begin.elapsed());
+    answer.err().context("it worked")
+}
+
+#[tokio::test]
+async fn a_password_that_the_server_repeats_is_not_told() -> Result<()> {
+    let auth = "-ERR unknown command `AUTH`, with args beginning with: `balancer`, `s3cret`,\r\n";
+    let ledger = connect(server(auth, "+PONG\r\n", ":1\r\n").await?).await?;
+    let error = failure(&ledger).await?;
+    let told = format!("{error} {error:?} {ledger:?}");
+    assert!(error.kind() == "refused" && told.contains("unknown command"), "{told}");
+    assert!(!told.contains("s3cret"), "{told}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_that_is_loading_its_data_is_not_there_yet() -> Result<()> {
+    let loading = "-LOADING Redis is loading the dataset in memory\r\n";
+    let ledger = connect(server("+OK\r\n", loading, ":1\r\n").await?).await?;
+    let error = failure(&ledger).await?;
+    assert!(matches!(&error, StoreError::Refused { code, .. } if code == "LOADING"), "{error}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
+    let quoted = "-ERR Error running script (call to f_0): @user_script:57: @user_script: 57: -READONLY You can't \
+                  write against a read only replica. \r\n";
+    let ledger = connect(server("+OK\r\n", "+PONG\r\n", quoted).await?).await?;
+    let error = failure(&ledger).await?;
+    assert!(matches!(&error, StoreError::Refused { code, .. } if code == "ERR"), "{error}");
+    // The connection is given up for it.
+    let deadline = Instant::now() + TIMEOUT;
+    while !matches!(failure(&ledger).await?, StoreError::Refused { code, .. } if code == "READONLY") {
+        assert!(Instant::now() < deadline, "the replica is still asked");
+        tokio::task::yield_now().await;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn answers_that_no_script_gives_are_told_as_unreadable() -> Result<()> {
+    for answer in [":-1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*2\r\n:1\r\n:0\r\n"] {
+        let ledger = connect(server("+OK\r\n", "+PONG\r\n", answer).await?).await?;
+        let error = failure(&ledger).await?;
+        assert_eq!(error.kind(), "unreadable", "{answer:?}: {error}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_does_not_speak_redis_at_all_fails_at_once() -> Result<()> {
+    let http = "HTTP/1.1 400 Bad Request\r\n\r\n";
+    for (auth, ping, other) in [(http, "", ""), ("+OK\r\n", http, ""), ("+OK\r\n", "+PONG\r\n", http)] {
+        let ledger = connect(server(auth, ping, other).await?).await?;
+        let error = failure(&ledger).await?;
+        assert!(matches!(error.kind(), "unreadable" | "no_connection"), "{error}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_answer_of_any_length_is_told_in_a_few_words() -> Result<()> {
+    let long: &'static str = Box::leak(format!("+{}\r\n", "x".repeat(100_000)).into_boxed_str());
+    let ledger = connect(server("+OK\r\n", "+PONG\r\n", long).await?).await?;
+    let told = failure(&ledger).await?.to_string();
+    assert!(told.len() < 400, "{} characters", told.len());
+    Ok(())
+}
