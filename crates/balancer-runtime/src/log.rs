@@ -1,0 +1,134 @@
+//! Structured logs, one line per event, written in batches: an admission must not wait for whoever
+//! reads our output, nor pay a system call for its line.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing_subscriber::fmt::MakeWriter;
+
+use crate::arguments::{LogFormat, TelemetryArguments};
+
+/// How long a line may wait for company.
+const BATCH: Duration = Duration::from_millis(10);
+/// How long the end waits for the last lines to be written: the reader may have stopped reading.
+const LAST_LINES: Duration = Duration::from_secs(1);
+/// What is kept for a reader that does not read; past it lines are dropped and counted.
+const MOST_KEPT: usize = 1 << 20;
+
+/// Starts logging to standard output. Lines still unwritten are written when the guard is dropped.
+pub fn start(arguments: TelemetryArguments) -> Guard {
+    let TelemetryArguments { log_level, log_format, admin_port: _ } = arguments;
+    let lines = Lines::default();
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(log_level.0)
+        .with_ansi(false)
+        .with_target(false)
+        .with_writer(lines.clone());
+    // Fails only where a caller has set a subscriber already, which then is the one to use.
+    let _ = match log_format {
+        LogFormat::Text => tracing::subscriber::set_global_default(subscriber.finish()),
+        LogFormat::Json => tracing::subscriber::set_global_default(subscriber.json().flatten_event(true).finish()),
+    };
+    let writer = lines.clone();
+    // Without the thread (no more threads to be had) nothing is logged, and all else works.
+    let _ = std::thread::Builder::new().name("log".into()).spawn(move || writer.write_batches());
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "a bug: please report it")));
+    Guard(lines)
+}
+
+/// Sees to it, when it is dropped, that what is left is written.
+#[derive(Debug)]
+#[must_use = "dropping it ends the log"]
+pub struct Guard(Lines);
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let mut pending = self.0.pending();
+        pending.ending = true;
+        self.0.0.filled.notify_all();
+        // Nobody is left to be told that the last lines could not be written.
+        drop(self.0.0.written.wait_timeout_while(pending, LAST_LINES, |pending| !pending.ended));
+    }
+}
+
+#[derive(Clone, Debug, Default)]
+struct Lines(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    pending: Mutex<Pending>,
+    filled: Condvar,
+    written: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Pending {
+    bytes: Vec<u8>,
+    dropped: u64,
+    ending: bool,
+    ended: bool,
+}
+
+impl Lines {
+    fn pending(&self) -> MutexGuard<'_, Pending> {
+        self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_batches(&self) {
+        loop {
+            let idle = |pending: &mut Pending| pending.bytes.is_empty() && !pending.ending;
+            let pending = self.0.filled.wait_while(self.pending(), idle).unwrap_or_else(PoisonError::into_inner);
+            let ending = pending.ending;
+            drop(pending);
+            if !ending {
+                std::thread::sleep(BATCH);
+            }
+            self.write_out();
+            if ending {
+                self.pending().ended = true;
+                return self.0.written.notify_all();
+            }
+        }
+    }
+
+    fn write_out(&self) {
+        let mut pending = self.pending();
+        let (bytes, dropped) = (std::mem::take(&mut pending.bytes), std::mem::take(&mut pending.dropped));
+        drop(pending);
+        let mut output = io::stdout().lock();
+        // Nobody is left to be told that the log cannot be written.
+        let _ = output.write_all(&bytes).and_then(|()| output.flush());
+        if dropped > 0 {
+            tracing::warn!(lines = dropped, "log lines were dropped: nobody read them");
+        }
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let mut pending = self.pending();
+        if pending.bytes.len() + line.len() > MOST_KEPT {
+            pending.dropped += 1;
+        } else {
+            let first = pending.bytes.is_empty();
+            pending.bytes.extend_from_slice(line);
+            drop(pending);
+            if first {
+                self.0.filled.notify_one();
+            }
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Self;
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}

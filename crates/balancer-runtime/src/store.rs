@@ -1,0 +1,184 @@
+//! Which ledger a binary runs on, by its settings.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use balancer_core::{Capacity, Drift, JobId, JobLedger, LiveExecutor, Outcome, Placing, Policy};
+use balancer_store::{Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
+use clap::Args;
+
+use crate::arguments::number;
+
+/// Where counts are kept.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Store")]
+pub struct StoreArguments {
+    /// redis, or memory for one replica
+    #[arg(long, env, default_value = "redis")]
+    store: StoreKind,
+
+    /// redis:// or rediss:// (TLS), with user and password where the server wants them; required
+    /// unless the store is memory
+    #[arg(long, env, hide_env_values = true)]
+    redis_url: Option<String>,
+
+    /// Milliseconds after which the store counts as down for an admission; 1 to 15000, and never more
+    /// than a quarter of the admission's budget
+    #[arg(long, env, default_value_t = 500, value_parser = number::<u64>(1..=15_000))]
+    store_timeout_milliseconds: u64,
+
+    /// Seconds that a job's ledger outlives its last touch; 1 to 31536000, a year
+    #[arg(long, env, default_value_t = 86_400, value_parser = number::<u64>(1..=31_536_000))]
+    redis_default_ttl_seconds: u64,
+}
+
+impl std::fmt::Debug for StoreArguments {
+    /// The URL holds a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreArguments").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum StoreKind {
+    Redis,
+    Memory,
+}
+
+impl FromStr for StoreKind {
+    type Err = anyhow::Error;
+    fn from_str(text: &str) -> anyhow::Result<Self> {
+        match text.trim().to_ascii_lowercase().as_str() {
+            "redis" => Ok(Self::Redis),
+            "memory" => Ok(Self::Memory),
+            _ => bail!("{text:?} is not a store; accepted: redis or memory"),
+        }
+    }
+}
+
+/// A store's settings, checked.
+pub struct StoreSettings {
+    /// `None` for memory.
+    redis_url: Option<String>,
+    timeout: Duration,
+    ttl: Duration,
+}
+
+impl std::fmt::Debug for StoreSettings {
+    /// The URL holds a password.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoreSettings").field("timeout", &self.timeout).field("ttl", &self.ttl).finish_non_exhaustive()
+    }
+}
+
+impl StoreArguments {
+    /// Checks the settings; `in_memory` overrules the kind.
+    pub fn settings(self, in_memory: bool) -> anyhow::Result<StoreSettings> {
+        let Self { store, redis_url, store_timeout_milliseconds, redis_default_ttl_seconds } = self;
+        let redis_url = match store {
+            StoreKind::Redis if !in_memory => match redis_url.filter(|url| !url.is_empty()) {
+                None => {
+                    bail!("REDIS_URL is not set; accepted: redis://host:6379/0, rediss:// for TLS, or STORE=memory")
+                }
+                url => url,
+            },
+            StoreKind::Redis | StoreKind::Memory => None,
+        };
+        Ok(StoreSettings {
+            redis_url,
+            timeout: Duration::from_millis(store_timeout_milliseconds),
+            ttl: Duration::from_secs(redis_default_ttl_seconds),
+        })
+    }
+}
+
+impl StoreSettings {
+    /// The same with calls that take at most `limit`.
+    pub fn within(self, limit: Duration) -> Self {
+        Self { timeout: self.timeout.min(limit), ..self }
+    }
+
+    /// How long one call may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// Opens the store. A Redis that is down is no error: it is connected to once it is up.
+    pub async fn open(self) -> anyhow::Result<Store> {
+        let Self { redis_url, timeout, ttl } = self;
+        Ok(match redis_url {
+            None => Store::Memory(MemoryLedger::new(ttl)),
+            Some(url) => {
+                let ledger = RedisLedger::connect(&url, RedisOptions { timeout, ttl }).await.context("REDIS_URL")?;
+                Store::Redis(Box::new(ledger))
+            }
+        })
+    }
+}
+
+/// The ledger that the settings chose.
+pub enum Store {
+    /// In this process.
+    Memory(MemoryLedger),
+    /// Shared by all replicas.
+    Redis(Box<RedisLedger>),
+}
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Store {
+    /// The value of `STORE` that chooses it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Memory(_) => "memory",
+            Self::Redis(_) => "redis",
+        }
+    }
+}
+
+/// Hands a call on to the ledger that was chosen.
+macro_rules! hand_on {
+    ($self:ident . $call:ident ( $($argument:expr),* )) => {
+        match $self {
+            Store::Memory(ledger) => ledger.$call($($argument),*).await,
+            Store::Redis(ledger) => ledger.$call($($argument),*).await,
+        }
+    };
+}
+
+impl Ledger for Store {
+    async fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
+        hand_on!(self.place(job, placing))
+    }
+
+    async fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
+        hand_on!(self.peek(job, placing))
+    }
+
+    async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
+        hand_on!(self.release(job, executor, uid))
+    }
+
+    async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {
+        hand_on!(self.learn(job, policy))
+    }
+
+    async fn reconcile(
+        &self,
+        job: JobId<'_>,
+        live: &[LiveExecutor<'_>],
+        policy: Option<Policy>,
+        grace: Duration,
+    ) -> Result<Drift, StoreError> {
+        hand_on!(self.reconcile(job, live, policy, grace))
+    }
+
+    async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
+        hand_on!(self.show(job))
+    }
+}

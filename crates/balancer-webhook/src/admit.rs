@@ -1,0 +1,261 @@
+//! The one orchestrator: a review becomes work, the work meets the ledger, the answer becomes a
+//! reply. Whatever fails on the way, the pod is admitted.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use balancer_core::{
+    Capacity, Conventions, Counts, Defaults, Driver, Executor, Invalid, Leave, Outcome, Placed, Placing, Policy, Reply,
+    Review, ReviewError, Standing, Stated, Subject, Work, decide_without_ledger,
+};
+use balancer_store::{Ledger, StoreError};
+
+use crate::drivers::{LookUp, Looked};
+use crate::metrics::{Admitted, Metrics, OperationLabel, OutcomeLabel, PolicySource, RoleLabel, Source, StoreCall};
+
+/// Everything an admission needs.
+#[derive(Debug)]
+pub struct Admission<L> {
+    /// Where executors are counted.
+    pub ledger: L,
+    /// Where a job's policy is looked up.
+    pub drivers: LookUp,
+    /// How the cluster names things.
+    pub conventions: Arc<Conventions>,
+    /// What holds where a job states nothing.
+    pub defaults: Defaults,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// How one executor was placed.
+#[derive(Clone, Debug)]
+struct Placement {
+    capacity: Capacity,
+    source: Source,
+    policy: Option<PolicySource>,
+    /// The job's executors with this one; or why the store did not tell.
+    counts: Result<Counts, StoreError>,
+}
+
+impl<L: Ledger> Admission<L> {
+    /// Answers `/mutate`: places executors, learns from drivers.
+    pub async fn mutate(&self, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
+        let started = Instant::now();
+        let review = Review::decode(body)?;
+        let Subject { work, dry_run } = Subject::of(&review, &self.conventions);
+        let mut reply = Reply::allow(review.uid());
+        let admitted = match &work {
+            Work::Place(executor) => self.place(executor, dry_run, &mut reply).await,
+            Work::Learn(driver) => self.learn(driver, dry_run, &mut reply).await,
+            Work::Release(_) => Admitted::left(Leave::OtherOperation),
+            Work::Leave(leave) => Admitted::left(*leave),
+        };
+        self.metrics.admitted(admitted, started.elapsed());
+        Ok(reply.encode())
+    }
+
+    /// Answers `/validate`: releases deleted executors. Never blocks a deletion.
+    pub async fn validate(&self, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
+        let started = Instant::now();
+        let review = Review::decode(body)?;
+        let Subject { work, dry_run } = Subject::of(&review, &self.conventions);
+        let admitted = match &work {
+            Work::Release(executor) => self.release(executor, dry_run).await,
+            Work::Place(_) | Work::Learn(_) => Admitted::left(Leave::OtherOperation),
+            Work::Leave(leave) => Admitted::left(*leave),
+        };
+        self.metrics.admitted(admitted, started.elapsed());
+        Ok(Reply::allow(review.uid()).encode())
+    }
+
+    async fn place(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
+        for invalid in &executor.invalid {
+            self.warn(reply, invalid, "it is ignored, and the job's own holds");
+        }
+        let Placement { capacity, source, policy, counts } = self.decide(executor, dry_run, reply).await;
+        reply.patch = self.conventions.patch(executor, capacity);
+        let policy = policy.filter(|_| executor.pinned.is_none() && source != Source::Reused);
+        if !dry_run {
+            self.metrics.placed(capacity, source, policy);
+        }
+        let (namespace, job) = (executor.job.namespace, executor.job.id);
+        let (name, capacity, policy) = (executor.key, capacity.as_str(), policy.map(PolicySource::as_str));
+        let source_name = source.as_str();
+        match counts {
+            Ok(Counts { spot, on_demand }) => tracing::info!(
+                namespace,
+                job,
+                executor = name,
+                capacity,
+                source = source_name,
+                policy,
+                spot,
+                on_demand,
+                dry_run,
+                "placed"
+            ),
+            Err(error) => tracing::warn!(
+                namespace,
+                job,
+                executor = name,
+                capacity,
+                source = source_name,
+                policy,
+                store = error.kind(), %error,
+                dry_run,
+                "placed without the store"
+            ),
+        }
+        Admitted {
+            role: RoleLabel::Executor,
+            operation: OperationLabel::Create,
+            outcome: match (dry_run, source) {
+                (true, _) => OutcomeLabel::DryRun,
+                (false, Source::Degraded) => OutcomeLabel::Degraded,
+                (false, _) => OutcomeLabel::Placed,
+            },
+        }
+    }
+
+    /// Asks the ledger; where it knows no policy, asks the cluster and then the ledger again; where
+    /// there is no ledger to ask, decides by the closed form.
+    async fn decide(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Placement {
+        let mut placing = Placing::of(executor);
+        let mut policy = if placing.stated.ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
+        let mut known = executor.stated.over(None);
+        let mut answer = self.ask(executor, &placing, dry_run).await;
+        if matches!(answer, Ok(Outcome::NeedPolicy)) {
+            let (told, jobs) = self.look_up(executor, &mut policy, reply).await;
+            let complete = executor.stated.over(Some(jobs)).unwrap_or(jobs);
+            known = Some(complete);
+            if told {
+                placing.policy = Some(jobs);
+            } else {
+                // A default that nobody told must not be noted as the job's policy.
+                placing.stated = Stated { ratio: Some(complete.ratio), base: Some(complete.base) };
+            }
+            answer = self.ask(executor, &placing, dry_run).await;
+        }
+        let why = match answer {
+            Ok(Outcome::Placed(Placed { capacity, standing, counts })) => {
+                let source = match (executor.pinned, standing) {
+                    (Some(_), _) => Source::Pinned,
+                    (None, Standing::Known) => Source::Reused,
+                    (None, Standing::New) => Source::Ledger,
+                };
+                return Placement { capacity, source, policy: Some(policy), counts: Ok(counts) };
+            }
+            // A ledger that asks again though it was told is as good as none.
+            Ok(Outcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
+            Err(error) => error,
+        };
+        let capacity = match (executor.pinned, known) {
+            (Some(pinned), _) => pinned,
+            (None, Some(known)) => decide_without_ledger(executor.ordinal, known),
+            (None, None) => {
+                let (_, jobs) = self.look_up(executor, &mut policy, reply).await;
+                decide_without_ledger(executor.ordinal, executor.stated.over(Some(jobs)).unwrap_or(jobs))
+            }
+        };
+        Placement { capacity, source: Source::Degraded, policy: Some(policy), counts: Err(why) }
+    }
+
+    async fn ask(&self, executor: &Executor<'_>, placing: &Placing<'_>, dry_run: bool) -> Result<Outcome, StoreError> {
+        let call = if dry_run { StoreCall::Peek } else { StoreCall::Place };
+        let asking = async {
+            match dry_run {
+                true => self.ledger.peek(executor.job, placing).await,
+                false => self.ledger.place(executor.job, placing).await,
+            }
+        };
+        self.metrics.timed(call, asking).await
+    }
+
+    /// The job's policy by its driver, and whether the cluster told it.
+    async fn look_up(&self, executor: &Executor<'_>, from: &mut PolicySource, reply: &mut Reply<'_>) -> (bool, Policy) {
+        let looked = self.drivers.policy(executor.job, executor.job_label).await;
+        let (told, stated, invalid) = match &*looked {
+            Looked::Found { stated, invalid } => (true, *stated, invalid.as_slice()),
+            Looked::NoDriver => (true, Stated::default(), [].as_slice()),
+            Looked::Failed(_) => (false, Stated::default(), [].as_slice()),
+        };
+        self.metrics.looked_up(&looked);
+        for invalid in invalid {
+            self.warn_of_default(reply, invalid);
+        }
+        if *from != PolicySource::Executor {
+            *from = match stated.ratio {
+                Some(_) => PolicySource::Driver,
+                None if invalid.iter().any(|invalid| matches!(invalid, Invalid::Ratio(_))) => PolicySource::Invalid,
+                None => PolicySource::Default,
+            };
+        }
+        (told, self.defaults.complete(&stated))
+    }
+
+    async fn learn(&self, driver: &Driver<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
+        for invalid in &driver.invalid {
+            self.warn_of_default(reply, invalid);
+        }
+        let policy = self.defaults.complete(&driver.stated);
+        let (namespace, job, ratio, base) = (driver.job.namespace, driver.job.id, policy.ratio, policy.base);
+        let invalid = driver.invalid.first().map(tracing::field::display);
+        let mut outcome = OutcomeLabel::DryRun;
+        if !dry_run {
+            let learning = self.ledger.learn(driver.job, policy);
+            outcome = match self.metrics.timed(StoreCall::Learn, learning).await {
+                Ok(()) => {
+                    tracing::info!(namespace, job, %ratio, base, invalid, "learned");
+                    OutcomeLabel::Learned
+                }
+                Err(error) => {
+                    tracing::warn!(namespace, job, %ratio, base, invalid, store = error.kind(), %error, "not learned; the first executor's look-up will find it");
+                    OutcomeLabel::Degraded
+                }
+            };
+        }
+        Admitted { role: RoleLabel::Driver, operation: OperationLabel::Create, outcome }
+    }
+
+    async fn release(&self, executor: &Executor<'_>, dry_run: bool) -> Admitted {
+        let (namespace, job, name) = (executor.job.namespace, executor.job.id, executor.key);
+        let mut outcome = OutcomeLabel::DryRun;
+        if !dry_run {
+            let releasing = self.ledger.release(executor.job, executor.key, executor.uid);
+            outcome = match self.metrics.timed(StoreCall::Release, releasing).await {
+                Ok(Some(capacity)) => {
+                    tracing::info!(namespace, job, executor = name, capacity = capacity.as_str(), "released");
+                    OutcomeLabel::Released
+                }
+                Ok(None) => {
+                    tracing::debug!(namespace, job, executor = name, "not in the ledger");
+                    OutcomeLabel::Left
+                }
+                Err(error) => {
+                    tracing::warn!(namespace, job, executor = name, store = error.kind(), %error, "not released");
+                    OutcomeLabel::Degraded
+                }
+            };
+        }
+        Admitted { role: RoleLabel::Executor, operation: OperationLabel::Delete, outcome }
+    }
+
+    fn warn_of_default(&self, reply: &mut Reply<'_>, invalid: &Invalid) {
+        let holds = match invalid {
+            Invalid::Ratio(_) => format!("the default {} holds", self.defaults.ratio),
+            Invalid::Base(_) => "no base holds".to_owned(),
+        };
+        self.warn(reply, invalid, &holds);
+    }
+
+    /// Tells whoever submits the pod, and whoever runs the cluster, of an annotation that is wrong.
+    fn warn(&self, reply: &mut Reply<'_>, invalid: &Invalid, holds: &str) {
+        let annotation = match invalid {
+            Invalid::Ratio(_) => &self.conventions.ratio_annotation,
+            Invalid::Base(_) => &self.conventions.base_annotation,
+        };
+        self.metrics.invalid(invalid);
+        reply.warnings.push(format!("{annotation}: {invalid}; {holds}"));
+    }
+}

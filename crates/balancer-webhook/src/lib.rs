@@ -1,0 +1,74 @@
+//! The admission webhook: each new Spark executor goes to spot or on-demand at its job's ratio, and
+//! each deleted one leaves the ledger.
+//!
+//! [`server`] and [`tls`] know connections, [`routes`] knows HTTP, [`admit`] is the one place where
+//! a review meets the ledger, [`drivers`] asks the cluster for a job's policy.
+#![deny(missing_docs)]
+
+pub mod admit;
+pub mod arguments;
+pub mod dev;
+pub mod drivers;
+pub mod metrics;
+pub mod routes;
+pub mod server;
+pub mod tls;
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use balancer_runtime::admin::{Admin, Readiness};
+use balancer_runtime::shutdown::Signals;
+
+pub use arguments::Arguments;
+
+/// Runs the webhook until a signal ends it.
+///
+/// Everything that can fail at a start fails here, before the port is bound: settings, certificate,
+/// cluster access. A Redis that is down does not: admissions are then placed without the ledger.
+pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let settings = arguments.settings()?;
+    let _log = balancer_runtime::log::start(settings.telemetry);
+    let mut signals = Signals::catch()?;
+    let metrics = Arc::new(metrics::Metrics::new());
+
+    let certificate = Arc::new(settings.certificate.load()?);
+    let finder = drivers::Finder::new(settings.dev, Arc::clone(&settings.conventions)).await?;
+    let ledger = settings.store.open().await?;
+    let admission = Arc::new(admit::Admission {
+        ledger,
+        drivers: drivers::LookUp::new(finder, settings.look_up_limit),
+        conventions: settings.conventions,
+        defaults: settings.defaults,
+        metrics: Arc::clone(&metrics),
+    });
+
+    let readiness = Readiness::default();
+    let admin = Admin::bind(settings.telemetry.admin_port).await?;
+    let server = server::Server::bind(settings.port, Arc::clone(&certificate))
+        .await
+        .with_context(|| format!("PORT: cannot listen on {}", settings.port))?;
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        address = %server.address(),
+        admin = %admin.address(),
+        store = admission.ledger.name(),
+        "serving"
+    );
+    if settings.dev {
+        dev::greet(server.address());
+    }
+    tokio::spawn(admin.run(Arc::new(metrics.registry(&certificate)), readiness.clone()));
+    tokio::spawn(certificate.keep_fresh());
+    readiness.set(true);
+    let router = routes::Router::new(admission, metrics);
+    let leave = async {
+        let leave = signals.wait().await;
+        tracing::info!("leaving: answering what was begun");
+        readiness.set(false);
+        leave
+    };
+    server.run(router, leave).await;
+    tracing::info!("left");
+    Ok(())
+}

@@ -1,0 +1,385 @@
+//! What the webhook counts. Labels are enums: how many there can be is fixed when it is compiled.
+
+use std::fmt::Write;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use balancer_core::{Capacity, Invalid, Leave};
+use balancer_store::StoreError;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::drivers::Looked;
+use crate::tls::Certificate;
+
+/// An enum whose values are known to metrics and logs by these texts.
+macro_rules! label {
+    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $text:literal,)* }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $name { $($(#[$variant_meta])* $variant,)* }
+
+        impl $name {
+            /// The value in metrics and logs.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $text,)* }
+            }
+        }
+
+        impl EncodeLabelValue for $name {
+            fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+                encoder.write_str(self.as_str())
+            }
+        }
+    };
+}
+
+label! {
+    /// The role of an admitted pod.
+    RoleLabel {
+        /// An executor.
+        Executor = "executor",
+        /// A driver.
+        Driver = "driver",
+        /// Neither, or not told.
+        Other = "other",
+    }
+}
+
+label! {
+    /// What was done to the pod.
+    OperationLabel {
+        /// It was created.
+        Create = "create",
+        /// It was deleted.
+        Delete = "delete",
+        /// Anything else.
+        Other = "other",
+    }
+}
+
+label! {
+    /// What an admission came to.
+    OutcomeLabel {
+        /// The executor was placed.
+        Placed = "placed",
+        /// The executor left the ledger.
+        Released = "released",
+        /// The driver's policy was noted.
+        Learned = "learned",
+        /// Answered without the store.
+        Degraded = "degraded",
+        /// Answered, and nothing written.
+        DryRun = "dry_run",
+        /// Nothing of ours.
+        Left = "left",
+        /// An executor or driver without a job id.
+        NoJob = "no_job",
+    }
+}
+
+label! {
+    /// Who told an executor's capacity.
+    Source {
+        /// The ledger, by the job's ratio.
+        Ledger = "ledger",
+        /// The ledger, which knew the executor.
+        Reused = "reused",
+        /// The closed form, or the pod itself, while the store was down.
+        Degraded = "degraded",
+        /// The pod itself.
+        Pinned = "pinned",
+    }
+}
+
+label! {
+    /// Who told the ratio of a new placement.
+    PolicySource {
+        /// The executor's annotation.
+        Executor = "executor",
+        /// The driver's annotation, by a look-up.
+        Driver = "driver",
+        /// The ledger, which had learnt it.
+        Ledger = "ledger",
+        /// Nobody.
+        Default = "default",
+        /// The driver, wrongly: the default holds.
+        Invalid = "invalid",
+    }
+}
+
+label! {
+    /// A call to the store.
+    StoreCall {
+        /// Decide and enter.
+        Place = "place",
+        /// Decide, for a dry run.
+        Peek = "peek",
+        /// Strike.
+        Release = "release",
+        /// Note a policy.
+        Learn = "learn",
+    }
+}
+
+label! {
+    /// What a look-up of a driver came to.
+    LookUpLabel {
+        /// The driver was found.
+        Found = "found",
+        /// The job has none.
+        NoDriver = "no_driver",
+        /// The Kubernetes API did not tell.
+        Failed = "failed",
+    }
+}
+
+label! {
+    /// Which part of a policy was stated wrongly.
+    InvalidPart {
+        /// The ratio.
+        Ratio = "ratio",
+        /// The on-demand base.
+        Base = "base",
+    }
+}
+
+label! {
+    /// Why a request got no admission.
+    Refusal {
+        /// No such path.
+        Path = "path",
+        /// Another method.
+        Method = "method",
+        /// Another content type.
+        ContentType = "content_type",
+        /// A body over the cap.
+        TooLarge = "too_large",
+        /// A body that did not come in time, or broke off.
+        Body = "body",
+        /// A body that is no AdmissionReview.
+        Review = "review",
+    }
+}
+
+/// The kind of an admission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Admitted {
+    /// Of what.
+    pub role: RoleLabel,
+    /// Doing what.
+    pub operation: OperationLabel,
+    /// With what end.
+    pub outcome: OutcomeLabel,
+}
+
+impl Admitted {
+    /// An admission that is none of ours.
+    pub fn left(leave: Leave) -> Self {
+        let outcome = if leave == Leave::NoJob { OutcomeLabel::NoJob } else { OutcomeLabel::Left };
+        Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Placement {
+    capacity: CapacityLabel,
+    source: Source,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct CapacityLabel(Capacity);
+
+impl EncodeLabelValue for CapacityLabel {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
+        encoder.write_str(self.0.as_str())
+    }
+}
+
+macro_rules! label_sets {
+    ($($name:ident { $key:ident: $value:ty })*) => {
+        $(
+            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+            struct $name { $key: $value }
+        )*
+    };
+}
+
+label_sets! {
+    PolicyLabels { source: PolicySource }
+    StoreLabels { call: StoreCall }
+    StoreErrorLabels { kind: &'static str }
+    LookUpLabels { outcome: LookUpLabel }
+    RefusalLabels { reason: Refusal }
+    InvalidLabels { part: InvalidPart }
+}
+
+/// What is counted.
+#[derive(Debug)]
+pub struct Metrics {
+    admissions: Family<Admitted, Counter>,
+    admission_seconds: Histogram,
+    placements: Family<Placement, Counter>,
+    policies: Family<PolicyLabels, Counter>,
+    store_seconds: Family<StoreLabels, Histogram>,
+    store_errors: Family<StoreErrorLabels, Counter>,
+    look_ups: Family<LookUpLabels, Counter>,
+    refusals: Family<RefusalLabels, Counter>,
+    invalid: Family<InvalidLabels, Counter>,
+    connections: Gauge,
+}
+
+/// From 50 µs, a placement from memory, to 6.5 s, past every budget that is the default.
+fn latency() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 18))
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Metrics {
+    /// All at nought.
+    pub fn new() -> Self {
+        Self {
+            admissions: Family::default(),
+            admission_seconds: latency(),
+            placements: Family::default(),
+            policies: Family::default(),
+            store_seconds: Family::new_with_constructor(latency),
+            store_errors: Family::default(),
+            look_ups: Family::default(),
+            refusals: Family::default(),
+            invalid: Family::default(),
+            connections: Gauge::default(),
+        }
+    }
+
+    /// The registry that `/metrics` shows.
+    pub fn registry(&self, certificate: &Certificate) -> Registry {
+        let Self {
+            admissions,
+            admission_seconds,
+            placements,
+            policies,
+            store_seconds,
+            store_errors,
+            look_ups,
+            refusals,
+            invalid,
+            connections,
+        } = self;
+        let mut registry = Registry::with_prefix("spot_balancer");
+        registry.register("build", "The version that runs", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
+        registry.register("admissions", "Reviews answered", admissions.clone());
+        registry.register_with_unit(
+            "admission",
+            "Time from a review's last byte to its answer",
+            Unit::Seconds,
+            admission_seconds.clone(),
+        );
+        registry.register("placements", "Executors placed, dry runs left out", placements.clone());
+        registry.register("policies", "New placements by the ratio, by who told it", policies.clone());
+        registry.register_with_unit("store", "Time for an answer of the store", Unit::Seconds, store_seconds.clone());
+        registry.register("store_errors", "Calls that the store did not answer", store_errors.clone());
+        registry.register(
+            "driver_look_ups",
+            "Admissions that asked the Kubernetes API for their job's driver, those that shared a look-up included",
+            look_ups.clone(),
+        );
+        registry.register("refused_requests", "Requests that were no admission", refusals.clone());
+        registry.register(
+            "invalid_annotations",
+            "Annotations that could not be read, and were warned of",
+            invalid.clone(),
+        );
+        registry.register("connections", "Connections open", connections.clone());
+        registry.register_with_unit(
+            "certificate_expiry_timestamp",
+            "When the served certificate expires, in Unix time",
+            Unit::Seconds,
+            certificate.expiry(),
+        );
+        registry.register(
+            "certificate_reload_failures",
+            "Changed certificates that could not be used; the one before is served on",
+            certificate.failures(),
+        );
+        registry
+    }
+
+    pub(crate) fn admitted(&self, admitted: Admitted, took: Duration) {
+        self.admissions.get_or_create(&admitted).inc();
+        self.admission_seconds.observe(took.as_secs_f64());
+    }
+
+    /// `policy` is who told the ratio, where one was used.
+    pub(crate) fn placed(&self, capacity: Capacity, source: Source, policy: Option<PolicySource>) {
+        self.placements.get_or_create(&Placement { capacity: CapacityLabel(capacity), source }).inc();
+        if let Some(source) = policy {
+            self.policies.get_or_create(&PolicyLabels { source }).inc();
+        }
+    }
+
+    pub(crate) fn looked_up(&self, looked: &Looked) {
+        let outcome = match looked {
+            Looked::Found { .. } => LookUpLabel::Found,
+            Looked::NoDriver => LookUpLabel::NoDriver,
+            Looked::Failed(_) => LookUpLabel::Failed,
+        };
+        self.look_ups.get_or_create(&LookUpLabels { outcome }).inc();
+    }
+
+    pub(crate) fn invalid(&self, invalid: &Invalid) {
+        let part = match invalid {
+            Invalid::Ratio(_) => InvalidPart::Ratio,
+            Invalid::Base(_) => InvalidPart::Base,
+        };
+        self.invalid.get_or_create(&InvalidLabels { part }).inc();
+    }
+
+    pub(crate) fn refused(&self, reason: Refusal) {
+        self.refusals.get_or_create(&RefusalLabels { reason }).inc();
+    }
+
+    /// Times a call to the store, and counts and logs its error.
+    pub(crate) async fn timed<T>(
+        &self,
+        call: StoreCall,
+        answer: impl Future<Output = Result<T, StoreError>>,
+    ) -> Result<T, StoreError> {
+        let started = Instant::now();
+        let answer = answer.await;
+        self.store_seconds.get_or_create(&StoreLabels { call }).observe(started.elapsed().as_secs_f64());
+        if let Err(error) = &answer {
+            self.store_errors.get_or_create(&StoreErrorLabels { kind: error.kind() }).inc();
+            // The decision's own line tells the operator; this one tells why.
+            tracing::debug!(call = call.as_str(), kind = error.kind(), %error, "the store did not answer");
+        }
+        answer
+    }
+
+    /// Counts a connection until the answer is dropped.
+    pub(crate) fn connected(self: &Arc<Self>) -> Connected {
+        self.connections.inc();
+        Connected(Arc::clone(self))
+    }
+}
+
+/// An open connection.
+#[derive(Debug)]
+pub(crate) struct Connected(Arc<Metrics>);
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        self.0.connections.dec();
+    }
+}
