@@ -1,0 +1,293 @@
+//! What an admission costs over a server that does nothing: CPU per admission and throughput of the
+//! release binary as ratios to `floor`, measured side by side in one run, over HTTP/1.1 and HTTP/2,
+//! with Redis and with memory.
+//!
+//! ```sh
+//! cargo build --release && cargo bench -p balancer-tests --bench floor
+//! ```
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use balancer_tests::certificate::authority;
+use balancer_tests::parts;
+use balancer_tests::port;
+use balancer_tests::process::{Process, scratch_path};
+use balancer_tests::redis::RedisServer;
+use balancer_tests::wait::until_true;
+use http::Request;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::client::conn::{http1, http2};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+
+/// Each server's turn; short enough that a slower minute of the machine hits both.
+const TURN: Duration = Duration::from_secs(2);
+const TURNS: usize = 5;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    /// Eight connections, one request at a time each, as older apiservers do.
+    Http1,
+    /// Two connections of sixteen streams, as newer ones do.
+    Http2,
+}
+
+fn main() -> Result<()> {
+    // `cargo test --benches` asks whether it starts; measuring is for `cargo bench`.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return Ok(());
+    }
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(measure())
+}
+
+async fn measure() -> Result<()> {
+    let redis = RedisServer::start().await?;
+    println!(
+        "{:28} {:>10} {:>10} {:>7} {:>10} {:>10} {:>7} {:>8}",
+        "", "floor µs", "ours µs", "ratio", "floor /s", "ours /s", "ratio", "ours MB"
+    );
+    for store in [Some(&redis), None] {
+        for protocol in [Protocol::Http1, Protocol::Http2] {
+            let (floor, ours) = (Server::floor(store).await?, Server::ours(store).await?);
+            let load = Load::new(protocol)?;
+            load.post_driver(&ours).await?;
+            let mut pairs = Vec::new();
+            for _ in 0..TURNS {
+                pairs.push((load.run(&floor).await?, load.run(&ours).await?));
+            }
+            let middle = |measure: &dyn Fn(&(Turn, Turn)) -> f64| {
+                let mut values: Vec<f64> = pairs.iter().map(measure).collect();
+                values.sort_by(f64::total_cmp);
+                values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+            };
+            println!(
+                "{:28} {:>10.1} {:>10.1} {:>7.2} {:>10.0} {:>10.0} {:>7.2} {:>8.1}",
+                format!(
+                    "{}, {}",
+                    if protocol == Protocol::Http1 { "HTTP/1.1" } else { "HTTP/2" },
+                    if store.is_some() { "Redis" } else { "memory" }
+                ),
+                middle(&|(floor, _)| floor.cpu_us),
+                middle(&|(_, ours)| ours.cpu_us),
+                middle(&|(floor, ours)| ours.cpu_us / floor.cpu_us),
+                middle(&|(floor, _)| floor.per_second),
+                middle(&|(_, ours)| ours.per_second),
+                middle(&|(floor, ours)| ours.per_second / floor.per_second),
+                ours.resident_mb()?,
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What a server did in its turn.
+struct Turn {
+    cpu_us: f64,
+    per_second: f64,
+}
+
+struct Server {
+    process: Process,
+    port: u16,
+}
+
+impl Server {
+    async fn floor(store: Option<&RedisServer>) -> Result<Self> {
+        Self::start(Path::new(env!("CARGO_BIN_EXE_floor")), store).await
+    }
+
+    async fn ours(store: Option<&RedisServer>) -> Result<Self> {
+        Self::start(&parts::program("balancer-webhook")?, store).await
+    }
+
+    async fn start(program: &Path, store: Option<&RedisServer>) -> Result<Self> {
+        let (port, certificate) = (port::free()?, authority()?.issue()?);
+        // Never asked: the driver is learnt before the first executor.
+        let kubeconfig = scratch_path("kubeconfig")?;
+        std::fs::write(
+            &kubeconfig,
+            r#"{"apiVersion":"v1","kind":"Config","current-context":"c","contexts":[{"name":"c","context":{"cluster":"c","user":"u"}}],
+                "clusters":[{"name":"c","cluster":{"server":"http://127.0.0.1:1"}}],"users":[{"name":"u","user":{}}]}"#,
+        )?;
+        let admin_port = port::free()?;
+        let process = Process::start(program, |command| {
+            command
+                .env("PORT", port.to_string())
+                .env("ADMIN_PORT", admin_port.to_string())
+                .env("TLS_CERT_PATH", &certificate.path)
+                .env("TLS_KEY_PATH", &certificate.key_path)
+                .env("KUBECONFIG", &kubeconfig)
+                .env("STORE", if store.is_some() { "redis" } else { "memory" })
+                .envs(store.map(|store| ("REDIS_URL", store.url())));
+        })?;
+        until_true(Duration::from_secs(10), "the server to listen", async || {
+            Ok(TcpStream::connect(("127.0.0.1", port)).await.is_ok())
+        })
+        .await?;
+        Ok(Self { process, port })
+    }
+
+    /// User and system time of the process so far.
+    fn cpu(&self) -> Result<Duration> {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
+        // The name, in brackets, may hold anything.
+        let (_, fields) = stat.rsplit_once(')').context("no process name")?;
+        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+        Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
+    }
+
+    fn resident_mb(&self) -> Result<f64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
+        Ok(kib / 1024.0)
+    }
+}
+
+/// Creations of executors, each with a name of its own, as a real apiserver sends them.
+struct Load {
+    protocol: Protocol,
+    before: Bytes,
+    after: Bytes,
+    driver: Bytes,
+    next: Arc<AtomicU64>,
+}
+
+impl Load {
+    fn new(protocol: Protocol) -> Result<Self> {
+        let executor = strip(include_bytes!("../fixtures/k8s-1.36-spark-3.5-create-executor.json"));
+        let driver = strip(include_bytes!("../fixtures/k8s-1.36-spark-3.5-create-driver.json"));
+        let name = r#""metadata":{"name":""#;
+        let (before, after) = executor.split_once(name).context("the fixture's object has no name")?;
+        let (_, after) = after.split_once('"').context("the name does not end")?;
+        Ok(Self {
+            protocol,
+            before: format!("{before}{name}").into(),
+            after: format!("\"{after}").into(),
+            // Of the executors' job, so that its policy is known.
+            driver: driver.replace("00000003abc", "spark-pi-dd77a5").into(),
+            next: Arc::default(),
+        })
+    }
+
+    fn executor(&self) -> Bytes {
+        let name = format!("spark-pi-dd77a5-exec-{}", self.next.fetch_add(1, Ordering::Relaxed));
+        [&self.before[..], name.as_bytes(), &self.after[..]].concat().into()
+    }
+
+    async fn post_driver(&self, server: &Server) -> Result<()> {
+        let mut sender = Sender::connect(server.port, self.protocol).await?;
+        sender.post(server.port, self.driver.clone()).await
+    }
+
+    /// Loads the server for its turn.
+    async fn run(&self, server: &Server) -> Result<Turn> {
+        let mut senders = Vec::new();
+        match self.protocol {
+            Protocol::Http1 => {
+                for _ in 0..8 {
+                    senders.push(Sender::connect(server.port, self.protocol).await?);
+                }
+            }
+            Protocol::Http2 => {
+                for _ in 0..2 {
+                    let Sender::Http2(sender) = Sender::connect(server.port, self.protocol).await? else { continue };
+                    senders.extend((0..16).map(|_| Sender::Http2(sender.clone())));
+                }
+            }
+        }
+        let (started, cpu) = (Instant::now(), server.cpu()?);
+        let posting = senders.into_iter().map(|mut sender| async move {
+            let mut posted = 0u64;
+            while started.elapsed() < TURN {
+                sender.post(server.port, self.executor()).await?;
+                posted += 1;
+            }
+            Ok::<_, anyhow::Error>(posted)
+        });
+        let posted: u64 = futures::future::try_join_all(posting).await?.into_iter().sum();
+        let (took, cpu) = (started.elapsed(), server.cpu()?.saturating_sub(cpu));
+        #[expect(clippy::cast_precision_loss, reason = "some ten thousands")]
+        let posted = posted as f64;
+        Ok(Turn { cpu_us: cpu.as_secs_f64() * 1e6 / posted, per_second: posted / took.as_secs_f64() })
+    }
+}
+
+/// A JSON text without the white space between its tokens; the order of keys stays.
+fn strip(bytes: &[u8]) -> String {
+    let (mut in_string, mut escaped) = (false, false);
+    let kept = bytes.iter().copied().filter(|&byte| {
+        let keep = in_string || !byte.is_ascii_whitespace();
+        if byte == b'"' && !escaped {
+            in_string = !in_string;
+        }
+        escaped = in_string && byte == b'\\' && !escaped;
+        keep
+    });
+    String::from_utf8_lossy(&kept.collect::<Vec<u8>>()).into_owned()
+}
+
+enum Sender {
+    Http1(http1::SendRequest<Full<Bytes>>),
+    Http2(http2::SendRequest<Full<Bytes>>),
+}
+
+impl Sender {
+    async fn connect(port: u16, protocol: Protocol) -> Result<Self> {
+        let stream = tls(port, if protocol == Protocol::Http1 { b"http/1.1" } else { b"h2" }).await?;
+        let io = TokioIo::new(stream);
+        Ok(match protocol {
+            Protocol::Http1 => {
+                let (sender, connection) = http1::handshake(io).await?;
+                tokio::spawn(connection);
+                Self::Http1(sender)
+            }
+            Protocol::Http2 => {
+                let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
+                tokio::spawn(connection);
+                Self::Http2(sender)
+            }
+        })
+    }
+
+    async fn post(&mut self, port: u16, body: Bytes) -> Result<()> {
+        let request = Request::post(format!("https://127.0.0.1:{port}/mutate?timeout=10s"))
+            .header("host", "127.0.0.1")
+            .header("content-type", "application/json")
+            .header("user-agent", "kube-apiserver-admission")
+            .body(Full::new(body))?;
+        let answer = match self {
+            Self::Http1(sender) => {
+                sender.ready().await?;
+                sender.send_request(request).await?
+            }
+            Self::Http2(sender) => sender.send_request(request).await?,
+        };
+        let status = answer.status();
+        answer.into_body().collect().await?;
+        ensure!(status == 200, "answered {status}");
+        Ok(())
+    }
+}
+
+async fn tls(port: u16, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from(authority()?.der.clone()))?;
+    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = vec![protocol.to_vec()];
+    let stream = TcpStream::connect(("127.0.0.1", port)).await?;
+    stream.set_nodelay(true)?;
+    Ok(TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost")?, stream).await?)
+}

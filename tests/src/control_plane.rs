@@ -1,0 +1,255 @@
+//! A Kubernetes control plane of a test's own: etcd, kube-apiserver and, where asked for, the scheduler
+//! and the controller manager. There are no machines; [`nodes`](crate::nodes) and
+//! [`kubelet`](crate::kubelet) stand in for them.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::authentication::v1::TokenRequest;
+use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
+use kube::Client;
+use kube::api::{Api, PostParams};
+use serde_json::json;
+use tokio::sync::OnceCell;
+
+use crate::certificate::{ServerCertificate, authority};
+use crate::endpoint::{self, http, https};
+use crate::metrics::Metrics;
+use crate::parts::program;
+use crate::port;
+use crate::process::{Process, scratch_path};
+
+/// Two seconds on an idle machine, many more on a busy one.
+const START: Duration = Duration::from_secs(60);
+const ADMIN_TOKEN: &str = "admin-token";
+
+/// Which programs run besides etcd and the apiserver.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// kube-scheduler: binds pods to nodes.
+    pub scheduler: bool,
+    /// kube-controller-manager, less its node lifecycle controller, which would evict from nodes
+    /// that no kubelet reports on: collects pods whose owner is gone, ends namespaces, counts quotas.
+    pub controller_manager: bool,
+}
+
+/// A running control plane. Dropping it kills it.
+///
+/// RBAC authorizes; [`client`](Self::client) and [`kubeconfig`](Self::kubeconfig) are the
+/// administrator's. Pods need no ServiceAccount and new nodes get no taint: those two admission
+/// plugins are off.
+#[derive(Debug)]
+pub struct ControlPlane {
+    // Dropped, and so ended, in this order.
+    controllers: Vec<Process>,
+    apiserver: Option<Process>,
+    _etcd: Process,
+    port: u16,
+    etcd_port: u16,
+    certificate: ServerCertificate,
+    /// Holds the token file and the keys of the service accounts.
+    folder: PathBuf,
+    kubeconfig: PathBuf,
+}
+
+impl ControlPlane {
+    /// The control plane that all tests of this test process share, with a scheduler where one is
+    /// installed. It ends with the process. Tests keep apart by [`namespace`](Self::namespace).
+    pub async fn shared() -> Result<&'static Self> {
+        static SHARED: OnceCell<ControlPlane> = OnceCell::const_new();
+        let options = Options { scheduler: program("kube-scheduler").is_ok(), controller_manager: false };
+        SHARED.get_or_try_init(|| Self::start(options)).await
+    }
+
+    /// Starts a control plane and waits until it is ready.
+    pub async fn start(options: Options) -> Result<Self> {
+        let folder = scratch_path("control-plane")?;
+        std::fs::create_dir(&folder)?;
+        let tokens = format!("{ADMIN_TOKEN},admin,admin,system:masters\n");
+        std::fs::write(folder.join("tokens"), tokens)?;
+        let key = rcgen::KeyPair::generate()?;
+        std::fs::write(folder.join("accounts.key"), key.serialize_pem())?;
+        std::fs::write(folder.join("accounts.pub"), key.public_key_pem())?;
+
+        let (port, etcd_port) = (port::free()?, port::free()?);
+        let mut plane = Self {
+            controllers: Vec::new(),
+            apiserver: None,
+            _etcd: start_etcd(etcd_port).await?,
+            port,
+            etcd_port,
+            certificate: authority()?.issue()?,
+            folder,
+            kubeconfig: write_kubeconfig(port, ADMIN_TOKEN)?,
+        };
+        plane.start_apiserver().await?;
+        if options.scheduler {
+            plane.start_controller("kube-scheduler", &[]).await?;
+        }
+        if options.controller_manager {
+            let settings = [
+                "--controllers=*,-nodelifecycle".to_owned(),
+                format!("--service-account-private-key-file={}", plane.file("accounts.key")),
+                format!("--root-ca-file={}", authority()?.path.display()),
+            ];
+            plane.start_controller("kube-controller-manager", &settings).await?;
+        }
+        Ok(plane)
+    }
+
+    /// Starts the apiserver, on the same port as ever and with what etcd holds.
+    pub async fn start_apiserver(&mut self) -> Result<()> {
+        let mut apiserver = Process::start(&program("kube-apiserver")?, |command| {
+            command.args([
+                "--bind-address=127.0.0.1",
+                "--advertise-address=127.0.0.1",
+                "--endpoint-reconciler-type=none",
+                "--service-cluster-ip-range=10.0.0.0/24",
+                "--authorization-mode=RBAC",
+                "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
+                "--service-account-issuer=https://kubernetes.default.svc",
+            ]);
+            command.args(tls_arguments(&self.certificate)).args([
+                format!("--secure-port={}", self.port),
+                format!("--etcd-servers={}", http(self.etcd_port)),
+                format!("--cert-dir={}", self.folder.display()),
+                format!("--token-auth-file={}", self.file("tokens")),
+                format!("--service-account-key-file={}", self.file("accounts.pub")),
+                format!("--service-account-signing-key-file={}", self.file("accounts.key")),
+            ]);
+        })?;
+        apiserver.until_ok(START, &self.client()?, "/readyz").await?;
+        self.apiserver = Some(apiserver);
+        Ok(())
+    }
+
+    /// Ends the apiserver at once: an outage of the API. What it wrote stays in etcd.
+    pub fn stop_apiserver(&mut self) {
+        self.apiserver = None;
+    }
+
+    /// The shortest outage of the API.
+    pub async fn restart_apiserver(&mut self) -> Result<()> {
+        self.stop_apiserver();
+        self.start_apiserver().await
+    }
+
+    /// Makes the cluster forget its past: a watch from an older resourceVersion gets `410 Gone`.
+    /// That takes an outage, since the apiserver remembers the latest changes by itself.
+    pub async fn compact(&mut self) -> Result<()> {
+        let etcd = endpoint::client(&http(self.etcd_port))?;
+        self.stop_apiserver();
+        // Any key will do, the answer's header tells the revision.
+        let now = endpoint::post(&etcd, "/v3/kv/range", &json!({"key": "AA=="})).await?;
+        let request = json!({"revision": now.json()?["header"]["revision"], "physical": true});
+        let done = endpoint::post(&etcd, "/v3/kv/compaction", &request).await?;
+        ensure!(done.status == 200, "etcd does not compact: {}", done.text);
+        self.start_apiserver().await
+    }
+
+    /// A new client of the administrator's.
+    pub fn client(&self) -> Result<Client> {
+        endpoint::client_with_token(&https(self.port), Some(ADMIN_TOKEN))
+    }
+
+    /// The administrator's kubeconfig, for child processes.
+    pub fn kubeconfig(&self) -> &Path {
+        &self.kubeconfig
+    }
+
+    /// The apiserver's own metrics.
+    pub async fn metrics(&self) -> Result<Metrics> {
+        Metrics::of(&self.client()?).await
+    }
+
+    /// Makes a namespace that no other test has, labelled `kubernetes.io/metadata.name` as newer
+    /// apiservers do by themselves.
+    pub async fn namespace(&self, purpose: &str) -> Result<String> {
+        static COUNT: AtomicU32 = AtomicU32::new(1);
+        let name = format!("{purpose}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
+        let namespace: Namespace = serde_json::from_value(json!({
+            "metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}},
+        }))?;
+        let namespaces = Api::all(self.client()?);
+        namespaces.create(&PostParams::default(), &namespace).await?;
+        Ok(name)
+    }
+
+    /// Makes a ServiceAccount, and the kubeconfig of a program that runs as it. It may do nothing
+    /// until the test binds a role to it.
+    pub async fn service_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let accounts = Api::<ServiceAccount>::namespaced(self.client()?, namespace);
+        let account = serde_json::from_value(json!({"metadata": {"name": name}}))?;
+        let params = PostParams::default();
+        accounts.create(&params, &account).await?;
+        let answer = accounts.create_token_request(name, &params, &TokenRequest::default()).await?;
+        let token = answer.status.context("the TokenRequest has no status")?.token;
+        write_kubeconfig(self.port, &token)
+    }
+
+    async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
+        // Before 1.23 they serve plain HTTP too, on a port for all, unless told not to.
+        let version = self.client()?.apiserver_version().await?;
+        let old = version.minor.trim_end_matches('+').parse::<u32>()? < 23;
+        let port = port::free()?;
+        let mut controller = Process::start(&program(name)?, |command| {
+            command
+                .args(["--leader-elect=false", "--bind-address=127.0.0.1"])
+                .arg(format!("--secure-port={port}"))
+                .arg(format!("--kubeconfig={}", self.kubeconfig.display()))
+                .args(tls_arguments(&self.certificate))
+                .args(old.then_some("--port=0"))
+                .args(settings);
+        })?;
+        let client = endpoint::client(&https(port))?;
+        controller.until_ok(START, &client, "/healthz").await?;
+        self.controllers.push(controller);
+        Ok(())
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+}
+
+async fn start_etcd(port: u16) -> Result<Process> {
+    let data = scratch_path("etcd")?;
+    let (url, peer_url) = (http(port), http(port::free()?));
+    let mut etcd = Process::start(&program("etcd")?, |command| {
+        command.arg("--data-dir").arg(data).args([
+            format!("--listen-client-urls={url}"),
+            format!("--advertise-client-urls={url}"),
+            format!("--listen-peer-urls={peer_url}"),
+            format!("--initial-advertise-peer-urls={peer_url}"),
+            format!("--initial-cluster=default={peer_url}"),
+        ]);
+    })?;
+    etcd.until_ok(START, &endpoint::client(&url)?, "/health").await?;
+    Ok(etcd)
+}
+
+fn tls_arguments(certificate: &ServerCertificate) -> [String; 2] {
+    [
+        format!("--tls-cert-file={}", certificate.path.display()),
+        format!("--tls-private-key-file={}", certificate.key_path.display()),
+    ]
+}
+
+/// A kubeconfig for an apiserver on this machine.
+pub(crate) fn write_kubeconfig(port: u16, token: &str) -> Result<PathBuf> {
+    let path = scratch_path("kubeconfig")?;
+    let cluster = json!({"server": https(port), "certificate-authority": authority()?.path});
+    // JSON is YAML too.
+    let kubeconfig = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "tests", "cluster": cluster}],
+        "users": [{"name": "user", "user": {"token": token}}],
+        "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": "user"}}],
+        "current-context": "tests",
+    });
+    std::fs::write(&path, kubeconfig.to_string())?;
+    Ok(path)
+}

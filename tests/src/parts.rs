@@ -1,0 +1,136 @@
+//! Finds the real parts, and tells a test whether it can run.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result, bail, ensure};
+
+/// A real part that a test may need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// redis-server.
+    Redis,
+    /// etcd and kube-apiserver.
+    ControlPlane,
+    /// kube-scheduler.
+    Scheduler,
+    /// kube-controller-manager.
+    ControllerManager,
+    /// The release binary of the webhook.
+    Webhook,
+    /// The release binary of the reconciler.
+    Reconciler,
+}
+
+impl Part {
+    fn programs(self) -> &'static [&'static str] {
+        match self {
+            Self::Redis => &["redis-server"],
+            Self::ControlPlane => &["etcd", "kube-apiserver"],
+            Self::Scheduler => &["kube-scheduler"],
+            Self::ControllerManager => &["kube-controller-manager"],
+            Self::Webhook => &["balancer-webhook"],
+            Self::Reconciler => &["balancer-reconcile"],
+        }
+    }
+}
+
+/// Ends the test on its first line where a part that it needs is missing.
+///
+/// With `CI` or `SPOT_BALANCER_REQUIRE_PARTS=1` set the test fails. Otherwise it says on the real
+/// standard error, which the test runner does not capture, that it was left out, and returns `Ok`.
+///
+/// ```no_run
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> anyhow::Result<()> {
+/// balancer_tests::need!(Redis, ControlPlane, Webhook);
+/// # Ok(()) }
+/// ```
+#[macro_export]
+macro_rules! need {
+    ($($part:ident),+ $(,)?) => {
+        if !$crate::parts::present(&[$($crate::parts::Part::$part),+])? {
+            return Ok(());
+        }
+    };
+}
+
+/// What [`need!`] asks: whether all the parts are there, or an error where they have to be.
+pub fn present(parts: &[Part]) -> Result<bool> {
+    let programs = parts.iter().flat_map(|part| part.programs());
+    let Some(missing) = programs.map(|name| program(name)).find_map(Result::err) else {
+        return Ok(true);
+    };
+    let set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    if set("CI") || set("SPOT_BALANCER_REQUIRE_PARTS") {
+        return Err(missing.context("a real part is missing, and this run may leave nothing out"));
+    }
+    let thread = std::thread::current();
+    let test = thread.name().unwrap_or("a test");
+    writeln!(std::io::stderr(), "LEFT OUT: {test} ({missing:#})")?;
+    Ok(false)
+}
+
+/// The path of one of the programs that the parts consist of; the error says how to get it.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let path = match name {
+        "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
+        "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
+        _ => assets()?.join(name),
+    };
+    ensure!(path.is_file(), "{} is missing; run tests/install", path.display());
+    Ok(path)
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
+}
+
+/// `KUBEBUILDER_ASSETS`, or else the cache folder that `tests/install` fills.
+fn assets() -> Result<PathBuf> {
+    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    if let Some(assets) = folder("KUBEBUILDER_ASSETS") {
+        return Ok(assets);
+    }
+    folder("SPOT_BALANCER_CACHE")
+        .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("spot-balancer")))
+        .or_else(|| Some(folder("HOME")?.join(".cache/spot-balancer")))
+        .map(|cache| cache.join("control-plane-1.20.2"))
+        .context("no KUBEBUILDER_ASSETS and no HOME; run tests/install")
+}
+
+/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from the release folder beside this test's own
+/// target folder.
+fn release_binary(name: &str) -> Result<PathBuf> {
+    if let Some(folder) = std::env::var_os("SPOT_BALANCER_BINARIES") {
+        let binary = Path::new(&folder).join(name);
+        ensure!(binary.is_file(), "{} is missing, though SPOT_BALANCER_BINARIES names its folder", binary.display());
+        return Ok(binary);
+    }
+    // target/<profile>/deps/<test>
+    let this = std::env::current_exe()?;
+    let target = this.ancestors().nth(3).context("this test runs from no target folder")?;
+    let binary = target.join("release").join(name);
+    let build = "run cargo build --release --workspace";
+    ensure!(binary.is_file(), "{} is missing; {build}", binary.display());
+    if let Some(source) = newer_source(&binary)? {
+        bail!("{} is older than {source}; {build}", binary.display());
+    }
+    Ok(binary)
+}
+
+/// A source file that changed after the binary was built, by the list that cargo leaves beside it:
+/// testing yesterday's binary would prove nothing about today's source.
+fn newer_source(binary: &Path) -> Result<Option<String>> {
+    let modified = |path: &Path| -> Result<SystemTime> { Ok(path.metadata()?.modified()?) };
+    let built = modified(binary)?;
+    let list = std::fs::read_to_string(binary.with_extension("d"))?;
+    let (_, sources) = list.split_once(':').context("cargo's .d file names no sources")?;
+    // In the list a backslash keeps a space inside a name.
+    let sources = sources.replace("\\ ", "\0");
+    Ok(sources
+        .split_whitespace()
+        .map(|source| source.replace('\0', " "))
+        .find(|source| modified(Path::new(source)).is_ok_and(|changed| changed > built)))
+}

@@ -1,0 +1,448 @@
+//! Everything around the release binary breaks, one thing after another: the store, the process
+//! itself, its certificate. No admission may fail of it.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use balancer_tests::certificate::{ServerCertificate, authority};
+use balancer_tests::need;
+use balancer_tests::pods::executor;
+use balancer_tests::process::{Signal, scratch_path};
+use balancer_tests::raw::{Connection, Protocol, Unanswered};
+use balancer_tests::redis::RedisServer;
+use balancer_tests::reviews::{creation, patch};
+use balancer_tests::scenario::{Scenario, placed};
+use balancer_tests::steady::Steady;
+use balancer_tests::wait::until_true;
+use balancer_tests::webhook::{Webhook, WebhookOptions};
+use futures::future::try_join_all;
+use futures::{StreamExt, TryStreamExt};
+use kube::Client;
+use tokio::sync::RwLock;
+
+/// Held by one while it loads the machine, and shared by those that measure time.
+static MACHINE: RwLock<()> = RwLock::const_new(());
+const SOON: Duration = Duration::from_secs(30);
+/// What an admission may take at most, by the webhook's own setting.
+const BUDGET: Duration = Duration::from_secs(5);
+/// The store's time-out of half a second and slack for a busy machine, as a bucket of the webhook's
+/// histogram: a creation takes what the apiserver and etcd take besides.
+const STORE_LIMIT: &str = "1.6384";
+/// The grace that a cluster gives a pod to end.
+const GRACE: Duration = Duration::from_secs(30);
+/// From a changed certificate file to the first connection that gets it.
+const RELOAD: Duration = Duration::from_secs(10);
+
+fn strict() -> WebhookOptions {
+    WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
+}
+
+/// Makes an executor through the apiserver and answers how long that took; fails where it was not
+/// placed.
+async fn create(client: &Client, namespace: &str, job: &str, id: u32) -> Result<Duration> {
+    let begun = Instant::now();
+    placed(&executor(job, id).post(client, namespace).await?.pod()?)?;
+    Ok(begun.elapsed())
+}
+
+/// Makes executors until the ledger places them again, and fails where it does not soon.
+async fn until_placed_by_the_ledger(scenario: &Scenario, job: &str, ids: &mut impl Iterator<Item = u32>) -> Result<()> {
+    let source = [("source", "ledger")];
+    until_true(SOON, "the ledger to place again", async || {
+        let before = scenario.metric("spot_balancer_placements_total", &source).await?;
+        scenario.executor(job, ids.next().context("no more ids")?).await?;
+        Ok(scenario.metric("spot_balancer_placements_total", &source).await? > before)
+    })
+    .await
+}
+
+/// Fails unless every admission so far was answered within the store's time-out and slack.
+async fn ensure_admissions_were_quick(scenario: &Scenario) -> Result<()> {
+    let count = scenario.metric("spot_balancer_admission_seconds_count", &[]).await?;
+    let quick = scenario.metric("spot_balancer_admission_seconds_bucket", &[("le", STORE_LIMIT)]).await?;
+    ensure!(count >= 100.0 && quick == count, "of {count} admissions {quick} took {STORE_LIMIT} s or less");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_and_keeps_the_ratio() -> Result<()> {
+    need!(Redis, ControlPlane, Webhook);
+    let _measuring = MACHINE.read().await;
+    let mut scenario = Scenario::start("store-lost", 1, strict()).await?;
+    for job in ["calm", "crowd"] {
+        scenario.driver(job, "0.7").await?;
+    }
+    let (client, namespace, redis) = (&scenario.client, &scenario.namespace, &mut scenario.redis);
+    let made = AtomicU32::new(0);
+    let make = async |job: &'static str, id: u32| {
+        let took = create(client, namespace, job, id).await?;
+        made.fetch_add(1, Ordering::Relaxed);
+        Ok::<_, anyhow::Error>(took)
+    };
+    // One after the other, so that what is decided alone is one run of numbers, and the job's
+    // distance from its ratio the sum of three that are each less than one.
+    let calm = futures::stream::iter(1..=200).then(async |id| make("calm", id).await).try_collect::<Vec<_>>();
+    // All at once, so that the store is lost on the way.
+    let crowd = futures::stream::iter(1..=200)
+        .map(async |id| make("crowd", id).await)
+        .buffer_unordered(8)
+        .try_collect::<Vec<_>>();
+    let store = async {
+        let made_so_many =
+            async |count| until_true(SOON, "creations", async || Ok(made.load(Ordering::Relaxed) >= count)).await;
+        made_so_many(130).await?;
+        redis.stop();
+        made_so_many(260).await?;
+        redis.start_again_empty().await
+    };
+    let (calm, crowd, ()) = tokio::try_join!(calm, crowd, store)?;
+    let slowest = calm.into_iter().chain(crowd).max().unwrap_or_default();
+    ensure!(slowest < BUDGET, "a creation took {slowest:?}");
+    ensure_admissions_were_quick(&scenario).await?;
+    scenario.counts("calm").await?.ensure_near(0.7, 2.0)?;
+
+    let degraded = [("source", "degraded")];
+    let alone = scenario.metric("spot_balancer_placements_total", &degraded).await?;
+    let errors = scenario.metric("spot_balancer_store_errors_total", &[("kind", "no_connection")]).await?;
+    ensure!(alone >= 10.0 && errors >= 10.0, "{alone} were placed without the store, after {errors} errors");
+    let log = scenario.webhooks[0].process().log()?;
+    assert!(log.contains("placed without the store"), "{log}");
+
+    let mut ids = 201..;
+    until_placed_by_the_ledger(&scenario, "calm", &mut ids).await?;
+    let alone = scenario.metric("spot_balancer_placements_total", &degraded).await?;
+    scenario.executors("calm", ids.by_ref().take(20), 4).await?;
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &degraded).await?, alone);
+    scenario.counts("calm").await?.ensure_near(0.7, 2.0)
+}
+
+#[tokio::test]
+async fn a_store_that_hangs_delays_a_creation_by_its_time_out_and_no_more() -> Result<()> {
+    need!(Redis, ControlPlane, Webhook);
+    let _measuring = MACHINE.read().await;
+    let scenario = Scenario::start("store-hangs", 1, strict()).await?;
+    scenario.driver("hung", "0.7").await?;
+    scenario.executors("hung", 1..=20, 4).await?;
+    scenario.redis.freeze()?;
+    let took: Vec<Duration> = futures::stream::iter(21..=120)
+        .map(async |id| create(&scenario.client, &scenario.namespace, "hung", id).await)
+        .buffer_unordered(8)
+        .try_collect()
+        .await?;
+    let slowest = took.iter().max().copied().unwrap_or_default();
+    ensure!(slowest >= Duration::from_millis(500), "the store did not hang: the slowest took {slowest:?}");
+    ensure!(slowest < BUDGET, "a creation took {slowest:?}");
+    ensure_admissions_were_quick(&scenario).await?;
+    // Once it is known, nobody waits for it: what is not there costs nothing.
+    let waited = took.iter().filter(|took| **took >= Duration::from_millis(450)).count();
+    ensure!(waited < 50, "{waited} of {} creations waited for a store that was known to hang", took.len());
+    let degraded = [("source", "degraded")];
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &degraded).await?, 100.0);
+    ensure!(scenario.metric("spot_balancer_store_errors_total", &[("kind", "timed_out")]).await? >= 1.0);
+
+    scenario.redis.thaw()?;
+    let mut ids = 121..;
+    until_placed_by_the_ledger(&scenario, "hung", &mut ids).await?;
+    let alone = scenario.metric("spot_balancer_placements_total", &degraded).await?;
+    scenario.executors("hung", ids.by_ref().take(20), 4).await?;
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &degraded).await?, alone);
+    scenario.counts("hung").await?.ensure_near(0.7, 3.0)
+}
+
+#[tokio::test]
+async fn a_webhook_that_starts_before_its_store_is_ready_answers_and_finds_it_later() -> Result<()> {
+    need!(Redis, Webhook);
+    let mut redis = RedisServer::start().await?;
+    redis.stop();
+    // It starts, so it is ready.
+    let webhook = Webhook::start(strict().redis(&redis)?.without_cluster()?).await?;
+    let mut connection = Connection::open(webhook.port, Protocol::Http1).await?;
+    let mut post = async |id| {
+        let review = creation("early", id)?;
+        let answer = connection.post("/mutate?timeout=10s", &review).await?;
+        ensure!(!patch(&review, &answer)?.is_empty(), "not placed: {answer:?}");
+        Ok(())
+    };
+    let placements = async |source| {
+        let metrics = webhook.metrics().await?;
+        Ok::<_, anyhow::Error>(metrics.sum("spot_balancer_placements_total", &[("source", source)]).unwrap_or(0.0))
+    };
+    for id in 1..=10 {
+        post(id).await?;
+    }
+    assert_eq!((placements("degraded").await?, placements("ledger").await?), (10.0, 0.0));
+    redis.start_again_empty().await?;
+    let mut id = 10;
+    until_true(SOON, "the webhook to find its store", async || {
+        id += 1;
+        post(id).await?;
+        Ok(placements("ledger").await? > 0.0)
+    })
+    .await?;
+    Ok(())
+}
+
+/// What one client got done.
+#[derive(Debug, Default)]
+struct Done {
+    /// Answered before the server was told to end.
+    before: u64,
+    /// Answered since.
+    after: u64,
+    connections: u64,
+}
+
+/// Posts creations without a pause over one connection after the other, `streams` at a time, until
+/// the server takes no more connections. An answer that is lost is an error.
+async fn post_until_refused(
+    port: u16,
+    protocol: Protocol,
+    streams: usize,
+    next: &AtomicU64,
+    leaving: &AtomicBool,
+) -> Result<Done> {
+    let mut done = Done::default();
+    loop {
+        let connection = match Connection::open(port, protocol).await {
+            Ok(connection) => connection,
+            Err(_) if leaving.load(Ordering::SeqCst) => return Ok(done),
+            Err(error) => return Err(error.context("a connection was refused too early")),
+        };
+        done.connections += 1;
+        let mut handles = Vec::new();
+        handles.extend((1..streams).filter_map(|_| connection.another_stream()));
+        handles.push(connection);
+        let posting = handles.into_iter().map(async |mut connection| {
+            let (mut before, mut after) = (0, 0);
+            loop {
+                let review = creation("leaving", next.fetch_add(1, Ordering::Relaxed))?;
+                match connection.post("/mutate?timeout=10s", &review).await {
+                    Ok(answer) => {
+                        ensure!(!patch(&review, &answer)?.is_empty(), "not placed: {answer:?}");
+                        *if leaving.load(Ordering::SeqCst) { &mut after } else { &mut before } += 1;
+                    }
+                    Err(Unanswered::Refused(_)) => return Ok((before, after)),
+                    Err(lost) => bail!("{protocol:?}: {lost}"),
+                }
+            }
+        });
+        for (before, after) in try_join_all(posting).await? {
+            done.before += before;
+            done.after += after;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_webhook_that_is_told_to_end_under_load_loses_no_answer() -> Result<()> {
+    need!(Webhook);
+    let _loading = MACHINE.write().await;
+    let mut webhook = Webhook::start(strict().without_cluster()?.env("LOG_LEVEL", "WARNING")).await?;
+    let (port, next, leaving) = (webhook.port, AtomicU64::new(0), AtomicBool::new(false));
+    let clients = (0..8).map(|_| (Protocol::Http1, 1)).chain((0..2).map(|_| (Protocol::Http2, 6)));
+    let posting =
+        try_join_all(clients.map(|(protocol, streams)| post_until_refused(port, protocol, streams, &next, &leaving)));
+    let ending = async {
+        until_true(SOON, "the load to be there", async || Ok(next.load(Ordering::Relaxed) > 1000)).await?;
+        leaving.store(true, Ordering::SeqCst);
+        webhook.terminate(GRACE).await
+    };
+    let (done, status) = tokio::try_join!(posting, ending)?;
+    ensure!(status.success(), "it ended with {status}");
+    for (client, done) in done.iter().enumerate() {
+        ensure!(done.before > 0 && done.after > 0 && done.connections > 1, "client {client}: {done:?}");
+    }
+    let log = webhook.process().log()?;
+    ensure!(!log.contains("did not finish in time") && !log.contains("a bug"), "{log}");
+    Ok(())
+}
+
+/// Its first request may have been on the way when the webhook stopped waiting for more.
+#[tokio::test]
+async fn a_connection_made_just_before_the_port_closes_gets_its_first_answer() -> Result<()> {
+    need!(Webhook);
+    let _measuring = MACHINE.read().await;
+    for protocol in [Protocol::Http1, Protocol::Http2] {
+        let mut webhook = Webhook::start(strict().without_cluster()?).await?;
+        webhook.process().signal(Signal::TERM)?;
+        let (mut last, begun) = (None, Instant::now());
+        while let Ok(connection) = Connection::open(webhook.port, protocol).await {
+            ensure!(begun.elapsed() < GRACE, "the port is still open");
+            last = Some(connection);
+        }
+        let review = creation("last", 1)?;
+        let answer = last.context("no connection was taken")?.post("/mutate?timeout=10s", &review).await?;
+        ensure!(!patch(&review, &answer)?.is_empty(), "not placed: {answer:?}");
+        let status = webhook.terminate(GRACE).await?;
+        ensure!(status.success(), "it ended with {status}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn one_of_two_webhooks_ends_under_load_and_the_apiserver_does_not_notice() -> Result<()> {
+    need!(Redis, ControlPlane, Webhook);
+    let _loading = MACHINE.write().await;
+    let mut scenario = Scenario::start("one-ends", 2, strict()).await?;
+    scenario.driver("busy", "0.7").await?;
+    let mut leaver = scenario.webhooks.remove(0);
+    let (made, ended) = (AtomicU32::new(0), AtomicBool::new(false));
+    let make = async |id| {
+        scenario.executor("busy", id).await?;
+        made.fetch_add(1, Ordering::Relaxed);
+        Ok::<_, anyhow::Error>(())
+    };
+    let creating = async {
+        futures::stream::iter(1..=150).map(async |id| make(id).await).buffer_unordered(16).try_collect::<()>().await?;
+        // It serves on for some seconds: until it has gone and past that.
+        let mut left = 20;
+        for id in 151.. {
+            make(id).await?;
+            left -= u32::from(ended.load(Ordering::Relaxed));
+            if left == 0 {
+                break;
+            }
+        }
+        Ok(())
+    };
+    let ending = async {
+        until_true(SOON, "creations", async || Ok(made.load(Ordering::Relaxed) >= 50)).await?;
+        let served = leaver.metrics().await?.sum("spot_balancer_placements_total", &[]);
+        ensure!(served > Some(0.0), "the one that ends had nothing to do");
+        let status = leaver.terminate(GRACE).await?;
+        ended.store(true, Ordering::Relaxed);
+        ensure!(status.success(), "it ended with {status}");
+        Ok(())
+    };
+    tokio::try_join!(creating, ending)?;
+    scenario.ensure_ledger_is_true("busy").await?.ensure_near(0.7, 1.0)
+}
+
+/// Posts admissions all the while that `change` puts another certificate in place, and waits until it
+/// is served.
+async fn ensure_rotated(
+    webhook: &Webhook,
+    served: &ServerCertificate,
+    change: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let before = served.der()?;
+    let shown =
+        async || Ok::<_, anyhow::Error>(Connection::open(webhook.port, Protocol::Http1).await?.certificate().to_vec());
+    ensure!(shown().await? == before, "another certificate is served from the start");
+    let beside = [Protocol::Http1, Protocol::Http2]
+        .map(|protocol| Steady::start(webhook.port, protocol, Duration::from_millis(20)));
+    change()?;
+    let after = served.der()?;
+    ensure!(after != before, "the certificate was not changed");
+    until_true(RELOAD, "the new certificate to be served", async || Ok(shown().await? == after)).await?;
+    for beside in beside {
+        let beside = beside.stop().await?;
+        ensure!(beside.count > 10, "{beside:?}");
+    }
+    Ok(())
+}
+
+async fn expiry(webhook: &Webhook) -> Result<f64> {
+    webhook
+        .metrics()
+        .await?
+        .sum("spot_balancer_certificate_expiry_timestamp_seconds", &[])
+        .context("no expiry is shown")
+}
+
+/// The first second of 2031, in Unix time.
+const YEAR_2031: f64 = 1_924_992_000.0;
+
+#[tokio::test]
+async fn a_certificate_renewed_in_its_files_is_served_without_a_failed_admission() -> Result<()> {
+    need!(Webhook);
+    let webhook = Webhook::start(strict().without_cluster()?).await?;
+    ensure!(expiry(&webhook).await? > YEAR_2031);
+    ensure_rotated(&webhook, &webhook.certificate, || authority()?.renew_until(&webhook.certificate, 2031)).await?;
+    assert_eq!(expiry(&webhook).await?, YEAR_2031);
+    Ok(())
+}
+
+/// Mounted as a kubelet mounts a Secret: `tls.crt` → `..data/tls.crt`, `..data` → a folder of its own.
+struct Mounted {
+    files: ServerCertificate,
+    folder: std::path::PathBuf,
+}
+
+impl Mounted {
+    fn new() -> Result<Self> {
+        let folder = scratch_path("secret")?;
+        std::fs::create_dir(&folder)?;
+        for name in ["tls.crt", "tls.key"] {
+            std::os::unix::fs::symlink(Path::new("..data").join(name), folder.join(name))?;
+        }
+        let mounted = Self {
+            files: ServerCertificate { path: folder.join("tls.crt"), key_path: folder.join("tls.key") },
+            folder,
+        };
+        mounted.renew("..2026_01_01")?;
+        Ok(mounted)
+    }
+
+    /// Swaps the one link that all files go through, and removes what was there.
+    fn renew(&self, version: &str) -> Result<()> {
+        let data = self.folder.join("..data");
+        let old = std::fs::read_link(&data).ok();
+        let issued = authority()?.issue()?;
+        let folder = self.folder.join(version);
+        std::fs::create_dir(&folder)?;
+        std::fs::copy(&issued.path, folder.join("tls.crt"))?;
+        std::fs::copy(&issued.key_path, folder.join("tls.key"))?;
+        let next = self.folder.join("..data_tmp");
+        std::os::unix::fs::symlink(version, &next)?;
+        std::fs::rename(next, &data)?;
+        if let Some(old) = old {
+            std::fs::remove_dir_all(self.folder.join(old))?;
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_swapped_by_the_kubelet_is_served_without_a_failed_admission() -> Result<()> {
+    need!(Webhook);
+    let secret = Mounted::new()?;
+    let options = strict()
+        .without_cluster()?
+        .env("TLS_CERT_PATH", &secret.files.path)
+        .env("TLS_KEY_PATH", &secret.files.key_path);
+    let webhook = Webhook::start(options).await?;
+    ensure_rotated(&webhook, &secret.files, || secret.renew("..2026_02_02")).await
+}
+
+#[tokio::test]
+async fn a_broken_certificate_is_told_and_the_one_before_is_served_until_a_good_one_comes() -> Result<()> {
+    need!(Webhook);
+    let webhook = Webhook::start(strict().without_cluster()?).await?;
+    let files = &webhook.certificate;
+    let (first, expires) = (files.der()?, expiry(&webhook).await?);
+    let other = authority()?.issue()?;
+    let garbage = b"-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n".to_vec();
+    // Not PEM of a certificate, and one that the key does not belong to.
+    for (count, broken) in [(1.0, garbage), (2.0, std::fs::read(&other.path)?)] {
+        std::fs::write(&files.path, broken)?;
+        until_true(RELOAD, "the broken certificate to be counted", async || {
+            let failures = webhook.metrics().await?.sum("spot_balancer_certificate_reload_failures_total", &[]);
+            Ok(failures.is_some_and(|failures| failures >= count))
+        })
+        .await?;
+        let log = webhook.process().log()?;
+        ensure!(log.contains("cannot use the changed certificate") && log.contains("TLS_CERT_PATH"), "{log}");
+        ensure!(Connection::open(webhook.port, Protocol::Http1).await?.certificate() == first, "not the one before");
+        assert_eq!(expiry(&webhook).await?, expires);
+    }
+    authority()?.renew_until(files, 2031)?;
+    until_true(RELOAD, "the good certificate to be served", async || {
+        Ok(Connection::open(webhook.port, Protocol::Http1).await?.certificate() == files.der()?)
+    })
+    .await?;
+    assert_eq!(expiry(&webhook).await?, YEAR_2031);
+    Ok(())
+}

@@ -1,0 +1,324 @@
+//! The real parts themselves, before anything of ours runs on them.
+
+use std::io::{BufRead, BufReader};
+use std::net::TcpStream;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use balancer_tests::balance::Balance;
+use balancer_tests::certificate::authority;
+use balancer_tests::control_plane::{ControlPlane, Options};
+use balancer_tests::kubelet::Kubelet;
+use balancer_tests::process::scratch_path;
+use balancer_tests::redis::RedisServer;
+use balancer_tests::registration::Registration;
+use balancer_tests::wait::{until, until_true};
+use balancer_tests::{need, nodes, pods};
+use futures::{StreamExt, TryStreamExt};
+use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
+use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config, ResourceExt};
+use redis::AsyncCommands;
+use serde_json::json;
+
+const SOON: Duration = Duration::from_secs(30);
+
+#[tokio::test]
+async fn an_executor_is_bound_to_the_capacity_it_selects_runs_and_goes() -> Result<()> {
+    need!(ControlPlane, Scheduler);
+    let plane = ControlPlane::shared().await?;
+    let client = plane.client()?;
+    let namespace = plane.namespace("bound").await?;
+    let _kubelet = Kubelet::start(client.clone(), &namespace);
+    nodes::ensure(&client, "on-demand", 1).await?;
+    let spot = nodes::ensure(&client, "spot", 2).await?;
+
+    let executor = pods::executor("etl", 1).node_selector("karpenter.sh/capacity-type", "spot");
+    let posted = executor.post(&client, &namespace).await?;
+    assert_eq!(posted.pod()?.metadata.namespace, Some(namespace.clone()));
+    assert!(posted.warnings.is_empty());
+
+    let executors = Api::<Pod>::namespaced(client, &namespace);
+    let node = until(SOON, "the executor to run", async || {
+        let pod = executors.get("etl-exec-1").await?;
+        let running = pod.status.is_some_and(|status| status.phase.as_deref() == Some("Running"));
+        Ok(pod.spec.filter(|_| running).and_then(|spec| spec.node_name))
+    })
+    .await?;
+    assert!(spot.contains(&node), "bound to {node}");
+
+    executors.delete("etl-exec-1", &DeleteParams::default()).await?;
+    until_true(SOON, "the executor to be gone", async || Ok(executors.get_opt("etl-exec-1").await?.is_none())).await
+}
+
+#[tokio::test]
+async fn an_executor_that_selects_missing_capacity_stays_pending() -> Result<()> {
+    need!(ControlPlane, Scheduler);
+    let plane = ControlPlane::shared().await?;
+    let client = plane.client()?;
+    let namespace = plane.namespace("pending").await?;
+    let executor = pods::executor("etl", 1).node_selector("karpenter.sh/capacity-type", "reserved");
+    executor.post(&client, &namespace).await?.pod()?;
+    let executors = Api::<Pod>::namespaced(client, &namespace);
+    until_true(SOON, "the scheduler to say that nothing fits", async || {
+        let status = executors.get("etl-exec-1").await?.status.unwrap_or_default();
+        let said = status.conditions.unwrap_or_default();
+        Ok(said.iter().any(|condition| condition.reason.as_deref() == Some("Unschedulable")))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn nodes_are_ready_untainted_and_of_their_capacity() -> Result<()> {
+    need!(ControlPlane);
+    let client = ControlPlane::shared().await?.client()?;
+    // Twice: tests that share a control plane share its nodes.
+    nodes::ensure(&client, "spot", 2).await?;
+    let names = nodes::ensure(&client, "spot", 2).await?;
+    assert_eq!(names, ["spot-0", "spot-1"]);
+    let node = Api::<Node>::all(client).get("spot-1").await?;
+    let capacity = node.labels().get("karpenter.sh/capacity-type");
+    assert_eq!(capacity.map(String::as_str), Some("spot"));
+    assert!(node.spec.and_then(|spec| spec.taints).is_none());
+    let status = node.status.context("no status")?;
+    let room = status.allocatable.context("no room")?;
+    assert_eq!(room.get("pods").map(|pods| pods.0.as_str()), Some("2k"));
+    assert!(status.conditions.is_some());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_dry_run_stores_nothing() -> Result<()> {
+    need!(ControlPlane);
+    let plane = ControlPlane::shared().await?;
+    let client = plane.client()?;
+    let namespace = plane.namespace("dry").await?;
+    pods::driver("etl").dry_run(&client, &namespace).await?.pod()?;
+    let stored = Api::<Pod>::namespaced(client, &namespace).list(&ListParams::default()).await?;
+    assert!(stored.items.is_empty());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_registered_webhook_is_called_from_the_first_pod_on_in_its_namespace_only() -> Result<()> {
+    need!(ControlPlane);
+    let plane = ControlPlane::shared().await?;
+    let client = plane.client()?;
+    let namespace = plane.namespace("called").await?;
+    let elsewhere = plane.namespace("not-called").await?;
+    // Nothing listens there, so that every call shows as a failure.
+    let mut registration = Registration::new(&namespace, balancer_tests::port::free()?);
+    registration.failure_policy = "Fail";
+    registration.apply(plane).await?;
+
+    let refused = pods::executor("etl", 1).post(&client, &namespace).await?;
+    assert_eq!(refused.status, 500, "{}", refused.object);
+    pods::executor("etl", 1).post(&client, &elsewhere).await?.pod()?;
+    let other = pods::executor("etl", 2).label("spark-role", "other");
+    other.post(&client, &namespace).await?.pod()?;
+    let left = Api::<Pod>::namespaced(client, &namespace).list(&ListParams::default()).await?;
+    assert_eq!(left.items.len(), 1, "the probe of the registration is gone");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_service_account_may_do_nothing_until_a_role_says_so() -> Result<()> {
+    need!(ControlPlane);
+    let plane = ControlPlane::shared().await?;
+    let namespace = plane.namespace("accounts").await?;
+    let kubeconfig = Kubeconfig::read_from(plane.service_account(&namespace, "webhook").await?)?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    let theirs = Api::<Pod>::namespaced(Client::try_from(config)?, &namespace);
+    let refused = theirs.list(&ListParams::default()).await;
+    assert!(matches!(refused, Err(kube::Error::Api(status)) if status.code == 403));
+
+    let role: Role = serde_json::from_value(json!({
+        "metadata": {"name": "reader"},
+        "rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}],
+    }))?;
+    let binding: RoleBinding = serde_json::from_value(json!({
+        "metadata": {"name": "reader"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"},
+        "subjects": [{"kind": "ServiceAccount", "name": "webhook", "namespace": namespace}],
+    }))?;
+    let params = PostParams::default();
+    Api::namespaced(plane.client()?, &namespace).create(&params, &role).await?;
+    Api::namespaced(plane.client()?, &namespace).create(&params, &binding).await?;
+    until_true(SOON, "the role to take effect", async || Ok(theirs.list(&ListParams::default()).await.is_ok())).await
+}
+
+#[tokio::test]
+async fn the_cluster_keeps_its_objects_over_an_outage_and_forgets_its_past_by_compaction() -> Result<()> {
+    need!(ControlPlane);
+    let mut plane = ControlPlane::start(Options::default()).await?;
+    let namespace = plane.namespace("outage").await?;
+    pods::driver("etl").post(&plane.client()?, &namespace).await?.pod()?;
+
+    plane.stop_apiserver();
+    let drivers = Api::<Pod>::namespaced(plane.client()?, &namespace);
+    assert!(drivers.get("etl-driver").await.is_err());
+    plane.start_apiserver().await?;
+    let before = drivers.get("etl-driver").await?.metadata.resource_version;
+    let before = before.context("no resourceVersion")?;
+
+    pods::driver("ads").post(&plane.client()?, &namespace).await?.pod()?;
+    let watch = WatchParams::default().timeout(5);
+    let mut seen = drivers.watch(&watch, &before).await?.boxed();
+    assert!(matches!(seen.try_next().await?, Some(WatchEvent::Added(_))));
+
+    plane.compact().await?;
+    let drivers = Api::<Pod>::namespaced(plane.client()?, &namespace);
+    let code = match drivers.watch(&watch, &before).await {
+        Err(kube::Error::Api(status)) => status.code,
+        Err(error) => return Err(error.into()),
+        Ok(events) => match events.boxed().try_next().await? {
+            Some(WatchEvent::Error(status)) => status.code,
+            event => anyhow::bail!("the past is still there: {event:?}"),
+        },
+    };
+    assert_eq!(code, 410);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_controller_manager_collects_the_executors_of_a_driver_that_is_gone() -> Result<()> {
+    need!(ControlPlane, ControllerManager);
+    let options = Options { controller_manager: true, ..Options::default() };
+    let plane = ControlPlane::start(options).await?;
+    let namespace = plane.namespace("orphans").await?;
+    let client = plane.client()?;
+    let driver = pods::driver("etl").post(&client, &namespace).await?.pod()?;
+    let uid = driver.metadata.uid.context("no uid")?;
+    let executor = pods::executor("etl", 1).owned_by("etl-driver", &uid);
+    executor.post(&client, &namespace).await?.pod()?;
+
+    let all = Api::<Pod>::namespaced(client, &namespace);
+    all.delete("etl-driver", &DeleteParams::background()).await?;
+    until_true(SOON, "the executor to be collected", async || Ok(all.get_opt("etl-exec-1").await?.is_none())).await
+}
+
+#[tokio::test]
+async fn redis_freezes_thaws_and_comes_back_empty() -> Result<()> {
+    need!(Redis);
+    let mut redis = RedisServer::start().await?;
+    let mut connection = redis.connection().await?;
+    let _: () = connection.set("job", 1).await?;
+
+    redis.freeze()?;
+    assert!(connection.get::<_, i64>("job").await.is_err(), "it answers though frozen");
+    redis.thaw()?;
+    until_true(SOON, "it to answer again", async || Ok(connection.get::<_, i64>("job").await? == 1)).await?;
+
+    redis.flush().await?;
+    assert!(!connection.exists::<_, bool>("job").await?);
+    let _: () = connection.set("job", 1).await?;
+    let url = redis.url();
+    redis.stop();
+    assert!(redis.connection().await.is_err(), "it accepts though stopped");
+    redis.start_again_empty().await?;
+    assert_eq!(redis.url(), url);
+    assert!(!redis.connection().await?.exists::<_, bool>("job").await?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn redis_over_tls_wants_its_password() -> Result<()> {
+    need!(Redis);
+    let redis = RedisServer::start_tls().await?;
+    let _: () = redis.connection().await?.set("job", 1).await?;
+    let without = redis.url().replace(":correct-horse@", "");
+    let tls = redis::TlsCertificates { client_tls: None, root_cert: Some(authority()?.pem.clone().into_bytes()) };
+    let client = redis::Client::build_with_tls(without, tls)?;
+    let mut connection = client.get_multiplexed_async_connection().await?;
+    let refused = connection.get::<_, i64>("job").await;
+    assert!(refused.is_err_and(|error| error.to_string().contains("NOAUTH")));
+    Ok(())
+}
+
+#[tokio::test]
+async fn connections_take_turns_and_pass_over_a_server_that_is_down() -> Result<()> {
+    need!(Redis);
+    let (mut one, two) = (RedisServer::start().await?, RedisServer::start().await?);
+    for (server, name) in [(&one, "one"), (&two, "two")] {
+        let _: () = server.connection().await?.set("name", name).await?;
+    }
+    let balance = Balance::start(&[one.port(), two.port()]).await?;
+    let client = redis::Client::open(format!("redis://127.0.0.1:{}", balance.port))?;
+    let ask = async || {
+        let mut connection = client.get_multiplexed_async_connection().await?;
+        anyhow::Ok(connection.get::<_, String>("name").await?)
+    };
+    let answers = [ask().await?, ask().await?, ask().await?];
+    assert_eq!(answers, ["one", "two", "one"]);
+    one.stop();
+    assert_eq!([ask().await?, ask().await?], ["two", "two"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_test_without_its_parts_says_so_or_fails_where_none_may_be_left_out() -> Result<()> {
+    let test = |variable: &str| {
+        rerun("redis_freezes_thaws_and_comes_back_empty")?
+            .env("PATH", "")
+            .env(variable, "1")
+            .output()
+            .context("running the test")
+    };
+    let told = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    let left_out = test("UNRELATED")?;
+    assert!(left_out.status.success());
+    let told_plainly = "LEFT OUT: redis_freezes_thaws_and_comes_back_empty (redis-server is not";
+    assert!(told(&left_out).contains(told_plainly), "{}", told(&left_out));
+    assert!(!test("CI")?.status.success());
+    assert!(!test("SPOT_BALANCER_REQUIRE_PARTS")?.status.success());
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_killed_test_process_leaves_nothing_behind() -> Result<()> {
+    need!(Redis);
+    let mut child = rerun("helper_that_starts_a_server_and_hangs")?.env(HANG, "1").stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().context("no output")?).lines();
+    let told = lines.find_map(|line| line.ok()?.strip_prefix(HANG).map(str::to_owned));
+    let told = told.context("the helper tells nothing")?;
+    let (port, folder) = told.trim().split_once(' ').context("no folder")?;
+    let (port, folder) = (port.parse::<u16>()?, Path::new(folder));
+    assert!(TcpStream::connect(("127.0.0.1", port)).is_ok());
+    assert!(folder.is_dir());
+
+    child.kill()?;
+    child.wait()?;
+    until_true(SOON, "the server and its folder to be gone", async || {
+        Ok(TcpStream::connect(("127.0.0.1", port)).is_err() && !folder.exists())
+    })
+    .await
+}
+
+/// Set for the process that is to be killed; it also marks what that process tells.
+const HANG: &str = "SPOT_BALANCER_TEST_HANG";
+
+#[tokio::test]
+async fn helper_that_starts_a_server_and_hangs() -> Result<()> {
+    if std::env::var_os(HANG).is_none() {
+        return Ok(());
+    }
+    let redis = RedisServer::start().await?;
+    // Frozen, it would not notice anything gentler than SIGKILL.
+    redis.freeze()?;
+    let folder = scratch_path("marker")?;
+    println!("{HANG} {} {}", redis.port(), folder.with_file_name("").display());
+    tokio::time::sleep(SOON).await;
+    Ok(())
+}
+
+/// A run of one test of this file in a process of its own.
+fn rerun(test: &str) -> Result<Command> {
+    let mut command = Command::new(std::env::current_exe()?);
+    command.args(["--exact", "--nocapture", test]);
+    command.env_remove("CI").env_remove("SPOT_BALANCER_REQUIRE_PARTS");
+    Ok(command)
+}

@@ -1,0 +1,274 @@
+//! The release binary as the person who starts it meets it: settings that are wrong, settings that
+//! are secret, and `--dev`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use balancer_tests::certificate::authority;
+use balancer_tests::need;
+use balancer_tests::parts::program;
+use balancer_tests::process::{Process, Signal, scratch_path};
+use balancer_tests::raw::{Connection, Protocol};
+use balancer_tests::redis::RedisServer;
+use balancer_tests::reviews::{creation, fixture, patch, patched};
+use balancer_tests::wait::{until, until_true};
+use balancer_tests::webhook::{Webhook, WebhookOptions};
+use balancer_tests::{endpoint, port};
+use http::HeaderMap;
+
+const SOON: Duration = Duration::from_secs(30);
+
+fn file(name: &str, text: &str) -> Result<PathBuf> {
+    let path = scratch_path(name)?;
+    std::fs::write(&path, text)?;
+    Ok(path)
+}
+
+/// Variables and their values.
+type Settings<'a> = Vec<(&'a str, OsString)>;
+
+/// Starts the binary with settings that are right but for these, and answers what it says when it
+/// ends. Fails where it does not end, or not with an error.
+async fn refusal(wrong: &[(&str, OsString)], arguments: &[&str]) -> Result<String> {
+    let certificate = authority()?.issue()?;
+    // Readable, and all that is asked of it at the start.
+    let kubeconfig = r#"{"apiVersion": "v1", "kind": "Config", "current-context": "c", "users": [],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": ""}}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}]}"#;
+    let kubeconfig = file("kubeconfig", kubeconfig)?;
+    let mut process = Process::start(&program("balancer-webhook")?, |command| {
+        command
+            .env("STORE", "memory")
+            .env("PORT", "0")
+            .env("ADMIN_PORT", "0")
+            .env("TLS_CERT_PATH", &certificate.path)
+            .env("TLS_KEY_PATH", &certificate.key_path)
+            .env("KUBECONFIG", kubeconfig)
+            .envs(wrong.iter().cloned())
+            .args(arguments);
+    })?;
+    let status = process.ended(SOON).await.with_context(|| format!("with {wrong:?} {arguments:?}"))?;
+    let said = process.log()?;
+    ensure!(
+        !status.success() && status.code().is_some(),
+        "with {wrong:?} {arguments:?} it ended with {status}: {said}"
+    );
+    ensure!(!said.contains("panicked") && !said.contains("a bug"), "{said}");
+    Ok(said)
+}
+
+#[tokio::test]
+async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_accepted() -> Result<()> {
+    need!(Webhook);
+    let text = |value: &str| OsString::from(value);
+    let redis = || ("STORE", text("redis"));
+    let (garbage, other) = (file("garbage", "no certificate\n")?, authority()?.issue()?);
+    let cases: Vec<(Settings<'_>, &[&str])> = vec![
+        (vec![("DEFAULT_SPOT_RATIO", text("1.5"))], &["DEFAULT_SPOT_RATIO", "1.5", "70%"]),
+        (vec![("DEFAULT_SPOT_RATIO", text("NaN"))], &["DEFAULT_SPOT_RATIO", "NaN", "70%"]),
+        (vec![("SPOT_PREFERENCE", text("maybe"))], &["SPOT_PREFERENCE", "maybe", "STRICT or BEST_EFFORT"]),
+        (vec![("PORT", text("70000"))], &["PORT", "70000", "65535"]),
+        (vec![("ADMIN_PORT", text("http"))], &["ADMIN_PORT", "http"]),
+        (vec![("LOG_LEVEL", text("loud"))], &["LOG_LEVEL", "loud", "WARNING"]),
+        (vec![("LOG_FORMAT", text("xml"))], &["LOG_FORMAT", "xml", "text or json"]),
+        (vec![("NODE_ROLE_SELECTOR", text("perhaps"))], &["NODE_ROLE_SELECTOR", "perhaps", "true or false"]),
+        (vec![("JOB_ID_LABEL", text("job id"))], &["JOB_ID_LABEL", "job id", "label key"]),
+        (
+            vec![("DRIVER_ROLE_VALUE", text("executor"))],
+            &["DRIVER_ROLE_VALUE", "EXECUTOR_ROLE_VALUE", "executor", "accepted"],
+        ),
+        (vec![("WEBHOOK_TIMEOUT_SECONDS", text("0"))], &["WEBHOOK_TIMEOUT_SECONDS", "0", "1..=30"]),
+        (
+            vec![("STORE_TIMEOUT_MILLISECONDS", text("3000"))],
+            &["STORE_TIMEOUT_MILLISECONDS", "3000", "WEBHOOK_TIMEOUT_SECONDS", "accepted"],
+        ),
+        (vec![("REDIS_DEFAULT_TTL_SECONDS", text("-1"))], &["REDIS_DEFAULT_TTL_SECONDS", "-1"]),
+        (vec![("STORE", text("etcd"))], &["STORE", "etcd", "redis or memory"]),
+        (vec![redis()], &["REDIS_URL", "not set", "rediss://", "STORE=memory"]),
+        (vec![redis(), ("REDIS_URL", text(""))], &["REDIS_URL", "not set", "rediss://"]),
+        // Its value is not told: it may hold a password.
+        (vec![redis(), ("REDIS_URL", text("http://x"))], &["REDIS_URL", "accepted: redis://"]),
+        (vec![redis(), ("REDIS_URL", text("localhost"))], &["REDIS_URL", "accepted: redis://"]),
+        (vec![("TLS_CERT_PATH", text("/nowhere/tls.crt"))], &["TLS_CERT_PATH", "/nowhere/tls.crt", "No such file"]),
+        (vec![("TLS_KEY_PATH", text("/nowhere/tls.key"))], &["TLS_KEY_PATH", "/nowhere/tls.key", "No such file"]),
+        (
+            vec![("TLS_CERT_PATH", garbage.clone().into())],
+            &["TLS_CERT_PATH", "garbage", "accepted: a PEM certificate chain"],
+        ),
+        (vec![("TLS_KEY_PATH", garbage.into())], &["TLS_KEY_PATH", "garbage", "no private key", "accepted"]),
+        (vec![("TLS_KEY_PATH", other.key_path.into())], &["TLS_CERT_PATH", "TLS_KEY_PATH", "do not belong together"]),
+        (vec![("KUBECONFIG", text("/nowhere/config"))], &["KUBECONFIG", "/nowhere/config", "--dev"]),
+    ];
+    for (wrong, told) in cases {
+        let said = refusal(&wrong, &[]).await?;
+        for part in told {
+            ensure!(said.contains(part), "with {wrong:?} it does not say {part:?}:\n{said}");
+        }
+    }
+    let said = refusal(&[], &["--spot-preference=maybe"]).await?;
+    ensure!(said.contains("--spot-preference") && said.contains("STRICT or BEST_EFFORT"), "{said}");
+    let said = refusal(&[], &["--no-such-setting"]).await?;
+    ensure!(said.contains("--no-such-setting") && said.contains("--help"), "{said}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_ends_the_start_with_its_name() -> Result<()> {
+    need!(Webhook);
+    let taken = tokio::net::TcpListener::bind("[::]:0").await?;
+    let number = taken.local_addr()?.port().to_string();
+    for name in ["PORT", "ADMIN_PORT"] {
+        let said = refusal(&[(name, number.clone().into())], &[]).await?;
+        ensure!(said.contains(&format!("{name}: cannot listen on {number}")), "{said}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_flag_beats_its_variable() -> Result<()> {
+    need!(Webhook);
+    let options = WebhookOptions::default()
+        .without_cluster()?
+        .env("SPOT_PREFERENCE", "BEST_EFFORT")
+        .arg("--spot-preference=strict")
+        .env("DEFAULT_SPOT_RATIO", "COST_ONLY")
+        .arg("--default-spot-ratio=0%");
+    let webhook = Webhook::start(options).await?;
+    let mut connection = Connection::open(webhook.port, Protocol::Http1).await?;
+    for id in 1..=4 {
+        let review = creation("flags", id)?;
+        let patch = patch(&review, &connection.post("/mutate", &review).await?)?;
+        assert_eq!(patched(&review, &patch)?["spec"]["nodeSelector"]["karpenter.sh/capacity-type"], "on-demand");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_password_of_the_store_is_never_told() -> Result<()> {
+    need!(Redis, Webhook);
+    // By a start that fails, for whatever reason.
+    for url in [
+        "http://me:pa55word@127.0.0.1",
+        "redis://me:pa55word@127.0.0.1:70000",
+        "redis://me:pa55word@127.0.0.1/first",
+        "redis://me:pa55word@",
+        "me:pa55word@127.0.0.1",
+    ] {
+        for port in ["0", "70000"] {
+            let wrong = [("STORE", "redis".into()), ("PORT", port.into()), ("REDIS_URL", url.into())];
+            let said = refusal(&wrong, &[]).await?;
+            ensure!(!said.contains("pa55word"), "{url}: {said}");
+            let said = refusal(&[("STORE", "redis".into()), ("PORT", port.into())], &["--redis-url", url]).await?;
+            ensure!(!said.contains("pa55word"), "--redis-url {url}: {said}");
+        }
+    }
+    let help =
+        Command::new(program("balancer-webhook")?).arg("--help").env("REDIS_URL", "redis://:pa55word@x").output()?;
+    let help = String::from_utf8(help.stdout)?;
+    ensure!(help.contains("REDIS_URL") && !help.contains("pa55word"), "{help}");
+
+    // By one that serves, with a store that takes the password, one that does not, and none.
+    let mut redis = RedisServer::start_tls().await?;
+    let wrong = redis.url().replace("correct-horse", "pa55word");
+    for (store, secret) in [(redis.url(), "correct-horse"), (wrong, "pa55word")] {
+        let options = WebhookOptions::default().without_cluster()?.redis(&redis)?.env("LOG_LEVEL", "TRACE");
+        let webhook = Webhook::start(options.env("REDIS_URL", store)).await?;
+        let mut connection = Connection::open(webhook.port, Protocol::Http1).await?;
+        let mut post = async |id| {
+            let review = creation("secret", id)?;
+            patch(&review, &connection.post("/mutate", &review).await?)
+        };
+        post(1).await?;
+        redis.stop();
+        // A lost connection, and failed attempts at another.
+        let mut id = 1;
+        until_true(SOON, "the store to be missed", async || {
+            id += 1;
+            post(id).await?;
+            Ok(webhook.process().log()?.contains("Connection refused"))
+        })
+        .await?;
+        let log = webhook.process().log()?;
+        ensure!(!log.contains(secret), "{}", log.lines().find(|line| line.contains(secret)).unwrap_or_default());
+        redis.start_again_empty().await?;
+    }
+    Ok(())
+}
+
+/// Status and body of a path on the admin port.
+async fn admin(port: u16, path: &str) -> Result<(u16, String, HeaderMap)> {
+    let answer = endpoint::get(&endpoint::client(&endpoint::http(port))?, path).await?;
+    Ok((answer.status, answer.text, answer.headers))
+}
+
+#[tokio::test]
+async fn dev_needs_nothing_and_its_line_to_paste_answers_with_a_patch() -> Result<()> {
+    need!(Webhook);
+    let (port, admin_port) = (port::free()?, port::free()?);
+    let mut process = Process::start(&program("balancer-webhook")?, |command| {
+        command.args(["--dev", &format!("--port={port}"), &format!("--admin-port={admin_port}")]);
+    })?;
+    let line = until(SOON, "the line to paste", async || {
+        Ok(process.log()?.lines().find(|line| line.starts_with("curl ")).map(str::to_owned))
+    })
+    .await?;
+    ensure!(line.contains(&format!("https://localhost:{port}/mutate")), "{line}");
+    until_true(SOON, "it to be ready", async || Ok(admin(admin_port, "/readyz").await?.0 == 200)).await?;
+
+    let repository = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("no repository")?;
+    let shell =
+        |script: &str| Command::new("sh").args(["-c", script]).current_dir(repository).stdin(Stdio::null()).output();
+    if shell("command -v curl")?.status.success() {
+        let done = shell(&line)?;
+        let said = String::from_utf8_lossy(&done.stdout).into_owned();
+        ensure!(done.status.success(), "{line}: {} {said} {}", done.status, String::from_utf8_lossy(&done.stderr));
+        let review = fixture("k8s-1.36-spark-3.5-create-executor")?;
+        let mut headers = HeaderMap::new();
+        headers.insert("content-type", "application/json".parse()?);
+        let patch = patch(&review, &endpoint::Answer { status: 200, headers, text: said })?;
+        // The first of a job goes to spot, and BEST_EFFORT gives it no selector.
+        let decided = &patched(&review, &patch)?["metadata"]["annotations"]["workload/capacity-type"];
+        assert_eq!(decided, "spot");
+    } else {
+        eprintln!("there is no curl to paste its line to");
+    }
+    ensure!(process.terminate(SOON).await?.success(), "{}", process.log()?);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_admin_port_answers_probes_and_scrapes_and_says_when_it_leaves() -> Result<()> {
+    need!(Webhook);
+    let mut webhook = Webhook::start(WebhookOptions::default().without_cluster()?).await?;
+    let port = webhook.admin_port;
+    assert_eq!(admin(port, "/livez").await?.0, 200);
+    assert_eq!(admin(port, "/readyz").await?.0, 200);
+    let (status, page, headers) = admin(port, "/metrics").await?;
+    assert_eq!(status, 200);
+    let kind = headers["content-type"].to_str()?;
+    ensure!(kind.starts_with("application/openmetrics-text") || kind.starts_with("text/plain"), "{kind}");
+    ensure!(page.contains("# TYPE spot_balancer_certificate_reload_failures counter\n"), "{page}");
+    let (status, text, _) = admin(port, "/nothing").await?;
+    ensure!(status == 404 && text.contains("/livez, /readyz and /metrics"), "{status} {text}");
+    let posted = endpoint::post(&webhook.admin()?, "/metrics", &serde_json::json!({})).await?;
+    assert_eq!((posted.status, posted.headers["allow"].to_str()?), (405, "GET, HEAD"));
+
+    let mut connection = Connection::open(webhook.port, Protocol::Http2).await?;
+    let health = http::Request::get("/health").body(balancer_tests::raw::whole(""))?;
+    let health = connection.send(health).await?;
+    assert_eq!((health.status, health.text.as_str()), (200, r#"{"status":"healthy"}"#));
+    assert_eq!(health.headers["content-type"], "application/json");
+
+    // Alive to its end; ready no more, so that nobody sends it anything new.
+    webhook.process().signal(Signal::TERM)?;
+    until_true(SOON, "it to say that it leaves", async || Ok(admin(port, "/readyz").await?.0 == 503)).await?;
+    assert_eq!(admin(port, "/livez").await?.0, 200);
+    let review = creation("late", 1)?;
+    let late = Connection::open(webhook.port, Protocol::Http1).await?.post("/mutate", &review).await?;
+    patch(&review, &late)?;
+    ensure!(webhook.terminate(SOON).await?.success());
+    Ok(())
+}

@@ -1,0 +1,454 @@
+//! The Redis ledger keeps the contract, and keeps its two keys true whatever happens to them.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use balancer_core::{Capacity, Counts, Drift, JobId, LiveExecutor, Outcome, Placing, Policy, Stated};
+use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
+use balancer_tests::need;
+use balancer_tests::redis::RedisServer;
+use balancer_tests::wait;
+use redis::aio::MultiplexedConnection;
+use redis::{Cmd, FromRedisValue, cmd};
+use tokio::sync::OnceCell;
+
+const DAY: Duration = Duration::from_secs(86_400);
+const JOB: JobId<'_> = JobId { namespace: "etl", id: "spark-1" };
+const COUNT: &str = "exec-count:{etl:spark-1}";
+const PODS: &str = "exec-pods:{etl:spark-1}";
+
+async fn connect(server: &RedisServer, ttl: Duration) -> Result<RedisLedger> {
+    Ok(RedisLedger::connect(&server.url(), RedisOptions { timeout: Duration::from_secs(10), ttl }).await?)
+}
+
+/// A server for the contract's tests together: each has a job of its own.
+async fn shared() -> Result<RedisLedger> {
+    static SERVER: OnceCell<RedisServer> = OnceCell::const_new();
+    connect(SERVER.get_or_try_init(RedisServer::start).await?, DAY).await
+}
+
+balancer_store::contract!({
+    need!(Redis);
+    shared().await?
+});
+
+/// A server, a ledger in it, and a look past the ledger.
+struct Bench {
+    server: RedisServer,
+    ledger: RedisLedger,
+    redis: MultiplexedConnection,
+}
+
+impl Bench {
+    async fn start() -> Result<Self> {
+        let server = RedisServer::start().await?;
+        Ok(Self { ledger: connect(&server, DAY).await?, redis: server.connection().await?, server })
+    }
+
+    async fn ask<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T> {
+        Ok(command.query_async(&mut self.redis).await?)
+    }
+
+    async fn hash(&mut self, key: &str) -> Result<BTreeMap<String, String>> {
+        self.ask(cmd("HGETALL").arg(key)).await
+    }
+
+    /// The counts as the job's key tells them, spot and on-demand.
+    async fn noted(&mut self) -> Result<(String, String)> {
+        self.ask(cmd("HMGET").arg(COUNT).arg("spot").arg("on-demand")).await
+    }
+
+    /// Everything in the server, as it would be restored.
+    async fn dump(&mut self) -> Result<BTreeMap<String, Vec<u8>>> {
+        let mut dump = BTreeMap::new();
+        for key in self.ask::<Vec<String>>(cmd("KEYS").arg("*")).await? {
+            let value = self.ask(cmd("DUMP").arg(&key)).await?;
+            dump.insert(key, value);
+        }
+        Ok(dump)
+    }
+
+    /// How long both keys will live, in seconds.
+    async fn lives(&mut self) -> Result<(i64, i64)> {
+        Ok((self.ask(cmd("TTL").arg(COUNT)).await?, self.ask(cmd("TTL").arg(PODS)).await?))
+    }
+
+    async fn shorten_lives(&mut self) -> Result<()> {
+        for key in [COUNT, PODS] {
+            self.ask::<()>(cmd("EXPIRE").arg(key).arg(1_000)).await?;
+        }
+        Ok(())
+    }
+
+    /// How often the server ran each command, those inside scripts included.
+    async fn commands(&mut self) -> Result<BTreeMap<String, u64>> {
+        let page: String = self.ask(cmd("INFO").arg("commandstats")).await?;
+        page.lines()
+            .filter_map(|line| line.strip_prefix("cmdstat_")?.split_once(":calls="))
+            .filter(|(name, _)| !name.starts_with("config") && *name != "info")
+            .map(|(name, rest)| Ok((name.to_owned(), rest.split(',').next().unwrap_or_default().parse()?)))
+            .collect()
+    }
+
+    async fn forget_commands(&mut self) -> Result<()> {
+        self.ask(cmd("CONFIG").arg("RESETSTAT")).await
+    }
+
+    async fn fill(&self, executors: usize) -> Result<()> {
+        let names: Vec<String> = (0..executors).map(|number| format!("e{number}")).collect();
+        let live: Vec<_> = names.iter().map(|name| live(name, Some(Capacity::Spot))).collect();
+        self.ledger.reconcile(JOB, &live, Some(policy("0.5", 0)?), DAY).await?;
+        Ok(())
+    }
+}
+
+fn policy(ratio: &str, base: u32) -> Result<Policy> {
+    Ok(Policy { ratio: ratio.parse()?, base })
+}
+
+fn placing(executor: &str) -> Placing<'_> {
+    Placing { executor, pinned: None, stated: Stated::default(), policy: None }
+}
+
+fn live(executor: &str, capacity: Option<Capacity>) -> LiveExecutor<'_> {
+    LiveExecutor { executor, uid: "9f1c", capacity }
+}
+
+fn counts(outcome: Outcome) -> Option<(u64, u64)> {
+    match outcome {
+        Outcome::Placed(placed) => Some((placed.counts.spot, placed.counts.on_demand)),
+        Outcome::NeedPolicy => None,
+    }
+}
+
+#[tokio::test]
+async fn a_person_can_read_the_two_keys_of_a_job() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.ledger.learn(JOB, policy("0.7", 1)?).await?;
+    for executor in ["a", "b", "c"] {
+        bench.ledger.place(JOB, &placing(executor)).await?;
+    }
+    bench.ledger.reconcile(JOB, &[live("a", None)], None, DAY).await?;
+    let fields = [("base", "1"), ("on-demand", "2"), ("ratio", "0.7"), ("spot", "1")];
+    let fields = fields.map(|(name, value)| (name.to_owned(), value.to_owned()));
+    assert_eq!(bench.hash(COUNT).await?, BTreeMap::from(fields));
+
+    let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
+    let pods = bench.hash(PODS).await?;
+    let mut entries = Vec::new();
+    for (executor, entry) in &pods {
+        let [capacity, placed, uid] = entry.splitn(3, ' ').collect::<Vec<_>>()[..] else { anyhow::bail!("{entry}") };
+        assert!((seconds - placed.parse::<i64>()? / 1_000).abs() < 60, "{entry}");
+        entries.push((executor.as_str(), capacity, uid));
+    }
+    assert_eq!(entries, [("a", "on-demand", "9f1c"), ("b", "spot", "-"), ("c", "on-demand", "-")]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn peeking_and_showing_write_nothing_and_prolong_no_life() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(3).await?;
+    bench.shorten_lives().await?;
+    let before = bench.dump().await?;
+    let looked_up = Placing { policy: Some(policy("1", 0)?), ..placing("new") };
+    for job in [JOB, JobId { namespace: "etl", id: "unknown" }] {
+        for asked in [placing("e1"), placing("new"), looked_up, Placing { pinned: Some(Capacity::Spot), ..looked_up }] {
+            bench.ledger.peek(job, &asked).await?;
+        }
+        bench.ledger.show(job).await?;
+    }
+    assert_eq!(bench.dump().await?, before);
+    let (count, pods) = bench.lives().await?;
+    assert!(count <= 1_000 && pods <= 1_000, "{count} s and {pods} s");
+    Ok(())
+}
+
+#[tokio::test]
+async fn every_touch_prolongs_the_life_of_both_keys() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(3).await?;
+    for touch in 0..6 {
+        bench.shorten_lives().await?;
+        match touch {
+            0 => drop(bench.ledger.place(JOB, &placing("new")).await?),
+            1 => drop(bench.ledger.place(JOB, &placing("e1")).await?),
+            2 => drop(bench.ledger.release(JOB, "e1", None).await?),
+            3 => drop(bench.ledger.release(JOB, "unknown", None).await?),
+            4 => bench.ledger.learn(JOB, policy("0.1", 0)?).await?,
+            _ => drop(bench.ledger.reconcile(JOB, &[live("e2", None)], None, DAY).await?),
+        }
+        let (count, pods) = bench.lives().await?;
+        assert!(count > 86_000 && pods > 86_000, "touch {touch}: {count} s and {pods} s");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_ledger_is_gone_the_ttl_after_its_last_touch() -> Result<()> {
+    need!(Redis);
+    let ttl = Duration::from_millis(500);
+    let mut bench = Bench::start().await?;
+    bench.ledger = connect(&bench.server, ttl).await?;
+    bench.ledger.learn(JOB, policy("0.5", 0)?).await?;
+    let begin = Instant::now();
+    bench.ledger.place(JOB, &placing("e1")).await?;
+    let ledger = &bench.ledger;
+    wait::until_true(Duration::from_secs(10), "the ledger to go", async || Ok(ledger.show(JOB).await?.is_none()))
+        .await?;
+    assert!(begin.elapsed() >= ttl, "gone after {:?}", begin.elapsed());
+    assert_eq!(bench.ask::<u64>(&cmd("DBSIZE")).await?, 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_job_of_which_nothing_is_known_leaves_no_key() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.ledger.place(JOB, &placing("e1")).await?;
+    bench.ledger.release(JOB, "e1", Some("u")).await?;
+    bench.ledger.reconcile(JOB, &[live("e1", None)], None, Duration::ZERO).await?;
+    assert_eq!(bench.ask::<u64>(&cmd("DBSIZE")).await?, 0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_noted_counts_are_those_of_the_entries_after_every_change() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.ledger.learn(JOB, policy("0.5", 1)?).await?;
+    let pinned = |executor, capacity| Placing { pinned: Some(capacity), ..placing(executor) };
+    for step in 0..9 {
+        match step {
+            0 => drop(bench.ledger.place(JOB, &placing("a")).await?),
+            1 => drop(bench.ledger.place(JOB, &placing("b")).await?),
+            2 => drop(bench.ledger.place(JOB, &placing("a")).await?),
+            3 => drop(bench.ledger.place(JOB, &pinned("a", Capacity::Spot)).await?),
+            4 => drop(bench.ledger.place(JOB, &pinned("c", Capacity::OnDemand)).await?),
+            5 => drop(bench.ledger.release(JOB, "c", None).await?),
+            6 => drop(bench.ledger.release(JOB, "b", None).await?),
+            7 => drop(bench.ledger.reconcile(JOB, &[live("x", Some(Capacity::OnDemand))], None, DAY).await?),
+            _ => drop(bench.ledger.reconcile(JOB, &[], None, Duration::ZERO).await?),
+        }
+        let counts = bench.ledger.show(JOB).await?.context("the job is gone")?.counts();
+        let noted = bench.noted().await?;
+        assert_eq!(noted, (counts.spot.to_string(), counts.on_demand.to_string()), "after step {step}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn counts_that_were_lost_or_edited_are_taken_anew_from_the_entries() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    let names: Vec<String> = (0..7).map(|number| format!("e{number}")).collect();
+    let mut all: Vec<_> = names.iter().map(|name| live(name, Some(Capacity::Spot))).collect();
+    all.push(live("o", Some(Capacity::OnDemand)));
+    let edits = [
+        cmd("DEL").arg(COUNT).to_owned(),
+        cmd("HDEL").arg(COUNT).arg("spot").to_owned(),
+        cmd("HSET").arg(COUNT).arg("spot").arg(100).to_owned(),
+        cmd("HSET").arg(COUNT).arg("on-demand").arg("many").to_owned(),
+    ];
+    for edit in edits {
+        for (executor, expected) in [("e1", (7, 1)), ("new", (8, 1))] {
+            let asked = Placing { policy: Some(policy("1", 0)?), ..placing(executor) };
+            bench.ask::<()>(&cmd("FLUSHALL")).await?;
+            bench.ledger.reconcile(JOB, &all, Some(policy("1", 0)?), DAY).await?;
+            bench.ask::<()>(&edit).await?;
+            assert_eq!(counts(bench.ledger.peek(JOB, &asked).await?), Some(expected), "{edit:?}");
+            assert_eq!(counts(bench.ledger.place(JOB, &asked).await?), Some(expected), "{edit:?}");
+            assert_eq!(bench.noted().await?, (expected.0.to_string(), expected.1.to_string()), "{edit:?}");
+        }
+        bench.ask::<()>(&edit).await?;
+        bench.ledger.release(JOB, "e2", None).await?;
+        assert_eq!(bench.noted().await?, ("7".to_owned(), "1".to_owned()), "{edit:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn entries_that_were_lost_are_no_longer_counted() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(9).await?;
+    bench.ask::<()>(cmd("DEL").arg(PODS)).await?;
+    assert_eq!(counts(bench.ledger.place(JOB, &placing("e1")).await?), Some((1, 0)));
+    assert_eq!(bench.ledger.release(JOB, "e2", None).await?, None);
+    let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+    assert_eq!((shown.counts(), shown.policy()), (Counts { spot: 1, on_demand: 0 }, Some(policy("0.5", 0)?)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_lost_policy_is_asked_for_again() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    for change in [
+        cmd("DEL").arg(COUNT).to_owned(),
+        cmd("HDEL").arg(COUNT).arg("base").to_owned(),
+        cmd("HSET").arg(COUNT).arg("ratio").arg("lots").to_owned(),
+        cmd("HSET").arg(COUNT).arg("ratio").arg("1.5").to_owned(),
+        cmd("HSET").arg(COUNT).arg("base").arg("-1").to_owned(),
+    ] {
+        bench.ask::<()>(&cmd("FLUSHALL")).await?;
+        bench.fill(4).await?;
+        bench.ask::<()>(&change).await?;
+        assert_eq!(bench.ledger.place(JOB, &placing("new")).await?, Outcome::NeedPolicy, "{change:?}");
+        let looked_up = Placing { policy: Some(policy("0.25", 2)?), ..placing("new") };
+        assert_eq!(counts(bench.ledger.place(JOB, &looked_up).await?), Some((4, 1)), "{change:?}");
+        let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+        assert_eq!(shown.policy(), looked_up.policy, "{change:?}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_entry_that_nobody_can_read_counts_as_on_demand_until_the_next_reconcile() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(1).await?;
+    bench.ask::<()>(cmd("HSET").arg(PODS).arg("x").arg("rubbish").arg("y").arg("").arg("z").arg("spot\0 1 -")).await?;
+    assert_eq!(counts(bench.ledger.place(JOB, &placing("y")).await?), Some((1, 3)));
+    let error = bench.ledger.show(JOB).await.err().context("rubbish was read")?;
+    assert_eq!(error.kind(), "unreadable");
+    let drift = bench.ledger.reconcile(JOB, &[live("e0", None), live("x", Some(Capacity::Spot))], None, DAY).await?;
+    assert_eq!(drift, Drift { missing: 0, stale: 1, wrong_capacity: 1 });
+    let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+    assert_eq!(shown.counts(), Counts { spot: 2, on_demand: 1 });
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_grace_goes_by_the_servers_clock() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
+    let ago = |age: i64| format!("spot {} -", (seconds - age) * 1_000);
+    bench
+        .ask::<()>(cmd("HSET").arg(PODS).arg("old").arg(ago(90)).arg("young").arg(ago(30)).arg("ahead").arg(ago(-90)))
+        .await?;
+    let drift = bench.ledger.reconcile(JOB, &[], None, Duration::from_secs(60)).await?;
+    assert_eq!(drift, Drift { stale: 1, ..Drift::default() });
+    assert_eq!(bench.hash(PODS).await?.into_keys().collect::<Vec<_>>(), ["ahead", "young"]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn scripts_that_the_server_forgot_are_loaded_again() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(2).await?;
+    for _ in 0..2 {
+        bench.ask::<()>(cmd("SCRIPT").arg("FLUSH")).await?;
+        assert!(counts(bench.ledger.place(JOB, &placing("e1")).await?).is_some());
+        bench.ledger.peek(JOB, &placing("e1")).await?;
+        bench.ledger.learn(JOB, policy("0.5", 0)?).await?;
+        bench.ledger.reconcile(JOB, &[live("e1", None)], None, DAY).await?;
+        bench.ledger.release(JOB, "unknown", None).await?;
+        assert!(bench.ledger.show(JOB).await?.is_some());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn one_call_is_one_command_to_the_server_however_large_the_job() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(1).await?;
+    // So that the server knows the scripts.
+    bench.ledger.place(JOB, &placing("new")).await?;
+    bench.ledger.peek(JOB, &placing("new")).await?;
+    bench.ledger.release(JOB, "new", None).await?;
+    for executors in [10, 10_000] {
+        bench.ask::<()>(cmd("DEL").arg(COUNT).arg(PODS)).await?;
+        bench.fill(executors).await?;
+
+        // None of these costs more in a larger hash.
+        let expected: [(&str, &[&str]); 4] = [
+            ("a new executor", &["evalsha", "hget", "hlen", "hmget", "hset", "hset", "pexpire", "pexpire", "time"]),
+            ("a known one", &["evalsha", "hget", "hlen", "hmget", "hset", "pexpire", "pexpire", "time"]),
+            ("a dry run", &["evalsha", "hget", "hlen", "hmget"]),
+            ("a release", &["evalsha", "hdel", "hget", "hlen", "hmget", "hset", "pexpire", "pexpire"]),
+        ];
+        for (number, (what, commands)) in expected.iter().enumerate() {
+            bench.forget_commands().await?;
+            match number {
+                0 | 1 => drop(bench.ledger.place(JOB, &placing("new")).await?),
+                2 => drop(bench.ledger.peek(JOB, &placing("new")).await?),
+                _ => drop(bench.ledger.release(JOB, "new", None).await?),
+            }
+            let ran = bench.commands().await?;
+            let ran: Vec<&str> =
+                ran.iter().flat_map(|(name, calls)| std::iter::repeat_n(name.as_str(), *calls as usize)).collect();
+            assert_eq!(&ran, commands, "{what} in a job of {executors}");
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_server_without_memory_refuses_and_nothing_is_half_done() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(2).await?;
+    let before = bench.dump().await?;
+    bench.ask::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(1)).await?;
+    let error = bench.ledger.place(JOB, &placing("new")).await.err().context("there was memory")?;
+    assert!(
+        matches!(&error, StoreError::Refused { code, detail } if format!("{code} {detail}").contains("OOM")),
+        "{error}"
+    );
+    bench.ask::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(0)).await?;
+    assert_eq!(bench.dump().await?, before);
+    assert_eq!(counts(bench.ledger.place(JOB, &placing("new")).await?), Some((2, 1)));
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_key_of_another_type_refuses_and_nothing_is_half_done() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    for (text, whole) in [(COUNT, PODS), (PODS, COUNT)] {
+        bench.ask::<()>(&cmd("FLUSHALL")).await?;
+        bench.ask::<()>(cmd("SET").arg(text).arg("12")).await?;
+        let looked_up = Placing { policy: Some(policy("1", 0)?), ..placing("new") };
+        let error = bench.ledger.place(JOB, &looked_up).await.err().context("a string was read as a hash")?;
+        assert_eq!(error.kind(), "refused");
+        assert!(error.to_string().contains("WRONGTYPE"), "{error}");
+        assert!(bench.hash(whole).await?.is_empty());
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn thousands_of_calls_at_once_share_one_connection() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.ledger.learn(JOB, policy("0.5", 0)?).await?;
+    let clients: String = bench.ask(cmd("CLIENT").arg("LIST")).await?;
+    let ledger = std::sync::Arc::new(connect(&bench.server, DAY).await?);
+    let mut calls = tokio::task::JoinSet::new();
+    for number in 0..3_000 {
+        let ledger = std::sync::Arc::clone(&ledger);
+        calls.spawn(async move { ledger.place(JOB, &placing(&format!("e{number}"))).await });
+    }
+    for outcome in calls.join_all().await {
+        outcome?;
+    }
+    let now: String = bench.ask(cmd("CLIENT").arg("LIST")).await?;
+    assert_eq!(now.lines().count(), clients.lines().count() + 1);
+    assert_eq!(bench.noted().await?, ("1500".to_owned(), "1500".to_owned()));
+
+    // The last handle takes the connection with it.
+    drop(ledger);
+    wait::until_true(Duration::from_secs(10), "the connection to close", async || {
+        let now: String = bench.ask(cmd("CLIENT").arg("LIST")).await?;
+        Ok(now.lines().count() == clients.lines().count())
+    })
+    .await
+}
