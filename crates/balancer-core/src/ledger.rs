@@ -111,8 +111,8 @@ pub struct JobLedger {
 
 impl JobLedger {
     /// How many released uids a ledger remembers. One pod's end is reviewed two or three times within
-    /// moments; this outlasts the reviews of many pods that end at once.
-    pub const RELEASED_REMEMBERED: usize = 64;
+    /// moments; this outlasts the reviews of several pods that end at once, and costs Redis little.
+    pub const RELEASED_REMEMBERED: usize = 16;
 
     /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
     /// are taken from the entries.
