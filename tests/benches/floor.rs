@@ -1,6 +1,7 @@
 //! What an admission costs over a server that does nothing: CPU per admission and throughput of the
 //! release binary as ratios to `floor`, measured side by side in one run, over HTTP/1.1 and HTTP/2,
-//! with Redis and with memory.
+//! with Redis and with memory. HTTP/1.1 is eight connections, one request at a time each, as older
+//! apiservers do it; HTTP/2 two connections of sixteen streams.
 //!
 //! ```sh
 //! cargo build --release && cargo bench -p balancer-tests --bench floor
@@ -13,33 +14,17 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
-use balancer_tests::parts;
-use balancer_tests::port;
 use balancer_tests::process::{Process, scratch_path};
+use balancer_tests::raw::{Connection, Protocol, tcp, whole};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait::until_true;
+use balancer_tests::{parts, port};
 use http::Request;
-use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
-use hyper::client::conn::{http1, http2};
-use hyper_util::rt::{TokioExecutor, TokioIo};
-use rustls::pki_types::{CertificateDer, ServerName};
-use rustls::{ClientConfig, RootCertStore};
-use tokio::net::TcpStream;
-use tokio_rustls::TlsConnector;
-use tokio_rustls::client::TlsStream;
 
 /// Each server's turn; short enough that a slower minute of the machine hits both.
 const TURN: Duration = Duration::from_secs(2);
 const TURNS: usize = 5;
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Protocol {
-    /// Eight connections, one request at a time each, as older apiservers do.
-    Http1,
-    /// Two connections of sixteen streams, as newer ones do.
-    Http2,
-}
 
 fn main() -> Result<()> {
     // `cargo test --benches` asks whether it starts; measuring is for `cargo bench`.
@@ -129,10 +114,7 @@ impl Server {
                 .env("STORE", if store.is_some() { "redis" } else { "memory" })
                 .envs(store.map(|store| ("REDIS_URL", store.url())));
         })?;
-        until_true(Duration::from_secs(10), "the server to listen", async || {
-            Ok(TcpStream::connect(("127.0.0.1", port)).await.is_ok())
-        })
-        .await?;
+        until_true(Duration::from_secs(10), "the server to listen", async || Ok(tcp(port).await.is_ok())).await?;
         Ok(Self { process, port })
     }
 
@@ -185,31 +167,26 @@ impl Load {
     }
 
     async fn post_driver(&self, server: &Server) -> Result<()> {
-        let mut sender = Sender::connect(server.port, self.protocol).await?;
-        sender.post(server.port, self.driver.clone()).await
+        post(&mut Connection::open(server.port, self.protocol).await?, self.driver.clone()).await
     }
 
     /// Loads the server for its turn.
     async fn run(&self, server: &Server) -> Result<Turn> {
-        let mut senders = Vec::new();
-        match self.protocol {
-            Protocol::Http1 => {
-                for _ in 0..8 {
-                    senders.push(Sender::connect(server.port, self.protocol).await?);
-                }
-            }
-            Protocol::Http2 => {
-                for _ in 0..2 {
-                    let Sender::Http2(sender) = Sender::connect(server.port, self.protocol).await? else { continue };
-                    senders.extend((0..16).map(|_| Sender::Http2(sender.clone())));
-                }
-            }
+        let mut connections = Vec::new();
+        let (number, streams) = match self.protocol {
+            Protocol::Http1 => (8, 1),
+            Protocol::Http2 => (2, 16),
+        };
+        for _ in 0..number {
+            let connection = Connection::open(server.port, self.protocol).await?;
+            connections.extend((1..streams).filter_map(|_| connection.another_stream()));
+            connections.push(connection);
         }
         let (started, cpu) = (Instant::now(), server.cpu()?);
-        let posting = senders.into_iter().map(|mut sender| async move {
+        let posting = connections.into_iter().map(|mut connection| async move {
             let mut posted = 0u64;
             while started.elapsed() < TURN {
-                sender.post(server.port, self.executor()).await?;
+                post(&mut connection, self.executor()).await?;
                 posted += 1;
             }
             Ok::<_, anyhow::Error>(posted)
@@ -220,6 +197,16 @@ impl Load {
         let posted = posted as f64;
         Ok(Turn { cpu_us: cpu.as_secs_f64() * 1e6 / posted, per_second: posted / took.as_secs_f64() })
     }
+}
+
+async fn post(connection: &mut Connection, body: Bytes) -> Result<()> {
+    let request = Request::post("/mutate?timeout=10s")
+        .header("content-type", "application/json")
+        .header("user-agent", "kube-apiserver-admission")
+        .body(whole(body))?;
+    let answer = connection.send(request).await?;
+    ensure!(answer.status == 200, "answered {}", answer.status);
+    Ok(())
 }
 
 /// A JSON text without the white space between its tokens; the order of keys stays.
@@ -234,60 +221,4 @@ fn strip(bytes: &[u8]) -> String {
         keep
     });
     String::from_utf8_lossy(&kept.collect::<Vec<u8>>()).into_owned()
-}
-
-enum Sender {
-    Http1(http1::SendRequest<Full<Bytes>>),
-    Http2(http2::SendRequest<Full<Bytes>>),
-}
-
-impl Sender {
-    async fn connect(port: u16, protocol: Protocol) -> Result<Self> {
-        let stream = tls(port, if protocol == Protocol::Http1 { b"http/1.1" } else { b"h2" }).await?;
-        let io = TokioIo::new(stream);
-        Ok(match protocol {
-            Protocol::Http1 => {
-                let (sender, connection) = http1::handshake(io).await?;
-                tokio::spawn(connection);
-                Self::Http1(sender)
-            }
-            Protocol::Http2 => {
-                let (sender, connection) = http2::handshake(TokioExecutor::new(), io).await?;
-                tokio::spawn(connection);
-                Self::Http2(sender)
-            }
-        })
-    }
-
-    async fn post(&mut self, port: u16, body: Bytes) -> Result<()> {
-        let request = Request::post(format!("https://127.0.0.1:{port}/mutate?timeout=10s"))
-            .header("host", "127.0.0.1")
-            .header("content-type", "application/json")
-            .header("user-agent", "kube-apiserver-admission")
-            .body(Full::new(body))?;
-        let answer = match self {
-            Self::Http1(sender) => {
-                sender.ready().await?;
-                sender.send_request(request).await?
-            }
-            Self::Http2(sender) => sender.send_request(request).await?,
-        };
-        let status = answer.status();
-        answer.into_body().collect().await?;
-        ensure!(status == 200, "answered {status}");
-        Ok(())
-    }
-}
-
-async fn tls(port: u16, protocol: &[u8]) -> Result<TlsStream<TcpStream>> {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from(authority()?.der.clone()))?;
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = vec![protocol.to_vec()];
-    let stream = TcpStream::connect(("127.0.0.1", port)).await?;
-    stream.set_nodelay(true)?;
-    Ok(TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost")?, stream).await?)
 }

@@ -113,6 +113,11 @@ impl Webhook {
         self.process.terminate(within).await
     }
 
+    /// Waits for its end after a signal.
+    pub async fn ended(&mut self, within: Duration) -> Result<ExitStatus> {
+        self.process.ended(within).await
+    }
+
     /// Ends it at once (SIGKILL), as does dropping it.
     pub fn kill(self) {}
 }

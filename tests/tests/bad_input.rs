@@ -221,7 +221,29 @@ async fn each_wrong_request_gets_its_own_status_and_sentence_and_holds_up_nothin
     Ok(())
 }
 
-/// A client that means harm, or is broken, and what ends it.
+/// Some clients write all before they read, and our refusal comes before: met by a reset they would
+/// never see it.
+#[tokio::test]
+async fn a_client_that_reads_only_after_its_whole_body_gets_its_answer() -> Result<()> {
+    need!(Webhook);
+    let webhook = Webhook::start(strict()?).await?;
+    for (path, length, status) in [("/nowhere", CAP / 2, "404"), ("/mutate", 2 * CAP, "413")] {
+        let mut stream = tls(webhook.port, Protocol::Http1).await?;
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        );
+        stream.write_all(head.as_bytes()).await?;
+        for piece in vec![b' '; length].chunks(64 << 10) {
+            stream.write_all(piece).await.with_context(|| format!("sending {length} bytes to {path}"))?;
+        }
+        let answer = until_closed(&mut stream, PATIENCE).await?;
+        let wanted = format!("HTTP/1.1 {status} ");
+        ensure!(answer.starts_with(wanted.as_bytes()), "{path}: {}", String::from_utf8_lossy(&answer));
+    }
+    Ok(())
+}
+
+/// Writes a byte at a time, and answers what came until the server ended it.
 async fn drip(stream: impl AsyncRead + AsyncWrite + Unpin, bytes: impl IntoIterator<Item = u8>) -> Result<Vec<u8>> {
     let (mut reader, mut writer) = split(stream);
     let dripping = async {

@@ -70,8 +70,8 @@ async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_acce
         (vec![("DEFAULT_SPOT_RATIO", text("1.5"))], &["DEFAULT_SPOT_RATIO", "1.5", "70%"]),
         (vec![("DEFAULT_SPOT_RATIO", text("NaN"))], &["DEFAULT_SPOT_RATIO", "NaN", "70%"]),
         (vec![("SPOT_PREFERENCE", text("maybe"))], &["SPOT_PREFERENCE", "maybe", "STRICT or BEST_EFFORT"]),
-        (vec![("PORT", text("70000"))], &["PORT", "70000", "65535"]),
-        (vec![("ADMIN_PORT", text("http"))], &["ADMIN_PORT", "http"]),
+        (vec![("PORT", text("70000"))], &["PORT", "70000", "accepted", "65535"]),
+        (vec![("ADMIN_PORT", text("http"))], &["ADMIN_PORT", "http", "accepted", "65535"]),
         (vec![("LOG_LEVEL", text("loud"))], &["LOG_LEVEL", "loud", "WARNING"]),
         (vec![("LOG_FORMAT", text("xml"))], &["LOG_FORMAT", "xml", "text or json"]),
         (vec![("NODE_ROLE_SELECTOR", text("perhaps"))], &["NODE_ROLE_SELECTOR", "perhaps", "true or false"]),
@@ -80,12 +80,12 @@ async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_acce
             vec![("DRIVER_ROLE_VALUE", text("executor"))],
             &["DRIVER_ROLE_VALUE", "EXECUTOR_ROLE_VALUE", "executor", "accepted"],
         ),
-        (vec![("WEBHOOK_TIMEOUT_SECONDS", text("0"))], &["WEBHOOK_TIMEOUT_SECONDS", "0", "1..=30"]),
+        (vec![("WEBHOOK_TIMEOUT_SECONDS", text("0"))], &["WEBHOOK_TIMEOUT_SECONDS", "0", "accepted", "30"]),
         (
-            vec![("STORE_TIMEOUT_MILLISECONDS", text("3000"))],
-            &["STORE_TIMEOUT_MILLISECONDS", "3000", "WEBHOOK_TIMEOUT_SECONDS", "accepted"],
+            vec![("STORE_TIMEOUT_MILLISECONDS", text("20000"))],
+            &["STORE_TIMEOUT_MILLISECONDS", "20000", "accepted", "15000"],
         ),
-        (vec![("REDIS_DEFAULT_TTL_SECONDS", text("-1"))], &["REDIS_DEFAULT_TTL_SECONDS", "-1"]),
+        (vec![("REDIS_DEFAULT_TTL_SECONDS", text("-1"))], &["REDIS_DEFAULT_TTL_SECONDS", "-1", "accepted"]),
         (vec![("STORE", text("etcd"))], &["STORE", "etcd", "redis or memory"]),
         (vec![redis()], &["REDIS_URL", "not set", "rediss://", "STORE=memory"]),
         (vec![redis(), ("REDIS_URL", text(""))], &["REDIS_URL", "not set", "rediss://"]),
@@ -269,6 +269,6 @@ async fn the_admin_port_answers_probes_and_scrapes_and_says_when_it_leaves() -> 
     let review = creation("late", 1)?;
     let late = Connection::open(webhook.port, Protocol::Http1).await?.post("/mutate", &review).await?;
     patch(&review, &late)?;
-    ensure!(webhook.terminate(SOON).await?.success());
+    ensure!(webhook.ended(SOON).await?.success());
     Ok(())
 }
