@@ -61,8 +61,7 @@ fn main() -> Result<(), Invalid> {
     if let Some(invalid) = invalid.into_iter().next() {
         return Err(invalid);
     }
-    let policy =
-        stated.over(Some(Policy { ratio: Ratio::ONE, base: 0 })).unwrap_or(Policy { ratio: Ratio::ONE, base: 0 });
+    let policy = stated.completed_by(Policy { ratio: Ratio::ONE, base: 0 });
     println!("ratio {}, on-demand base {} (of at most {})\n", policy.ratio, policy.base, BaseError::MOST);
     let mut job = Simulation { ledger: JobLedger::default(), policy, next: 1 };
     job.add(40);

@@ -35,7 +35,7 @@ impl Defaults {
 
     /// The policy of a job whose driver states `stated`.
     pub fn complete(self, stated: &Stated) -> Policy {
-        Policy { ratio: stated.ratio.unwrap_or(self.ratio), base: stated.base.unwrap_or(0) }
+        stated.completed_by(self.policy())
     }
 }
 
@@ -55,6 +55,11 @@ impl Stated {
             ratio: self.ratio.or(rest.map(|policy| policy.ratio))?,
             base: self.base.or(rest.map(|policy| policy.base))?,
         })
+    }
+
+    /// The policy: each part from here, else from `rest`.
+    pub fn completed_by(self, rest: Policy) -> Policy {
+        Policy { ratio: self.ratio.unwrap_or(rest.ratio), base: self.base.unwrap_or(rest.base) }
     }
 
     /// Reads the values of the two annotations; what cannot be read is left out and told.

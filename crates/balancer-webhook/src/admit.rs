@@ -28,45 +28,44 @@ pub struct Admission<L> {
     pub metrics: Arc<Metrics>,
 }
 
+/// Which of our two webhooks is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// `/mutate`: executors are placed, drivers learnt from.
+    Mutate,
+    /// `/validate`: deleted executors are released.
+    Validate,
+}
+
 /// How one executor was placed.
 #[derive(Clone, Debug)]
 struct Placement {
     capacity: Capacity,
     source: Source,
+    /// Who told the ratio, where one was used.
     policy: Option<PolicySource>,
     /// The job's executors with this one; or why the store did not tell.
     counts: Result<Counts, StoreError>,
 }
 
 impl<L: Ledger> Admission<L> {
-    /// Answers `/mutate`: places executors, learns from drivers.
-    pub async fn mutate(&self, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
+    /// Answers the review in `body`, if it is one. Never denies a pod, never blocks a deletion.
+    pub async fn answer(&self, hook: Hook, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
         let started = Instant::now();
         let review = Review::decode(body)?;
         let Subject { work, dry_run } = Subject::of(&review, &self.conventions);
         let mut reply = Reply::allow(review.uid());
-        let admitted = match &work {
-            Work::Place(executor) => self.place(executor, dry_run, &mut reply).await,
-            Work::Learn(driver) => self.learn(driver, dry_run, &mut reply).await,
-            Work::Release(_) => Admitted::left(Leave::OtherOperation),
-            Work::Leave(leave) => Admitted::left(*leave),
+        let admitted = match (hook, &work) {
+            (Hook::Mutate, Work::Place(executor)) => self.place(executor, dry_run, &mut reply).await,
+            (Hook::Mutate, Work::Learn(driver)) => self.learn(driver, dry_run, &mut reply).await,
+            (Hook::Validate, Work::Release(executor)) => self.release(executor, dry_run).await,
+            (Hook::Mutate, Work::Release(_)) | (Hook::Validate, Work::Place(_) | Work::Learn(_)) => {
+                Admitted::left(Leave::OtherOperation)
+            }
+            (_, Work::Leave(leave)) => Admitted::left(*leave),
         };
         self.metrics.admitted(admitted, started.elapsed());
         Ok(reply.encode())
-    }
-
-    /// Answers `/validate`: releases deleted executors. Never blocks a deletion.
-    pub async fn validate(&self, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
-        let started = Instant::now();
-        let review = Review::decode(body)?;
-        let Subject { work, dry_run } = Subject::of(&review, &self.conventions);
-        let admitted = match &work {
-            Work::Release(executor) => self.release(executor, dry_run).await,
-            Work::Place(_) | Work::Learn(_) => Admitted::left(Leave::OtherOperation),
-            Work::Leave(leave) => Admitted::left(*leave),
-        };
-        self.metrics.admitted(admitted, started.elapsed());
-        Ok(Reply::allow(review.uid()).encode())
     }
 
     async fn place(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
@@ -75,7 +74,6 @@ impl<L: Ledger> Admission<L> {
         }
         let Placement { capacity, source, policy, counts } = self.decide(executor, dry_run, reply).await;
         reply.patch = self.conventions.patch(executor, capacity);
-        let policy = policy.filter(|_| executor.pinned.is_none() && source != Source::Reused);
         if !dry_run {
             self.metrics.placed(capacity, source, policy);
         }
@@ -127,7 +125,7 @@ impl<L: Ledger> Admission<L> {
         let mut answer = self.ask(executor, &placing, dry_run).await;
         if matches!(answer, Ok(Outcome::NeedPolicy)) {
             let (told, jobs) = self.look_up(executor, &mut policy, reply).await;
-            let complete = executor.stated.over(Some(jobs)).unwrap_or(jobs);
+            let complete = executor.stated.completed_by(jobs);
             known = Some(complete);
             if told {
                 placing.policy = Some(jobs);
@@ -144,7 +142,8 @@ impl<L: Ledger> Admission<L> {
                     (None, Standing::Known) => Source::Reused,
                     (None, Standing::New) => Source::Ledger,
                 };
-                return Placement { capacity, source, policy: Some(policy), counts: Ok(counts) };
+                let policy = (source == Source::Ledger).then_some(policy);
+                return Placement { capacity, source, policy, counts: Ok(counts) };
             }
             // A ledger that asks again though it was told is as good as none.
             Ok(Outcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
@@ -155,10 +154,11 @@ impl<L: Ledger> Admission<L> {
             (None, Some(known)) => decide_without_ledger(executor.ordinal, known),
             (None, None) => {
                 let (_, jobs) = self.look_up(executor, &mut policy, reply).await;
-                decide_without_ledger(executor.ordinal, executor.stated.over(Some(jobs)).unwrap_or(jobs))
+                decide_without_ledger(executor.ordinal, executor.stated.completed_by(jobs))
             }
         };
-        Placement { capacity, source: Source::Degraded, policy: Some(policy), counts: Err(why) }
+        let policy = executor.pinned.is_none().then_some(policy);
+        Placement { capacity, source: Source::Degraded, policy, counts: Err(why) }
     }
 
     async fn ask(&self, executor: &Executor<'_>, placing: &Placing<'_>, dry_run: bool) -> Result<Outcome, StoreError> {

@@ -13,7 +13,7 @@ use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use crate::admit::Admission;
+use crate::admit::{Admission, Hook};
 use crate::metrics::{Metrics, Refusal};
 
 /// The apiserver takes objects of 3 MiB at most; a review adds little to one.
@@ -66,9 +66,10 @@ impl<L: Ledger> Router<L> {
     }
 
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let accepted = match request.uri().path() {
-            "/mutate" | "/validate" => Method::POST,
-            "/health" => Method::GET,
+        let (accepted, hook) = match request.uri().path() {
+            "/mutate" => (Method::POST, Some(Hook::Mutate)),
+            "/validate" => (Method::POST, Some(Hook::Validate)),
+            "/health" => (Method::GET, None),
             _ => return self.refuse(Refusal::Path, StatusCode::NOT_FOUND, "here are /mutate, /validate and /health\n"),
         };
         if *request.method() != accepted {
@@ -79,16 +80,15 @@ impl<L: Ledger> Router<L> {
                 .insert(ALLOW, HeaderValue::from_static(if accepted == Method::GET { "GET" } else { "POST" }));
             return answer;
         }
-        if accepted == Method::GET {
-            return json(Bytes::from_static(br#"{"status":"healthy"}"#));
-        }
-        let mutates = request.uri().path() == "/mutate";
+        let Some(hook) = hook else { return json(Bytes::from_static(br#"{"status":"healthy"}"#)) };
         let (body, _room) = match self.body(request).await {
             Ok(body) => body,
             Err(refusal) => return refusal,
         };
-        let reply = if mutates { self.admission.mutate(&body).await } else { self.admission.validate(&body).await };
-        reply.map_or_else(|error| self.refuse_review(&error), |reply| json(Bytes::from(reply)))
+        self.admission
+            .answer(hook, &body)
+            .await
+            .map_or_else(|error| self.refuse_review(&error), |reply| json(Bytes::from(reply)))
     }
 
     /// The whole body, and the room in memory that it takes for as long as it is looked at.

@@ -227,7 +227,7 @@ async fn watch_over(
     let mut ticks = tokio::time::interval(WATCH);
     let (mut leaving, mut finishing) = (false, None);
     loop {
-        tokio::select! {
+        let finish = tokio::select! {
             done = connection.as_mut() => {
                 if let Err(error) = done {
                     tracing::debug!(%error, "a connection broke off");
@@ -236,25 +236,19 @@ async fn watch_over(
             }
             _ = phase.wait_for(|phase| *phase >= last), if !leaving => {
                 leaving = true;
-                if finishing.is_none() && !activity.is_beginning() {
-                    finishing = Some(Instant::now());
-                    connection.as_mut().finish_up();
-                }
+                !activity.is_beginning()
             }
-            _ = ticks.tick() => match (activity.overdue(), finishing) {
-                (None, None) if leaving && !activity.is_beginning() => {
-                    finishing = Some(Instant::now());
-                    connection.as_mut().finish_up();
-                }
-                (Some(Overdue::Idle), None) => {
-                    finishing = Some(Instant::now());
-                    connection.as_mut().finish_up();
-                }
-                (Some(Overdue::Slow), _) => return tracing::debug!("a client was too slow"),
+            _ = ticks.tick() => match activity.overdue() {
+                Some(Overdue::Slow) => return tracing::debug!("a client was too slow"),
                 // It does not even read our goodbye.
-                (Some(Overdue::Idle), Some(since)) if since.elapsed() > HEAD_LIMIT => return,
-                _ => {}
+                Some(Overdue::Idle) if finishing.is_some_and(|since: Instant| since.elapsed() > HEAD_LIMIT) => return,
+                Some(Overdue::Idle) => true,
+                None => leaving && !activity.is_beginning(),
             },
+        };
+        if finish && finishing.is_none() {
+            finishing = Some(Instant::now());
+            connection.as_mut().finish_up();
         }
     }
 }
