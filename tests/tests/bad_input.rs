@@ -115,7 +115,7 @@ async fn each_wrong_request_gets_its_own_status_and_sentence_and_holds_up_nothin
     need!(Webhook);
     let _measuring = MACHINE.read().await;
     let webhook = Webhook::start(strict()?).await?;
-    let beside = Steady::start(webhook.port, Protocol::Http1, Duration::from_millis(50));
+    let beside = Steady::start(webhook.port, Protocol::Http1, Duration::from_millis(10));
 
     let good = creation("good", 1)?;
     let text = good.to_string();
