@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{Capacity, JobId, LiveExecutor, Outcome, Placing, Policy, Ratio, Stated};
+use balancer_core::{
+    Capacity, JobId, LiveExecutor, Observation, Outcome, Placing, Policy, Ratio, Reconciled, Stated, Term,
+};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::certificate::authority;
 use balancer_tests::need;
@@ -103,8 +105,8 @@ async fn an_idle_ledger_connects_again_before_it_is_called() -> Result<()> {
     server.start_again_empty().await?;
     wait::until_true(RECOVERY, "the ledger's connection", async || {
         let clients: String = ask(&server, cmd("CLIENT").arg("LIST")).await?;
-        // The one that asks is there too.
-        Ok(clients.lines().count() >= 2)
+        // The one that asks is there too, and one that is there may still be introducing itself.
+        Ok(clients.lines().count() >= 2 && format!("{ledger:?}").contains("Ok(\"connected\")"))
     })
     .await?;
     place(&ledger, "e1").await?;
@@ -148,6 +150,42 @@ async fn while_the_server_is_frozen_every_call_ends_in_time_and_soon_at_once() -
     let shown = ledger.show(JOB).await?.context("nothing was written")?;
     assert_eq!((shown.counts().total(), shown.entries().len()), (201, 201));
     Ok(())
+}
+
+#[tokio::test]
+async fn a_large_reconcile_has_more_time_and_no_other_call_breaks_its_connection() -> Result<()> {
+    need!(Redis);
+    let timeout = Duration::from_millis(50);
+    let server = RedisServer::start().await?;
+    let ledger = connect(&server.url(), timeout).await?;
+    // One and the same, so that the server is soon done with them.
+    let live = vec![LiveExecutor { executor: "e1", uid: "u", capacity: Some(Capacity::Spot) }; 50_000];
+    let longer = Duration::from_secs(1);
+    let seen = Observation { live: &live, ..Observation::default() };
+    let reconcile = async || ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await;
+
+    server.freeze()?;
+    let others = async {
+        // For longer than another call, the probe after it, and what is then still underway may take.
+        for _ in 0..6 {
+            let error = place(&ledger, "e2").await.err().context("it works")?;
+            ensure!(error.kind() == "timed_out", "{error}");
+        }
+        server.thaw()
+    };
+    let (reconciled, others) = tokio::join!(reconcile(), others);
+    others?;
+    assert!(matches!(reconciled?, Reconciled::Done(mended) if mended.drift.missing == 1));
+
+    // Several wait for one another, and no longer.
+    server.freeze()?;
+    let begin = Instant::now();
+    let (first, second) = tokio::join!(reconcile(), reconcile());
+    assert_eq!(first.err(), Some(StoreError::TimedOut(timeout + longer)));
+    assert_eq!(second.err(), Some(StoreError::TimedOut(timeout + longer * 2)));
+    assert!((longer * 2..longer * 3).contains(&begin.elapsed()), "they took {:?}", begin.elapsed());
+    fails_as(&ledger, "no_connection").await?;
+    fails_fast(&ledger).await
 }
 
 #[tokio::test]
@@ -233,25 +271,56 @@ async fn after_a_failover_it_leaves_the_old_master_for_the_new_one() -> Result<(
     Ok(())
 }
 
+/// What the documentation of `RedisLedger` says that an ACL user needs: key patterns and commands.
+fn documented_rights() -> Result<(Vec<&'static str>, Vec<&'static str>)> {
+    let source = include_str!("../../crates/balancer-store/src/redis.rs");
+    let (_, sentence) = source.split_once("/// An ACL user of its own needs").context("no such sentence")?;
+    let (sentence, _) = sentence.split_once(".\n").context("it does not end")?;
+    let (keys, commands) = sentence.split_once("commands").context("it tells no commands")?;
+    let quoted = |text: &'static str| text.split('`').skip(1).step_by(2).collect();
+    Ok((quoted(keys), quoted(commands)))
+}
+
 #[tokio::test]
-async fn a_user_who_may_only_run_the_scripts_can_do_everything() -> Result<()> {
+async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_them() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
-    let rights = "on >s3cret&p@ss resetkeys ~exec-count:* ~exec-pods:* -@all +evalsha +script|load +time +pexpire \
-                  +exists +hget +hmget +hlen +hset +hdel +hvals +hgetall";
-    ask::<()>(&server, cmd("ACL").arg("SETUSER").arg("balancer").arg(rights.split_whitespace().collect::<Vec<_>>()))
-        .await?;
+    let (keys, commands) = documented_rights()?;
+    let mut rights = cmd("ACL");
+    rights.arg("SETUSER").arg("balancer").arg(&["on", ">s3cret&p@ss", "resetkeys", "-@all"]);
+    rights.arg(keys.iter().map(|key| format!("~{key}")).collect::<Vec<_>>());
+    rights.arg(commands.iter().map(|command| format!("+{command}")).collect::<Vec<_>>());
+    ask::<()>(&server, &rights).await?;
     let url = format!("redis://balancer:s3cret%26p%40ss@127.0.0.1:{}", server.port());
     let ledger = connect(&url, Duration::from_secs(10)).await?;
     for _ in 0..2 {
         place(&ledger, "e1").await?;
         let live = |executor| LiveExecutor { executor, uid: "u", capacity: Some(Capacity::Spot) };
-        ledger.reconcile(JOB, &[live("e1"), live("e2")], None, Duration::ZERO).await?;
+        let live = [live("e1"), live("e2")];
+        let seen = Observation { live: &live, ..Observation::default() };
+        ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await?;
         ledger.learn(JOB, Policy { ratio: Ratio::ZERO, base: 1 }).await?;
         ledger.release(JOB, "e2", Some("u")).await?;
         assert_eq!(ledger.show(JOB).await?.context("nothing was written")?.counts().total(), 1);
+        assert_eq!(ledger.tally(JOB).await?.context("nothing was written")?.total(), 1);
+        assert_eq!(ledger.jobs(0).await?.jobs, [JOB.to_key()]);
+        ledger.mark(1).await?;
+
+        // Both ways in which a ledger ends.
+        let other = JobId { id: "spark-2", ..JOB };
+        let pinned = Placing { executor: "e1", pinned: Some(Capacity::Spot), stated: Stated::default(), policy: None };
+        ledger.place(other, &pinned).await?;
+        ledger.release(other, "e1", None).await?;
+        ledger.place(other, &pinned).await?;
+        ledger.reconcile(other, &Observation::default(), Duration::ZERO, Term(1)).await?;
+        assert_eq!(ledger.show(other).await?, None);
+
         // Then the entries are counted anew.
-        ask::<()>(&server, cmd("HDEL").arg("exec-count:{etl:spark-1}").arg("spot")).await?;
+        ask::<()>(&server, cmd("HINCRBY").arg("exec-count:{etl:spark-1}").arg("spot").arg(1)).await?;
+    }
+    let statistics: String = ask(&server, cmd("INFO").arg("commandstats")).await?;
+    for command in commands {
+        assert!(statistics.contains(&format!("cmdstat_{command}:calls=")), "{command} is not needed: {statistics}");
     }
     Ok(())
 }

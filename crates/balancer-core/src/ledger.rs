@@ -2,11 +2,24 @@
 //! a store adds only where it is kept, a clock and a lock (DESIGN sections 5 and 6).
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::fmt;
 
 use crate::capacity::{Capacity, Counts};
 use crate::decide::decide;
 use crate::policy::{Policy, Stated};
 use crate::subject::Executor;
+
+/// How often the leadership of the reconcilers has changed hands. A ledger that was reconciled in one
+/// term takes no reconciling of an earlier one: a leader that was stopped for a while, and does not know
+/// yet that another has taken over, sees a cluster of the past.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Term(pub u64);
+
+impl fmt::Display for Term {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// Milliseconds on the store's clock; only differences matter.
 pub type Millis = u64;
@@ -82,6 +95,38 @@ pub struct LiveExecutor<'a> {
     pub capacity: Option<Capacity>,
 }
 
+/// What the cluster says of one job.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Observation<'a> {
+    /// Its live executors, each once.
+    pub live: &'a [LiveExecutor<'a>],
+    /// What its driver asks for, as far as that is known; each part replaces the noted one.
+    pub stated: Stated,
+    /// Whether neither a driver nor an executor of it is left: its policy then goes with its last entry.
+    pub ended: bool,
+}
+
+/// What a reconcile came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reconciled {
+    /// The ledger is what was observed.
+    Done(Mended),
+    /// Nothing was changed: the ledger was reconciled in this later term.
+    Superseded(Term),
+}
+
+/// A ledger that is what was observed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mended {
+    /// What had to be changed.
+    pub drift: Drift,
+    /// The executors by capacity, those that wait for their pods included.
+    pub counts: Counts,
+    /// In how many milliseconds the first placement that has no pod yet will have waited for the
+    /// grace; `None` where all have their pods.
+    pub waits: Option<Millis>,
+}
+
 /// What a reconcile found wrong, and mended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drift {
@@ -107,6 +152,7 @@ pub struct JobLedger {
     counts: Counts,
     entries: HashMap<String, Entry>,
     released: VecDeque<String>,
+    term: Term,
 }
 
 impl JobLedger {
@@ -120,8 +166,10 @@ impl JobLedger {
         policy: Option<Policy>,
         entries: HashMap<String, Entry>,
         released: impl IntoIterator<Item = String>,
+        term: Term,
     ) -> Self {
-        let mut ledger = Self { policy, counts: Counts::default(), entries, released: released.into_iter().collect() };
+        let released = released.into_iter().collect();
+        let mut ledger = Self { policy, counts: Counts::default(), entries, released, term };
         ledger.recount();
         ledger
     }
@@ -198,23 +246,27 @@ impl JobLedger {
         self.policy = Some(policy);
     }
 
-    /// Makes the ledger what the cluster says.
+    /// Makes the ledger what the cluster says, unless it was reconciled in a later term.
     ///
     /// Struck are entries with no live executor: at once where the pod had been seen (its uid is
     /// known), else once the placement is `grace` old. Entered are live executors of known capacity
-    /// that are missing. Counts are taken anew from the entries. A `policy` replaces the noted one.
-    pub fn reconcile(
-        &mut self,
-        live: &[LiveExecutor<'_>],
-        policy: Option<Policy>,
-        grace: Millis,
-        now: Millis,
-    ) -> Drift {
-        let mut drift = Drift::default();
+    /// that are missing. Counts are taken anew from the entries.
+    pub fn reconcile(&mut self, seen: &Observation<'_>, grace: Millis, term: Term, now: Millis) -> Reconciled {
+        if self.term > term {
+            return Reconciled::Superseded(self.term);
+        }
+        let Observation { live, stated, ended } = *seen;
+        let (mut drift, mut waits) = (Drift::default(), None::<Millis>);
         let names: HashSet<&str> = live.iter().map(|executor| executor.executor).collect();
         self.entries.retain(|name, entry| {
-            let keep =
-                names.contains(name.as_str()) || (entry.uid.is_none() && now.saturating_sub(entry.placed_at) < grace);
+            if names.contains(name.as_str()) {
+                return true;
+            }
+            let age = now.saturating_sub(entry.placed_at);
+            let keep = entry.uid.is_none() && age < grace;
+            if keep {
+                waits = Some(waits.unwrap_or(Millis::MAX).min(grace - age));
+            }
             drift.stale += u64::from(!keep);
             keep
         });
@@ -236,15 +288,19 @@ impl JobLedger {
             }
         }
         self.recount();
-        self.policy = policy.or(self.policy);
+        self.term = term;
+        self.policy = stated.over(self.policy).or(self.policy);
+        if ended && self.entries.is_empty() {
+            self.policy = None;
+        }
         self.forget_if_empty();
-        drift
+        Reconciled::Done(Mended { drift, counts: self.counts, waits })
     }
 
     /// Without policy and executors there is no ledger, and no store keeps one.
     fn forget_if_empty(&mut self) {
         if self.policy.is_none() && self.entries.is_empty() {
-            self.released.clear();
+            *self = Self::default();
         }
     }
 
@@ -270,6 +326,11 @@ impl JobLedger {
         self.released.iter().map(String::as_str)
     }
 
+    /// The term in which it was last reconciled.
+    pub fn term(&self) -> Term {
+        self.term
+    }
+
     /// The entries by executor.
     pub fn entries(&self) -> &HashMap<String, Entry> {
         &self.entries
@@ -286,6 +347,13 @@ mod tests {
 
     fn placing(executor: &str) -> Placing<'_> {
         Placing { executor, pinned: None, stated: Stated::default(), policy: Some(POLICY) }
+    }
+
+    fn mend(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> Mended {
+        match ledger.reconcile(&Observation { live, ..Observation::default() }, grace, Term(1), now) {
+            Reconciled::Done(mended) => mended,
+            Reconciled::Superseded(by) => panic!("superseded by {by}"),
+        }
     }
 
     #[test]
@@ -328,7 +396,7 @@ mod tests {
     fn a_release_for_an_older_pod_of_the_same_name_strikes_nothing() {
         let mut ledger = JobLedger::default();
         ledger.place(&placing("e1"), 0);
-        ledger.reconcile(&[LiveExecutor { executor: "e1", uid: "new", capacity: None }], None, 60_000, 1);
+        mend(&mut ledger, &[LiveExecutor { executor: "e1", uid: "new", capacity: None }], 60_000, 1);
         assert_eq!(ledger.release("e1", Some("old")), None);
         assert_eq!(ledger.release("e1", Some("new")), Some(Capacity::OnDemand));
         assert_eq!(ledger.release("e1", Some("new")), None);
@@ -362,10 +430,45 @@ mod tests {
         ledger.place(&placing("seen"), 0);
         ledger.place(&placing("waiting"), 0);
         let seen = [LiveExecutor { executor: "seen", uid: "u", capacity: None }];
-        assert!(ledger.reconcile(&seen, None, 100, 10).is_none());
-        assert_eq!(ledger.reconcile(&[], None, 100, 99), Drift { stale: 1, ..Drift::default() });
-        assert_eq!(ledger.reconcile(&[], None, 100, 100), Drift { stale: 1, ..Drift::default() });
-        assert_eq!(ledger.counts().total(), 0);
+        assert_eq!(mend(&mut ledger, &seen, 100, 10).waits, Some(90));
+        let struck = Drift { stale: 1, ..Drift::default() };
+        let Mended { drift, counts, waits } = mend(&mut ledger, &[], 100, 99);
+        assert_eq!((drift, counts.total(), waits), (struck, 1, Some(1)));
+        let Mended { drift, counts, waits } = mend(&mut ledger, &[], 100, 100);
+        assert_eq!((drift, counts.total(), waits), (struck, 0, None));
+    }
+
+    #[test]
+    fn what_an_earlier_term_saw_changes_nothing() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        let nothing = Observation::default();
+        assert!(matches!(ledger.reconcile(&nothing, 100, Term(3), 0), Reconciled::Done(_)));
+        let before = ledger.clone();
+        assert_eq!(ledger.reconcile(&nothing, 0, Term(2), 0), Reconciled::Superseded(Term(3)));
+        assert_eq!(ledger, before);
+    }
+
+    #[test]
+    fn each_part_of_a_policy_that_is_observed_replaces_the_noted_one() {
+        let mut ledger = JobLedger::default();
+        let ratio = |ratio| Observation { stated: Stated { ratio: Some(ratio), base: None }, ..Observation::default() };
+        ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
+        assert_eq!(ledger, JobLedger::default(), "half of a policy is none");
+        ledger.learn(POLICY);
+        ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
+        assert_eq!(ledger.policy(), Some(Policy { ratio: Ratio::ZERO, base: 1 }));
+    }
+
+    #[test]
+    fn the_policy_of_an_ended_job_goes_with_its_last_entry() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        let ended = Observation { ended: true, ..Observation::default() };
+        ledger.reconcile(&ended, 100, Term(1), 99);
+        assert_eq!(ledger.policy(), Some(POLICY));
+        ledger.reconcile(&ended, 100, Term(1), 100);
+        assert_eq!(ledger, JobLedger::default());
     }
 
     proptest! {
@@ -388,7 +491,7 @@ mod tests {
                     }
                     2 => { ledger.release(&name, None); }
                     3 => { ledger.release(&name, Some("other")); }
-                    4 => { ledger.reconcile(&[LiveExecutor { executor: &name, uid: "u", capacity: pinned }], None, 5, now as Millis); }
+                    4 => { mend(&mut ledger, &[LiveExecutor { executor: &name, uid: "u", capacity: pinned }], 5, now as Millis); }
                     _ => ledger.learn(POLICY),
                 }
                 let mut counts = Counts::default();

@@ -42,6 +42,7 @@ mod policy;
 mod ratio;
 mod reply;
 mod review;
+mod sighting;
 mod skim;
 mod subject;
 mod text;
@@ -49,13 +50,17 @@ mod text;
 pub use capacity::{Capacity, Counts};
 pub use conventions::{Conventions, Preference, PreferenceError};
 pub use decide::{Ordinal, decide, decide_without_ledger};
-pub use ledger::{Drift, Entry, JobLedger, LiveExecutor, Millis, Outcome, Placed, Placing, Standing};
+pub use ledger::{
+    Drift, Entry, JobLedger, LiveExecutor, Mended, Millis, Observation, Outcome, Placed, Placing, Reconciled, Standing,
+    Term,
+};
 pub use patch::Patch;
 pub use pod::{Affinity, Metadata, Pairs, Pod, PodSpec, PodStatus};
 pub use policy::{BaseError, Defaults, Invalid, Policy, Stated};
 pub use ratio::{Ratio, RatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
+pub use sighting::{SeenDriver, SeenExecutor, Sighting};
 pub use skim::SkimError;
-pub use subject::{Driver, Executor, JobId, Leave, Subject, Work};
+pub use subject::{Driver, Executor, JobId, JobKey, Leave, Subject, Work};
 pub use text::Text;

@@ -37,6 +37,9 @@ pub struct Metadata<'a> {
     /// Not yet known at creation.
     #[serde(borrow, default)]
     pub uid: Option<Text<'a>>,
+    /// Which state of the object this is; absent at creation.
+    #[serde(borrow, default)]
+    pub resource_version: Option<Text<'a>>,
     /// RFC 3339, UTC: compares as text.
     #[serde(borrow, default)]
     pub creation_timestamp: Option<Text<'a>>,
@@ -137,10 +140,89 @@ impl Pod<'_> {
     }
 }
 
+/// A view that outlives the bytes it was read from.
+impl Pod<'_> {
+    /// The same, borrowing nothing.
+    pub fn into_owned(self) -> Pod<'static> {
+        let Self { metadata, spec, status } = self;
+        Pod {
+            metadata: metadata.into_owned(),
+            spec: spec.map(PodSpec::into_owned),
+            status: status.map(|PodStatus { phase }| PodStatus { phase: phase.map(Text::into_owned) }),
+        }
+    }
+}
+
+impl Metadata<'_> {
+    fn into_owned(self) -> Metadata<'static> {
+        let Self {
+            name,
+            generate_name,
+            namespace,
+            uid,
+            resource_version,
+            creation_timestamp,
+            deletion_timestamp,
+            labels,
+            annotations,
+        } = self;
+        Metadata {
+            name: name.map(Text::into_owned),
+            generate_name: generate_name.map(Text::into_owned),
+            namespace: namespace.map(Text::into_owned),
+            uid: uid.map(Text::into_owned),
+            resource_version: resource_version.map(Text::into_owned),
+            creation_timestamp: creation_timestamp.map(Text::into_owned),
+            deletion_timestamp: deletion_timestamp.map(Text::into_owned),
+            labels: labels.map(Pairs::into_owned),
+            annotations: annotations.map(Pairs::into_owned),
+        }
+    }
+}
+
+impl PodSpec<'_> {
+    fn into_owned(self) -> PodSpec<'static> {
+        let Self { node_name, node_selector, affinity } = self;
+        PodSpec {
+            node_name: node_name.map(Text::into_owned),
+            node_selector: node_selector.map(Pairs::into_owned),
+            affinity: affinity.map(|Affinity { node_affinity }| Affinity {
+                node_affinity: node_affinity.map(NodeAffinity::into_owned),
+            }),
+        }
+    }
+}
+
+impl NodeAffinity<'_> {
+    fn into_owned(self) -> NodeAffinity<'static> {
+        let Self { required_during_scheduling_ignored_during_execution: required } = self;
+        let requirement = |NodeSelectorRequirement { key, operator, values }: NodeSelectorRequirement<'_>| {
+            let values = values.map(|values| values.into_iter().map(Text::into_owned).collect());
+            NodeSelectorRequirement { key: key.into_owned(), operator: operator.into_owned(), values }
+        };
+        let term = |NodeSelectorTerm { match_expressions }: NodeSelectorTerm<'_>| NodeSelectorTerm {
+            match_expressions: match_expressions.map(|all| all.into_iter().map(requirement).collect()),
+        };
+        NodeAffinity {
+            required_during_scheduling_ignored_during_execution: required.map(
+                |NodeSelector { node_selector_terms }| NodeSelector {
+                    node_selector_terms: node_selector_terms.into_iter().map(term).collect(),
+                },
+            ),
+        }
+    }
+}
+
 /// A JSON object of strings, in the order given. A pod has a handful: looking through them beats
 /// building a map.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Pairs<'a>(Vec<(Text<'a>, Text<'a>)>);
+
+impl Pairs<'_> {
+    fn into_owned(self) -> Pairs<'static> {
+        Pairs(self.0.into_iter().map(|(key, value)| (key.into_owned(), value.into_owned())).collect())
+    }
+}
 
 impl<'a> Pairs<'a> {
     pub(crate) fn new(pairs: Vec<(Text<'a>, Text<'a>)>) -> Self {

@@ -176,6 +176,7 @@ impl<'a> Metadata<'a> {
                 b"generateName" => metadata.generate_name = at.text()?,
                 b"namespace" => metadata.namespace = at.text()?,
                 b"uid" => metadata.uid = at.text()?,
+                b"resourceVersion" => metadata.resource_version = at.text()?,
                 b"creationTimestamp" => metadata.creation_timestamp = at.text()?,
                 b"deletionTimestamp" => metadata.deletion_timestamp = at.text()?,
                 b"labels" => metadata.labels = at.pairs()?,

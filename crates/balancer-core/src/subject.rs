@@ -21,6 +21,29 @@ pub struct JobId<'a> {
     pub id: &'a str,
 }
 
+impl JobId<'_> {
+    /// The same, to keep.
+    pub fn to_key(self) -> JobKey {
+        JobKey { namespace: self.namespace.to_owned(), id: self.id.to_owned() }
+    }
+}
+
+/// A [`JobId`] of one's own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct JobKey {
+    /// The namespace.
+    pub namespace: String,
+    /// The value of the job id label.
+    pub id: String,
+}
+
+impl JobKey {
+    /// The job.
+    pub fn id(&self) -> JobId<'_> {
+        JobId { namespace: &self.namespace, id: &self.id }
+    }
+}
+
 /// What a review is about.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Subject<'a> {

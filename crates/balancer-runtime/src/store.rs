@@ -4,8 +4,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use balancer_core::{Capacity, Drift, JobId, JobLedger, LiveExecutor, Outcome, Placing, Policy};
-use balancer_store::{Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
+use balancer_core::{Capacity, Counts, JobId, JobLedger, Observation, Outcome, Placing, Policy, Reconciled, Term};
+use balancer_store::{Ledger, MemoryLedger, Page, RedisLedger, RedisOptions, StoreError};
 use clap::Args;
 
 use crate::arguments::number;
@@ -99,6 +99,11 @@ impl StoreSettings {
         Self { timeout: self.timeout.min(limit), ..self }
     }
 
+    /// Whether the ledgers are in this process alone.
+    pub fn in_memory(&self) -> bool {
+        self.redis_url.is_none()
+    }
+
     /// How long one call may take.
     pub fn timeout(&self) -> Duration {
         self.timeout
@@ -132,6 +137,11 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
+    /// Whether the ledgers are in this process alone.
+    pub fn in_memory(&self) -> bool {
+        matches!(self, Self::Memory(_))
+    }
+
     /// The value of `STORE` that chooses it.
     pub fn name(&self) -> &'static str {
         match self {
@@ -171,11 +181,23 @@ impl Ledger for Store {
     async fn reconcile(
         &self,
         job: JobId<'_>,
-        live: &[LiveExecutor<'_>],
-        policy: Option<Policy>,
+        seen: &Observation<'_>,
         grace: Duration,
-    ) -> Result<Drift, StoreError> {
-        hand_on!(self.reconcile(job, live, policy, grace))
+        term: Term,
+    ) -> Result<Reconciled, StoreError> {
+        hand_on!(self.reconcile(job, seen, grace, term))
+    }
+
+    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
+        hand_on!(self.tally(job))
+    }
+
+    async fn jobs(&self, from: u64) -> Result<Page, StoreError> {
+        hand_on!(self.jobs(from))
+    }
+
+    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+        hand_on!(self.mark(mark))
     }
 
     async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {

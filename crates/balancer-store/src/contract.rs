@@ -13,20 +13,21 @@
 //! ```
 //!
 //! What takes a server's clock or a look at its memory is left to the store's own tests: how long a
-//! ledger lives, and that a peek prolongs no life.
+//! ledger lives, that a peek or a superseded reconcile prolongs no life, and which placement waits longest.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, LiveExecutor, Outcome, Placed, Placing, Policy, Ratio, Standing,
-    Stated,
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, LiveExecutor, Mended, Observation, Outcome, Placed, Placing,
+    Policy, Ratio, Reconciled, Standing, Stated, Term,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Handle;
 
-use crate::{Ledger, StoreError};
+use crate::{Ledger, Page, StoreError};
 
 use Capacity::{OnDemand, Spot};
 use Standing::{Known, New};
@@ -58,7 +59,14 @@ macro_rules! contract {
             a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once,
             a_live_executor_of_unknown_capacity_stays_but_is_not_entered,
             a_reconciled_policy_replaces_the_noted_one,
+            each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none,
+            the_policy_of_a_job_that_ended_goes_with_its_last_executor,
+            a_reconcile_of_an_earlier_term_changes_nothing,
+            a_job_that_was_forgotten_forgets_its_term,
             a_job_of_which_nothing_is_known_stays_unknown,
+            a_tally_tells_the_counts_and_makes_no_ledger,
+            every_job_that_has_a_ledger_is_told,
+            a_mark_tells_the_one_before_it,
             names_may_hold_any_text,
             jobs_do_not_touch_one_another,
             executors_placed_at_once_are_each_counted_once,
@@ -108,6 +116,33 @@ fn placed(capacity: Capacity, standing: Standing, spot: u64, on_demand: u64) -> 
 
 fn live<'a>(executor: &'a str, uid: &'a str, capacity: Option<Capacity>) -> LiveExecutor<'a> {
     LiveExecutor { executor, uid, capacity }
+}
+
+/// What the cluster says of a job whose driver is not told.
+fn seen<'a>(live: &'a [LiveExecutor<'a>]) -> Observation<'a> {
+    Observation { live, ..Observation::default() }
+}
+
+/// What it says of a job without executors, whose driver asks for this.
+fn asking(policy: Policy) -> Observation<'static> {
+    Observation { stated: stated(policy), ..Observation::default() }
+}
+
+fn stated(policy: Policy) -> Stated {
+    Stated { ratio: Some(policy.ratio), base: Some(policy.base) }
+}
+
+/// A reconcile in the first term.
+async fn mend(
+    ledger: &impl Ledger,
+    job: JobId<'_>,
+    seen: Observation<'_>,
+    grace: Duration,
+) -> Result<Mended, StoreError> {
+    match ledger.reconcile(job, &seen, grace, Term(1)).await? {
+        Reconciled::Done(mended) => Ok(mended),
+        Reconciled::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
+    }
 }
 
 async fn counts(ledger: &impl Ledger, job: JobId<'_>) -> Result<(u64, u64), StoreError> {
@@ -279,7 +314,7 @@ pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(le
         Ok(ledger.show(job).await?.and_then(|ledger| ledger.entries().get(name).and_then(|entry| entry.uid.clone())))
     };
     ledger.place(job, &placing("e1", Some(all_spot()))).await?;
-    ledger.reconcile(job, &[live("e1", "first", None)], None, LONG).await?;
+    mend(ledger, job, seen(&[live("e1", "first", None)]), LONG).await?;
     assert_eq!(uid("e1").await?.as_deref(), Some("first"));
     ledger.learn(job, all_on_demand()).await?;
     assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, Known, 1, 0));
@@ -309,7 +344,7 @@ pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked 
 pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("older");
     ledger.place(job, &placing("e1", Some(all_spot()))).await?;
-    ledger.reconcile(job, &[live("e1", "newer", None)], None, LONG).await?;
+    mend(ledger, job, seen(&[live("e1", "newer", None)]), LONG).await?;
     assert_eq!(ledger.release(job, "e1", Some("older")).await?, None);
     assert_eq!(counts(ledger, job).await?, (1, 0));
     assert_eq!(ledger.release(job, "e1", Some("newer")).await?, Some(Spot));
@@ -337,7 +372,7 @@ pub async fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_no
 /// It cannot tell pods apart.
 pub async fn a_release_without_a_uid_strikes_whatever_has_the_name(ledger: &impl Ledger) -> Checked {
     let job = job("no-uid");
-    ledger.reconcile(job, &[live("e1", "u", Some(OnDemand))], None, LONG).await?;
+    mend(ledger, job, seen(&[live("e1", "u", Some(OnDemand))]), LONG).await?;
     assert_eq!(ledger.release(job, "e1", None).await?, Some(OnDemand));
     Ok(())
 }
@@ -345,7 +380,8 @@ pub async fn a_release_without_a_uid_strikes_whatever_has_the_name(ledger: &impl
 /// And tells how many of each.
 pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong(ledger: &impl Ledger) -> Checked {
     let job = job("reconcile");
-    for name in ["right", "wrong", "gone-1", "gone-2"] {
+    // The last is gone too, though a pod has its name for a uid.
+    for name in ["right", "wrong", "gone", "u1"] {
         ledger.place(job, &placing(name, Some(all_spot()))).await?;
     }
     let now = [
@@ -357,10 +393,11 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
         // Told twice, counted once.
         live("new-3", "u5", Some(Spot)),
     ];
-    let drift = ledger.reconcile(job, &now, None, Duration::ZERO).await?;
-    assert_eq!(drift, Drift { missing: 3, stale: 2, wrong_capacity: 1 });
+    let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
+    let (drift, counts) = (Drift { missing: 3, stale: 2, wrong_capacity: 1 }, Counts { spot: 2, on_demand: 3 });
+    assert_eq!(mended, Mended { drift, counts, waits: None });
     let shown = ledger.show(job).await?.unwrap_or_default();
-    assert_eq!(shown.counts(), Counts { spot: 2, on_demand: 3 });
+    assert_eq!(shown.counts(), counts);
     assert_eq!(shown.policy(), Some(all_spot()));
     let mut uids: Vec<_> =
         shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref().unwrap_or_default())).collect();
@@ -374,11 +411,11 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
 /// Nor does it change anything.
 pub async fn reconciling_a_right_ledger_finds_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("right");
-    assert!(ledger.reconcile(job, &[], None, LONG).await?.is_none());
+    assert!(mend(ledger, job, seen(&[]), LONG).await?.drift.is_none());
     let now = [live("e1", "u1", Some(Spot)), live("e2", "u2", Some(OnDemand))];
-    assert_eq!(ledger.reconcile(job, &now, None, LONG).await?.missing, 2);
+    assert_eq!(mend(ledger, job, seen(&now), LONG).await?.drift.missing, 2);
     let before = ledger.show(job).await?;
-    assert!(ledger.reconcile(job, &now, None, Duration::ZERO).await?.is_none());
+    assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
     assert_eq!(ledger.show(job).await?, before);
     Ok(())
 }
@@ -390,12 +427,22 @@ pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck
     let job = job("grace");
     ledger.place(job, &placing("waiting", Some(all_spot()))).await?;
     ledger.place(job, &placing("seen", None)).await?;
-    assert!(ledger.reconcile(job, &[live("seen", "u", None)], None, LONG).await?.is_none());
-    assert_eq!(ledger.reconcile(job, &[], None, LONG).await?, Drift { stale: 1, ..Drift::default() });
-    assert_eq!(counts(ledger, job).await?, (1, 0));
+    let nearly_long = LONG.as_secs() * 900..=LONG.as_secs() * 1_000;
+    let Mended { drift, counts: both, waits } = mend(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
+    assert_eq!((drift, both), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
+    assert!(waits.is_some_and(|waits| nearly_long.contains(&waits)), "{waits:?}");
+
+    let Mended { drift, counts: one, waits } = mend(ledger, job, seen(&[]), LONG).await?;
+    assert_eq!((drift, one), (Drift { stale: 1, ..Drift::default() }, Counts { spot: 1, on_demand: 0 }));
+    assert!(waits.is_some_and(|waits| nearly_long.contains(&waits)), "{waits:?}");
     assert_eq!(ledger.release(job, "seen", None).await?, None);
-    assert!(ledger.reconcile(job, &[], None, Duration::MAX).await?.is_none());
-    assert_eq!(ledger.reconcile(job, &[], None, Duration::ZERO).await?, Drift { stale: 1, ..Drift::default() });
+
+    let Mended { drift, waits, .. } = mend(ledger, job, seen(&[]), Duration::MAX).await?;
+    assert!(drift.is_none() && waits > Some(*nearly_long.end()), "{drift:?}, {waits:?}");
+
+    let none_left = mend(ledger, job, seen(&[]), Duration::ZERO).await?;
+    let drift = Drift { stale: 1, ..Drift::default() };
+    assert_eq!(none_left, Mended { drift, ..Mended::default() });
     assert_eq!(counts(ledger, job).await?, (0, 0));
     Ok(())
 }
@@ -405,7 +452,7 @@ pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger
     let job = job("unknown-capacity");
     ledger.place(job, &placing("e1", Some(all_spot()))).await?;
     let now = [live("e1", "u1", None), live("e2", "u2", None)];
-    assert!(ledger.reconcile(job, &now, None, Duration::ZERO).await?.is_none());
+    assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
     assert_eq!(counts(ledger, job).await?, (1, 0));
     Ok(())
 }
@@ -413,11 +460,105 @@ pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger
 /// Without one the noted one stays.
 pub async fn a_reconciled_policy_replaces_the_noted_one(ledger: &impl Ledger) -> Checked {
     let job = job("reconciled-policy");
-    ledger.reconcile(job, &[], Some(all_spot()), LONG).await?;
+    mend(ledger, job, asking(all_spot()), LONG).await?;
     assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, New, 1, 0));
-    ledger.reconcile(job, &[], Some(all_on_demand()), LONG).await?;
-    ledger.reconcile(job, &[], None, LONG).await?;
+    mend(ledger, job, asking(all_on_demand()), LONG).await?;
+    mend(ledger, job, seen(&[]), LONG).await?;
     assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, New, 1, 1));
+    Ok(())
+}
+
+/// A driver may state a ratio and no base, or one of them wrongly.
+pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none(
+    ledger: &impl Ledger,
+) -> Checked {
+    let job = job("stated-in-part");
+    let noted = async || -> Result<Option<Policy>, StoreError> {
+        Ok(ledger.show(job).await?.and_then(|ledger| ledger.policy()))
+    };
+    let ratio = Observation { stated: Stated { ratio: Some(Ratio::ZERO), base: None }, ..seen(&[]) };
+    let base = Observation { stated: Stated { ratio: None, base: Some(7) }, ..seen(&[]) };
+    let there = [live("e1", "u", Some(Spot))];
+    for part in [ratio, base] {
+        mend(ledger, job, part, LONG).await?;
+        assert_eq!(ledger.show(job).await?, None);
+        mend(ledger, job, Observation { live: &there, ..part }, LONG).await?;
+        assert_eq!(noted().await?, None);
+        assert_eq!(ledger.place(job, &placing("e2", None)).await?, Outcome::NeedPolicy);
+        mend(ledger, job, seen(&[]), LONG).await?;
+    }
+    ledger.learn(job, policy(300_000_000, 2)).await?;
+    mend(ledger, job, ratio, LONG).await?;
+    assert_eq!(noted().await?, Some(policy(0, 2)));
+    mend(ledger, job, base, LONG).await?;
+    assert_eq!(noted().await?, Some(policy(0, 7)));
+    Ok(())
+}
+
+/// A placement may still wait for its pod.
+pub async fn the_policy_of_a_job_that_ended_goes_with_its_last_executor(ledger: &impl Ledger) -> Checked {
+    let job = job("ended");
+    let ended = Observation { ended: true, ..seen(&[]) };
+    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.place(job, &placing("e2", None)).await?;
+    ledger.release(job, "e2", Some("u2")).await?;
+    mend(ledger, job, ended, LONG).await?;
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
+    mend(ledger, job, seen(&[]), Duration::ZERO).await?;
+    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
+    // Whatever was known of its driver.
+    mend(ledger, job, Observation { ended: true, ..asking(all_on_demand()) }, Duration::ZERO).await?;
+    assert_eq!(ledger.show(job).await?, None);
+    // Nothing of it is left for a later job by that id, neither its policy nor what was released.
+    assert_eq!(ledger.place(job, &placing("e3", None)).await?, Outcome::NeedPolicy);
+    ledger.place(job, &placing("e2", Some(all_spot()))).await?;
+    assert_eq!(ledger.release(job, "e2", Some("u2")).await?, Some(Spot));
+    Ok(())
+}
+
+/// Its leader does not know yet that another has taken over.
+pub async fn a_reconcile_of_an_earlier_term_changes_nothing(ledger: &impl Ledger) -> Checked {
+    for (earlier, later) in [(0, 1), (9, 10), (10, 11), (9_007_199_254_740_992, 9_007_199_254_740_993), (8, u64::MAX)] {
+        let id = format!("term-{later}");
+        let job = job(&id);
+        let now = [live("e1", "u1", Some(Spot))];
+        let all = Observation { live: &now, stated: stated(all_spot()), ended: false };
+        let none = Observation { live: &[], stated: stated(all_on_demand()), ended: true };
+        for term in [earlier, earlier, later, later] {
+            let reconciled = ledger.reconcile(job, &all, Duration::ZERO, Term(term)).await?;
+            assert!(matches!(reconciled, Reconciled::Done(_)), "{term}: {reconciled:?}");
+        }
+        ledger.place(job, &placing("e2", None)).await?;
+        ledger.release(job, "e1", None).await?;
+        let before = ledger.show(job).await?;
+        assert_eq!(before.as_ref().map(JobLedger::term), Some(Term(later)));
+        let reconciled = ledger.reconcile(job, &none, Duration::ZERO, Term(earlier)).await?;
+        assert_eq!(reconciled, Reconciled::Superseded(Term(later)), "{earlier}");
+        assert_eq!(ledger.show(job).await?, before);
+    }
+    Ok(())
+}
+
+/// A job that comes back by its id may be under leaders who count anew.
+pub async fn a_job_that_was_forgotten_forgets_its_term(ledger: &impl Ledger) -> Checked {
+    let job = job("forgotten");
+    let now = [live("e1", "u1", Some(Spot))];
+    for way in 0..3 {
+        let reconciled = ledger.reconcile(job, &seen(&now), Duration::ZERO, Term(5)).await?;
+        assert!(matches!(reconciled, Reconciled::Done(_)), "after way {way}: {reconciled:?}");
+        match way {
+            0 => drop(ledger.release(job, "e1", None).await?),
+            1 => drop(ledger.reconcile(job, &seen(&[]), Duration::ZERO, Term(5)).await?),
+            _ => {
+                ledger.learn(job, all_spot()).await?;
+                let ended = Observation { ended: true, ..seen(&[]) };
+                ledger.reconcile(job, &ended, Duration::ZERO, Term(5)).await?;
+            }
+        }
+        assert_eq!(ledger.show(job).await?, None, "way {way}");
+        let reconciled = ledger.reconcile(job, &seen(&now), Duration::ZERO, Term(4)).await?;
+        assert!(matches!(reconciled, Reconciled::Done(_)), "way {way}: {reconciled:?}");
+    }
     Ok(())
 }
 
@@ -426,9 +567,68 @@ pub async fn a_job_of_which_nothing_is_known_stays_unknown(ledger: &impl Ledger)
     let job = job("unknown");
     ledger.place(job, &placing("e1", None)).await?;
     ledger.release(job, "e1", Some("u")).await?;
-    ledger.reconcile(job, &[], None, Duration::ZERO).await?;
-    ledger.reconcile(job, &[live("e1", "u", None)], None, Duration::ZERO).await?;
+    mend(ledger, job, seen(&[]), Duration::ZERO).await?;
+    mend(ledger, job, seen(&[live("e1", "u", None)]), Duration::ZERO).await?;
     assert_eq!(ledger.show(job).await?, None);
+    Ok(())
+}
+
+/// Of a job with executors, of one that has a policy alone, and of none.
+pub async fn a_tally_tells_the_counts_and_makes_no_ledger(ledger: &impl Ledger) -> Checked {
+    let job = job("tally");
+    assert_eq!(ledger.tally(job).await?, None);
+    assert_eq!(ledger.show(job).await?, None);
+    ledger.learn(job, policy(500_000_000, 0)).await?;
+    assert_eq!(ledger.tally(job).await?, Some(Counts::default()));
+    for name in ["e1", "e2", "e3", "e4", "e5"] {
+        ledger.place(job, &placing(name, None)).await?;
+    }
+    ledger.release(job, "e2", None).await?;
+    let before = ledger.show(job).await?;
+    assert_eq!(ledger.tally(job).await?, Some(Counts { spot: 3, on_demand: 1 }));
+    assert_eq!(ledger.show(job).await?, before);
+    mend(ledger, job, Observation { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    assert_eq!(ledger.tally(job).await?, None);
+    // Executors without a policy.
+    ledger.place(job, &Placing { pinned: Some(OnDemand), ..placing("e1", None) }).await?;
+    assert_eq!(ledger.tally(job).await?, Some(Counts { spot: 0, on_demand: 1 }));
+    Ok(())
+}
+
+/// Page by page, whatever their names, and no job whose ledger is gone.
+pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checked {
+    let mut all: Vec<String> = (0..2_000).map(|number| format!("spark-{number}")).collect();
+    all.extend(TEXTS.map(str::to_owned));
+    let of = |id| JobId { namespace: "contract-jobs", id };
+    for (number, id) in all.iter().enumerate() {
+        if number % 2 == 0 {
+            ledger.learn(of(id), all_spot()).await?;
+        } else {
+            ledger.place(of(id), &Placing { pinned: Some(Spot), ..placing("e1", None) }).await?;
+        }
+    }
+    mend(ledger, of("spark-0"), Observation { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    ledger.release(of("spark-1"), "e1", None).await?;
+
+    let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(0), 0);
+    while let Some(page) = from {
+        let Page { jobs, next } = ledger.jobs(page).await?;
+        told.extend(jobs.into_iter().filter(|job| job.namespace == "contract-jobs").map(|job| job.id));
+        from = next;
+        pages += 1;
+        assert!(pages < 10_000, "there is always another page");
+    }
+    assert_eq!(told, all.into_iter().skip(2).collect());
+    Ok(())
+}
+
+/// By which a reconciler sees that the store has lost what it did.
+pub async fn a_mark_tells_the_one_before_it(ledger: &impl Ledger) -> Checked {
+    let mut before = None;
+    for mark in [7, 7, u64::MAX, 0, 8] {
+        assert_eq!(ledger.mark(mark).await?, before);
+        before = Some(mark);
+    }
     Ok(())
 }
 
@@ -457,7 +657,7 @@ pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
             ledger.place(job, &placing(name, Some(all_spot()))).await?;
             let uid = format!("uid {name}");
             // Strikes the one that was seen before it.
-            ledger.reconcile(job, &[live(name, &uid, None)], None, LONG).await?;
+            mend(ledger, job, seen(&[live(name, &uid, None)]), LONG).await?;
             let shown = ledger.show(job).await?.unwrap_or_default();
             let held: Vec<_> =
                 shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref())).collect();
@@ -489,7 +689,7 @@ pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
         ledger.place(job, &placing(job.id, None)).await?;
     }
     ledger.release(jobs[0], "e1", None).await?;
-    ledger.reconcile(jobs[1], &[], Some(policy(1_000, 0)), Duration::ZERO).await?;
+    mend(ledger, jobs[1], asking(policy(1_000, 0)), Duration::ZERO).await?;
     let mut shown = Vec::new();
     for job in jobs {
         let ledger = ledger.show(job).await?.unwrap_or_default();
@@ -535,10 +735,10 @@ pub async fn ten_thousand_executors_are_no_matter(ledger: &impl Ledger) -> Check
         ledger.place(job, &placing(executor.executor, Some(all_spot()))).await?;
     }
     assert_eq!(counts(ledger, job).await?, (5_000, 0));
-    let drift = ledger.reconcile(job, &all, None, Duration::ZERO).await?;
+    let drift = mend(ledger, job, seen(&all), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 5_000, stale: 0, wrong_capacity: 5_000 });
     assert_eq!(ledger.place(job, &placing("one more", None)).await?, placed(Spot, New, 1, 10_000));
-    let drift = ledger.reconcile(job, rest, None, Duration::ZERO).await?;
+    let drift = mend(ledger, job, seen(rest), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 0, stale: 5_001, wrong_capacity: 0 });
     assert_eq!(counts(ledger, job).await?, (0, 5_000));
     Ok(())
@@ -551,7 +751,8 @@ enum Step {
     Peek(Ask),
     Release { executor: &'static str, uid: Option<&'static str> },
     Learn(Policy),
-    Reconcile { live: Vec<LiveExecutor<'static>>, policy: Option<Policy>, patient: bool },
+    Reconcile { live: Vec<LiveExecutor<'static>>, stated: Stated, ended: bool, term: Term, patient: bool },
+    Tally,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -605,13 +806,20 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
     };
     let live = (executor(), uid(), prop::option::weighted(0.7, capacity()))
         .prop_map(|(executor, uid, capacity)| LiveExecutor { executor, uid, capacity });
+    let stated =
+        (seldom(ratio().boxed()), prop::option::weighted(0.2, base())).prop_map(|(ratio, base)| Stated { ratio, base });
+    // Mostly the same, so that most reconciles are not superseded; the largest is seldom the first.
+    let term = prop_oneof![1 => Just(9), 12 => Just(10), 1 => Just(11)].prop_map(Term);
+    let few = prop_oneof![prop::collection::vec(live.clone(), 0..8), Just(Vec::new())];
+    let reconcile = (few, stated, any::<bool>(), term, any::<bool>())
+        .prop_map(|(live, stated, ended, term, patient)| Step::Reconcile { live, stated, ended, term, patient });
     let step = prop_oneof![
         8 => ask().prop_map(Step::Place),
         2 => ask().prop_map(Step::Peek),
         4 => (executor(), prop::option::of(uid())).prop_map(|(executor, uid)| Step::Release { executor, uid }),
         1 => policy().prop_map(Step::Learn),
-        3 => (prop::collection::vec(live, 0..8), prop::option::weighted(0.2, policy()), any::<bool>())
-            .prop_map(|(live, policy, patient)| Step::Reconcile { live, policy, patient }),
+        4 => reconcile,
+        1 => Just(Step::Tally),
     ];
     prop::collection::vec(step, 1..40)
 }
@@ -647,11 +855,17 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
                 ledger.learn(job, *policy).await?;
                 reference.learn(*policy);
             }
-            Step::Reconcile { live, policy, patient } => {
+            Step::Tally => {
+                let none = reference.policy().is_none() && reference.entries().is_empty();
+                assert_eq!(ledger.tally(job).await?, (!none).then(|| reference.counts()));
+            }
+            Step::Reconcile { live, stated, ended, term, patient } => {
                 // No history takes as long as the one grace, nor less than the other: no clock matters.
                 let grace = if *patient { LONG } else { Duration::ZERO };
-                let wanted = reference.reconcile(live, *policy, u64::from(*patient), 0);
-                assert_eq!(ledger.reconcile(job, live, *policy, grace).await?, wanted, "{step:?}");
+                let seen = Observation { live, stated: *stated, ended: *ended };
+                let wanted = reference.reconcile(&seen, u64::from(*patient), *term, 0);
+                let reconciled = ledger.reconcile(job, &seen, grace, *term).await?;
+                assert_eq!(without_waits(reconciled), without_waits(wanted), "{step:?}");
             }
         }
         let shown = ledger.show(job).await?.unwrap_or_default();
@@ -663,5 +877,13 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
 fn without_times(ledger: &JobLedger) -> JobLedger {
     let at_zero = |(name, entry): (&String, &Entry)| (name.clone(), Entry { placed_at: 0, ..entry.clone() });
     let released = ledger.released().map(str::to_owned);
-    JobLedger::from_parts(ledger.policy(), ledger.entries().iter().map(at_zero).collect(), released)
+    let entries = ledger.entries().iter().map(at_zero).collect();
+    JobLedger::from_parts(ledger.policy(), entries, released, ledger.term())
+}
+
+fn without_waits(reconciled: Reconciled) -> Reconciled {
+    match reconciled {
+        Reconciled::Done(mended) => Reconciled::Done(Mended { waits: mended.waits.map(|_| 0), ..mended }),
+        superseded @ Reconciled::Superseded(_) => superseded,
+    }
 }

@@ -3,15 +3,27 @@
 use std::future::Future;
 use std::time::Duration;
 
-use balancer_core::{Capacity, Drift, JobId, JobLedger, LiveExecutor, Outcome, Placing, Policy};
+use balancer_core::{
+    Capacity, Counts, JobId, JobKey, JobLedger, Observation, Outcome, Placing, Policy, Reconciled, Term,
+};
 
 use crate::StoreError;
+
+/// Some of the jobs that have a ledger.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    /// The jobs; one may come twice.
+    pub jobs: Vec<JobKey>,
+    /// Where the next page begins; `None` after the last.
+    pub next: Option<u64>,
+}
 
 /// The ledgers of all jobs.
 ///
 /// Each call does to one job's ledger what the [`JobLedger`] method of the same name does, atomically,
 /// on the store's own clock. A job's ledger is dropped some time (the store's TTL) after its last
-/// touch; every call touches it but [`peek`](Self::peek) and [`show`](Self::show).
+/// touch; every call for a job touches it but [`peek`](Self::peek), [`show`](Self::show), and a
+/// [`reconcile`](Self::reconcile) that is superseded.
 ///
 /// A call that failed may still have happened. All of them may be repeated: placing twice is placing
 /// once, and releasing twice is releasing once.
@@ -34,14 +46,27 @@ pub trait Ledger: Send + Sync + 'static {
     /// Notes the job's policy; the newest wins. See [`JobLedger::learn`].
     fn learn(&self, job: JobId<'_>, policy: Policy) -> impl Future<Output = Result<(), StoreError>> + Send;
 
-    /// Makes the ledger what the cluster says; answers what was wrong. See [`JobLedger::reconcile`].
+    /// Makes the ledger what the cluster says, unless it was reconciled in a later term. See
+    /// [`JobLedger::reconcile`].
     fn reconcile(
         &self,
         job: JobId<'_>,
-        live: &[LiveExecutor<'_>],
-        policy: Option<Policy>,
+        seen: &Observation<'_>,
         grace: Duration,
-    ) -> impl Future<Output = Result<Drift, StoreError>> + Send;
+        term: Term,
+    ) -> impl Future<Output = Result<Reconciled, StoreError>> + Send;
+
+    /// The job's executors as counted, at a cost that does not grow with the job; `None` where the
+    /// store has no ledger of the job. It touches the ledger.
+    fn tally(&self, job: JobId<'_>) -> impl Future<Output = Result<Option<Counts>, StoreError>> + Send;
+
+    /// The jobs that have a ledger, page by page: `from` is [`Page::next`] of the page before, 0 for
+    /// the first. A job whose ledger is there all the while is told at least once.
+    fn jobs(&self, from: u64) -> impl Future<Output = Result<Page, StoreError>> + Send;
+
+    /// Notes a mark, and tells the one noted before. Where that is not the last one noted, the store has
+    /// lost changes: it was emptied, or is another by now. A mark may be dropped as a ledger is.
+    fn mark(&self, mark: u64) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
     /// What the ledger holds, for people and tests; `None` for a job with neither policy nor executors.
     fn show(&self, job: JobId<'_>) -> impl Future<Output = Result<Option<JobLedger>, StoreError>> + Send;

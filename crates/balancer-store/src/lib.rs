@@ -31,6 +31,6 @@ mod memory;
 mod redis;
 
 pub use self::error::StoreError;
-pub use self::ledger::Ledger;
+pub use self::ledger::{Ledger, Page};
 pub use self::memory::MemoryLedger;
 pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};

@@ -6,9 +6,11 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use balancer_core::{Capacity, Drift, JobId, JobLedger, LiveExecutor, Millis, Outcome, Placing, Policy};
+use balancer_core::{
+    Capacity, Counts, JobId, JobKey, JobLedger, Millis, Observation, Outcome, Placing, Policy, Reconciled, Term,
+};
 
-use crate::{Ledger, StoreError};
+use crate::{Ledger, Page, StoreError};
 
 /// [`JobLedger`]s under a lock. It never fails.
 ///
@@ -23,14 +25,9 @@ pub struct MemoryLedger {
 
 #[derive(Debug, Default)]
 struct Jobs {
-    kept: HashMap<Key, Kept>,
+    kept: HashMap<JobKey, Kept>,
     next_sweep: Millis,
-}
-
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct Key {
-    namespace: String,
-    id: String,
+    mark: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -51,23 +48,30 @@ impl MemoryLedger {
         Self { ttl: millis(ttl), clock: Box::new(clock), jobs: Mutex::default() }
     }
 
-    /// Changes a job's ledger. One that holds nothing is not kept.
+    /// Changes a job's ledger, which touches it.
     fn change<T>(&self, job: JobId<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
+        self.enter(job, |kept, now| {
+            kept.touched = now;
+            change(&mut kept.ledger, now)
+        })
+    }
+
+    /// Goes to a job's ledger as it is kept. One that holds nothing is not kept.
+    fn enter<T>(&self, job: JobId<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
         let mut jobs = self.lock();
         let now = (self.clock)();
         if now >= jobs.next_sweep {
             jobs.kept.retain(|_, kept| self.lives(kept, now));
             jobs.next_sweep = now.saturating_add(self.ttl / 8);
         }
-        let mut kept = match jobs.kept.entry(Key::of(job)) {
+        let mut kept = match jobs.kept.entry(job.to_key()) {
             Entry::Occupied(kept) => kept,
             Entry::Vacant(none) => none.insert_entry(Kept::default()),
         };
         if !self.lives(kept.get(), now) {
             kept.get_mut().ledger = JobLedger::default();
         }
-        let answer = change(&mut kept.get_mut().ledger, now);
-        kept.get_mut().touched = now;
+        let answer = change(kept.get_mut(), now);
         if holds_nothing(&kept.get().ledger) {
             kept.remove();
         }
@@ -78,7 +82,7 @@ impl MemoryLedger {
     fn look<T>(&self, job: JobId<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
         let jobs = self.lock();
         let now = (self.clock)();
-        let kept = jobs.kept.get(&Key::of(job)).filter(|kept| self.lives(kept, now));
+        let kept = jobs.kept.get(&job.to_key()).filter(|kept| self.lives(kept, now));
         look(kept.map(|kept| &kept.ledger))
     }
 
@@ -90,12 +94,6 @@ impl MemoryLedger {
     /// reconciler mends that one.
     fn lock(&self) -> MutexGuard<'_, Jobs> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Key {
-    fn of(job: JobId<'_>) -> Self {
-        Self { namespace: job.namespace.to_owned(), id: job.id.to_owned() }
     }
 }
 
@@ -137,11 +135,33 @@ impl Ledger for MemoryLedger {
     async fn reconcile(
         &self,
         job: JobId<'_>,
-        live: &[LiveExecutor<'_>],
-        policy: Option<Policy>,
+        seen: &Observation<'_>,
         grace: Duration,
-    ) -> Result<Drift, StoreError> {
-        Ok(self.change(job, |ledger, now| ledger.reconcile(live, policy, millis(grace), now)))
+        term: Term,
+    ) -> Result<Reconciled, StoreError> {
+        Ok(self.enter(job, |kept, now| {
+            let reconciled = kept.ledger.reconcile(seen, millis(grace), term, now);
+            if let Reconciled::Done(_) = reconciled {
+                kept.touched = now;
+            }
+            reconciled
+        }))
+    }
+
+    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
+        Ok(self.change(job, |ledger, _| Some(ledger.counts()).filter(|_| !holds_nothing(ledger))))
+    }
+
+    /// All in one page: a map has no order in which a next one could begin.
+    async fn jobs(&self, _from: u64) -> Result<Page, StoreError> {
+        let jobs = self.lock();
+        let now = (self.clock)();
+        let living = jobs.kept.iter().filter(|(_, kept)| self.lives(kept, now));
+        Ok(Page { jobs: living.map(|(job, _)| job.clone()).collect(), next: None })
+    }
+
+    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+        Ok(self.lock().mark.replace(mark))
     }
 
     async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
@@ -154,7 +174,7 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use balancer_core::{Ratio, Stated};
+    use balancer_core::{LiveExecutor, Ratio, Stated};
 
     use super::*;
 
@@ -197,6 +217,40 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_reconcile_and_a_tally_prolong_a_life_and_a_superseded_reconcile_does_not() -> Result<(), StoreError> {
+        let (ledger, hand) = at_zero();
+        let live = [LiveExecutor { executor: "e1", uid: "u", capacity: Some(Capacity::Spot) }];
+        let seen = Observation { live: &live, ..Observation::default() };
+        ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?;
+        hand.store(700, Ordering::Relaxed);
+        ledger.reconcile(job("a"), &seen, TTL, Term(2)).await?;
+        hand.store(1_400, Ordering::Relaxed);
+        assert_eq!(ledger.tally(job("a")).await?.map(Counts::total), Some(1));
+        hand.store(2_100, Ordering::Relaxed);
+        assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, Reconciled::Superseded(Term(2)));
+        assert_eq!(ledger.jobs(0).await?.jobs, [job("a").to_key()]);
+        hand.store(2_200, Ordering::Relaxed);
+        assert_eq!(ledger.jobs(0).await?, Page::default());
+        assert_eq!(ledger.tally(job("a")).await?, None);
+        Ok(())
+    }
+
+    #[tokio::test]
+    async fn the_first_of_those_that_wait_is_told() -> Result<(), StoreError> {
+        let (ledger, hand) = at_zero();
+        for (now, executor) in [(0, "e1"), (100, "e2"), (200, "e3")] {
+            hand.store(now, Ordering::Relaxed);
+            ledger.place(job("a"), &placing(executor)).await?;
+        }
+        let live = [LiveExecutor { executor: "e1", uid: "u", capacity: None }];
+        let seen = Observation { live: &live, ..Observation::default() };
+        let grace = Duration::from_millis(500);
+        let reconciled = ledger.reconcile(job("a"), &seen, grace, Term(1)).await?;
+        assert!(matches!(reconciled, Reconciled::Done(mended) if mended.waits == Some(400)), "{reconciled:?}");
+        Ok(())
+    }
+
+    #[tokio::test]
     async fn a_peek_sees_nothing_of_a_dropped_ledger() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         ledger.learn(job("a"), POLICY).await?;
@@ -224,7 +278,8 @@ mod tests {
         let asking = Placing { policy: None, ..placing("e1") };
         assert_eq!(ledger.place(job("a"), &asking).await?, Outcome::NeedPolicy);
         ledger.release(job("b"), "e1", None).await?;
-        ledger.reconcile(job("c"), &[], None, TTL).await?;
+        ledger.reconcile(job("c"), &Observation::default(), TTL, Term(1)).await?;
+        assert_eq!(ledger.tally(job("d")).await?, None);
         assert_eq!(ledger.lock().kept.len(), 0);
         Ok(())
     }

@@ -10,7 +10,8 @@ use std::fmt;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, LiveExecutor, Outcome, Placed, Placing, Policy, Standing, Stated,
+    Capacity, Counts, Drift, Entry, JobId, JobKey, JobLedger, LiveExecutor, Mended, Observation, Outcome, Placed,
+    Placing, Policy, Reconciled, Standing, Stated, Term,
 };
 use redis::{Cmd, RedisWrite, Value};
 
@@ -18,7 +19,15 @@ use self::address::Address;
 pub use self::address::InvalidRedisUrl;
 use self::link::Link;
 use self::scripts::{Script, Scripts};
-use crate::{Ledger, StoreError};
+use crate::{Ledger, Page, StoreError};
+
+/// How much longer than other calls a reconcile may take, for each live executor that it tells. The
+/// server is at each for about 5 µs, and answers nobody meanwhile: 100,000 of them take as long as the
+/// usual time-out. This leaves room for a server or a network four times as slow.
+const PER_LIVE_EXECUTOR: Duration = Duration::from_micros(20);
+
+/// How many of the server's keys are gone through for a page of jobs, at about 1 µs each.
+const KEYS_PER_PAGE: usize = 500;
 
 /// How a [`RedisLedger`] behaves.
 #[derive(Clone, Copy, Debug)]
@@ -34,9 +43,9 @@ pub struct RedisOptions {
 /// One connection carries all calls at once. While there is none, or the server has stopped
 /// answering on it, calls fail at once, and a task of this ledger's connects anew.
 ///
-/// An ACL user of its own needs the keys `exec-count:*` and `exec-pods:*` and the commands `evalsha`,
-/// `script|load`, `time`, `exists`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals` and
-/// `hgetall`.
+/// An ACL user of its own needs the keys `exec-count:*`, `exec-pods:*` and `exec-reconciler` and the
+/// commands `evalsha`, `script|load`, `time`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals`,
+/// `hgetall`, `del`, `scan`, `get` and `set`.
 pub struct RedisLedger {
     link: Link,
     scripts: Scripts,
@@ -51,8 +60,7 @@ impl RedisLedger {
     /// server that is down now is connected to once it is up. Only a URL that cannot be read is an
     /// error. Has to be called on a Tokio runtime.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, InvalidRedisUrl> {
-        // Redis adds it to the time now, in 64 bits; three hundred thousand years are enough.
-        let ttl = options.ttl.as_millis().min(1 << 53).to_string();
+        let ttl = millis(options.ttl).to_string();
         let link = Link::open(Address::parse(url)?, options.timeout).await;
         Ok(Self { link, scripts: Scripts::default(), ttl })
     }
@@ -129,24 +137,65 @@ impl Ledger for RedisLedger {
     async fn reconcile(
         &self,
         job: JobId<'_>,
-        live: &[LiveExecutor<'_>],
-        policy: Option<Policy>,
+        seen: &Observation<'_>,
         grace: Duration,
-    ) -> Result<Drift, StoreError> {
+        term: Term,
+    ) -> Result<Reconciled, StoreError> {
         let script = &self.scripts.reconcile;
+        let Observation { live, stated, ended } = *seen;
         let names: usize = live.iter().map(|live| live.executor.len() + live.uid.len() + "on-demand".len()).sum();
-        let mut command = Self::command(script, job, 4 + 3 * live.len(), self.ttl.len() + 40 + names);
+        // Sixty bytes hold the grace, a ratio, a base and a term.
+        let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
         command.write_arg(self.ttl.as_bytes());
-        command.write_arg_fmt(grace.as_millis());
-        write_policy(&mut command, policy);
+        command.write_arg_fmt(millis(grace));
+        write_or_nothing(&mut command, stated.ratio);
+        write_or_nothing(&mut command, stated.base);
+        command.write_arg_fmt(term);
+        command.write_arg(if ended { b"ended" } else { b"" });
         for &LiveExecutor { executor, uid, capacity } in live {
             command.write_arg(executor.as_bytes());
             command.write_arg(uid.as_bytes());
             command.write_arg(text(capacity).as_bytes());
         }
-        let answer = self.link.run(script, command).await?;
-        let [missing, stale, wrong_capacity] = read_numbers(&answer)?;
-        Ok(Drift { missing, stale, wrong_capacity })
+        let longer = PER_LIVE_EXECUTOR.saturating_mul(u32::try_from(live.len()).unwrap_or(u32::MAX));
+        let answer = self.link.run_longer(script, command, longer).await?;
+        read_reconciled(&answer).ok_or_else(|| unreadable(&answer))
+    }
+
+    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
+        let script = &self.scripts.tally;
+        let mut command = Self::command(script, job, 1, self.ttl.len());
+        command.write_arg(self.ttl.as_bytes());
+        match self.link.run(script, command).await? {
+            Value::Nil => Ok(None),
+            answer => match read_numbers(&answer) {
+                Some([spot, on_demand]) => Ok(Some(Counts { spot, on_demand })),
+                None => Err(unreadable(&answer)),
+            },
+        }
+    }
+
+    async fn jobs(&self, from: u64) -> Result<Page, StoreError> {
+        let mut command = redis::cmd("SCAN");
+        command.arg(from).arg("MATCH").arg("exec-count:{*:*}").arg("COUNT").arg(KEYS_PER_PAGE);
+        // A key of another type is not ours.
+        command.arg("TYPE").arg("hash");
+        let answer = self.link.ask(command).await?;
+        read_page(&answer).ok_or_else(|| unreadable(&answer))
+    }
+
+    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+        let script = &self.scripts.mark;
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(script.sha()).arg(1).arg("exec-reconciler").arg(&self.ttl).arg(mark);
+        match self.link.run(script, command).await? {
+            Value::Nil => Ok(None),
+            answer => match read_text(&answer) {
+                // One that is no number was noted by nobody here.
+                Some(before) => Ok(before.parse().ok()),
+                None => Err(unreadable(&answer)),
+            },
+        }
     }
 
     async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
@@ -161,6 +210,12 @@ impl fmt::Debug for RedisLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLedger").field("link", &self.link).field("ttl", &self.ttl).finish_non_exhaustive()
     }
+}
+
+/// As the scripts take it. Redis adds it to the time now, in 64 bits, and a Lua number is exact up to
+/// here; three hundred thousand years are enough.
+fn millis(duration: Duration) -> u128 {
+    duration.as_millis().min(1 << 53)
 }
 
 const fn text(capacity: Option<Capacity>) -> &'static str {
@@ -191,23 +246,48 @@ fn read_placed(number: u64) -> Placed {
     }
 }
 
-fn read_numbers<const N: usize>(answer: &Value) -> Result<[u64; N], StoreError> {
-    let read = || {
-        let Value::Array(values) = answer else { return None };
-        let values: &[Value; N] = values.as_slice().try_into().ok()?;
-        let mut numbers = [0; N];
-        for (number, value) in numbers.iter_mut().zip(values) {
-            let Value::Int(value) = value else { return None };
-            *number = u64::try_from(*value).ok()?;
-        }
-        Some(numbers)
+fn read_numbers<const N: usize>(answer: &Value) -> Option<[u64; N]> {
+    let Value::Array(values) = answer else { return None };
+    let values: &[Value; N] = values.as_slice().try_into().ok()?;
+    let mut numbers = [0; N];
+    for (number, value) in numbers.iter_mut().zip(values) {
+        let Value::Int(value) = value else { return None };
+        *number = u64::try_from(*value).ok()?;
+    }
+    Some(numbers)
+}
+
+/// See `reconcile.lua`.
+fn read_reconciled(answer: &Value) -> Option<Reconciled> {
+    if let Some(later) = read_text(answer) {
+        return Some(Reconciled::Superseded(Term(later.parse().ok()?)));
+    }
+    let ([missing, stale, wrong_capacity, spot, on_demand], waits) = match read_numbers(answer) {
+        Some([a, b, c, d, e, waits]) => ([a, b, c, d, e], Some(waits)),
+        None => (read_numbers(answer)?, None),
     };
-    read().ok_or_else(|| unreadable(answer))
+    let drift = Drift { missing, stale, wrong_capacity };
+    Some(Reconciled::Done(Mended { drift, counts: Counts { spot, on_demand }, waits }))
+}
+
+/// The answer to `SCAN`: where to go on, 0 for nowhere, and some keys.
+fn read_page(answer: &Value) -> Option<Page> {
+    let Value::Array(parts) = answer else { return None };
+    let [next, Value::Array(keys)] = parts.as_slice() else { return None };
+    let next: u64 = read_text(next)?.parse().ok()?;
+    Some(Page { jobs: keys.iter().filter_map(read_key).collect(), next: Some(next).filter(|next| *next != 0) })
+}
+
+/// The job of a key; `None` for a key that is not ours. A namespace has no colon, a job id may.
+fn read_key(key: &Value) -> Option<JobKey> {
+    let job = read_text(key)?.strip_prefix("exec-count:{")?.strip_suffix('}')?;
+    let (namespace, id) = job.split_once(':')?;
+    Some(JobId { namespace, id }.to_key())
 }
 
 fn read_ledger(answer: &Value) -> Option<JobLedger> {
     let Value::Array(parts) = answer else { return None };
-    let [ratio, base, released, Value::Array(pods)] = parts.as_slice() else { return None };
+    let [ratio, base, released, term, Value::Array(pods)] = parts.as_slice() else { return None };
     let policy = match (read_text(ratio), read_text(base)) {
         (Some(ratio), Some(base)) => Some(Policy { ratio: ratio.parse().ok()?, base: base.parse().ok()? }),
         _ => None,
@@ -217,7 +297,8 @@ fn read_ledger(answer: &Value) -> Option<JobLedger> {
         let [executor, entry] = pod else { return None };
         entries.insert(read_text(executor)?.to_owned(), read_entry(read_text(entry)?)?);
     }
-    Some(JobLedger::from_parts(policy, entries, read_released(released)?))
+    let term = Term(read_text(term).map_or(Some(0), |term| term.parse().ok())?);
+    Some(JobLedger::from_parts(policy, entries, read_released(released)?, term))
 }
 
 fn read_entry(text: &str) -> Option<Entry> {

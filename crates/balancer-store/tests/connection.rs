@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use balancer_core::{JobId, Placing, Stated};
+use balancer_core::{JobId, Observation, Placing, Stated, Term};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
+const JOB: JobId<'_> = JobId { namespace: "etl", id: "job" };
 
 /// A server that gives one answer to AUTH, one to PING and one to everything else.
 async fn server(auth: &'static str, ping: &'static str, other: &'static str) -> Result<u16> {
@@ -40,10 +41,14 @@ async fn connect(port: u16) -> Result<RedisLedger> {
     Ok(RedisLedger::connect(&format!("redis://balancer:s3cret@127.0.0.1:{port}"), options).await?)
 }
 
+async fn answering(answer: &'static str) -> Result<RedisLedger> {
+    connect(server("+OK\r\n", "+PONG\r\n", answer).await?).await
+}
+
 async fn failure(ledger: &RedisLedger) -> Result<StoreError> {
     let placing = Placing { executor: "e1", pinned: None, stated: Stated::default(), policy: None };
     let begin = Instant::now();
-    let answer = ledger.place(JobId { namespace: "etl", id: "job" }, &placing).await;
+    let answer = ledger.place(JOB, &placing).await;
     assert!(begin.elapsed() < TIMEOUT, "it took {:?}", begin.elapsed());
     answer.err().context("it worked")
 }
@@ -72,7 +77,7 @@ async fn a_server_that_is_loading_its_data_is_not_there_yet() -> Result<()> {
 async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
     let quoted = "-ERR Error running script (call to f_0): @user_script:57: @user_script: 57: -READONLY You can't \
                   write against a read only replica. \r\n";
-    let ledger = connect(server("+OK\r\n", "+PONG\r\n", quoted).await?).await?;
+    let ledger = answering(quoted).await?;
     let error = failure(&ledger).await?;
     assert!(matches!(&error, StoreError::Refused { code, .. } if code == "ERR"), "{error}");
     // The connection is given up for it.
@@ -87,9 +92,31 @@ async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
 #[tokio::test]
 async fn answers_that_no_script_gives_are_told_as_unreadable() -> Result<()> {
     for answer in [":-1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*2\r\n:1\r\n:0\r\n"] {
-        let ledger = connect(server("+OK\r\n", "+PONG\r\n", answer).await?).await?;
+        let ledger = answering(answer).await?;
         let error = failure(&ledger).await?;
         assert_eq!(error.kind(), "unreadable", "{answer:?}: {error}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() -> Result<()> {
+    let told = |error: Option<StoreError>, answer: &str| {
+        assert_eq!(error.as_ref().map(StoreError::kind), Some("unreadable"), "{answer:?}: {error:?}");
+    };
+    let negative = "*5\r\n:0\r\n:0\r\n:0\r\n:0\r\n:-1\r\n";
+    for answer in ["$-1\r\n", ":1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*1\r\n:1\r\n", negative] {
+        let reconciled = answering(answer).await?.reconcile(JOB, &Observation::default(), TIMEOUT, Term(1)).await;
+        told(reconciled.err(), answer);
+    }
+    for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n", negative] {
+        told(answering(answer).await?.tally(JOB).await.err(), answer);
+    }
+    for answer in ["$-1\r\n", ":0\r\n", "*1\r\n*0\r\n", "*2\r\n$2\r\n-1\r\n*0\r\n", "*2\r\n$1\r\n0\r\n:0\r\n"] {
+        told(answering(answer).await?.jobs(0).await.err(), answer);
+    }
+    for answer in [":1\r\n", "+OK\r\n", "*0\r\n"] {
+        told(answering(answer).await?.mark(1).await.err(), answer);
     }
     Ok(())
 }
@@ -108,7 +135,7 @@ async fn what_does_not_speak_redis_at_all_fails_at_once() -> Result<()> {
 #[tokio::test]
 async fn an_answer_of_any_length_is_told_in_a_few_words() -> Result<()> {
     let long: &'static str = Box::leak(format!("+{}\r\n", "x".repeat(100_000)).into_boxed_str());
-    let ledger = connect(server("+OK\r\n", "+PONG\r\n", long).await?).await?;
+    let ledger = answering(long).await?;
     let told = failure(&ledger).await?.to_string();
     assert!(told.len() < 400, "{} characters", told.len());
     Ok(())

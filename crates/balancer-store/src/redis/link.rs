@@ -4,6 +4,7 @@
 use std::fmt;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -46,6 +47,9 @@ struct Connection {
     redis: MultiplexedConnection,
     /// A call timed out: does the server still answer?
     suspect: Notify,
+    /// How much longer than others the calls underway may take together, in µs. The server does one after
+    /// the other, and answers nobody meanwhile.
+    longer: AtomicU64,
     /// The server has become a read-only replica: another one is the master now.
     read_only: Notify,
 }
@@ -66,9 +70,41 @@ impl Link {
 
     /// Runs a script by its hash. One round trip, or three where the server does not know the script.
     pub(super) async fn run(&self, script: &Script, command: Cmd) -> Result<Value, StoreError> {
-        let state = self.state.borrow().clone();
-        let connection = state.inspect_err(|_| self.wanted.notify_one())?;
-        match timeout(self.timeout, connection.run(script, &command)).await {
+        let connection = self.connection()?;
+        self.call(&connection, Some(script), command, self.timeout).await
+    }
+
+    /// The same for a script that may take so much longer than others. The connection is kept for it,
+    /// though others time out meanwhile.
+    pub(super) async fn run_longer(
+        &self,
+        script: &Script,
+        command: Cmd,
+        longer: Duration,
+    ) -> Result<Value, StoreError> {
+        let connection = self.connection()?;
+        let _underway = connection.begin(longer);
+        self.call(&connection, Some(script), command, connection.all_over_in(self.timeout)).await
+    }
+
+    /// Sends a command that is no script. One round trip.
+    pub(super) async fn ask(&self, command: Cmd) -> Result<Value, StoreError> {
+        let connection = self.connection()?;
+        self.call(&connection, None, command, self.timeout).await
+    }
+
+    fn connection(&self) -> State {
+        self.state.borrow().clone().inspect_err(|_| self.wanted.notify_one())
+    }
+
+    async fn call(
+        &self,
+        connection: &Connection,
+        script: Option<&Script>,
+        command: Cmd,
+        time: Duration,
+    ) -> Result<Value, StoreError> {
+        match timeout(time, connection.run(script, &command)).await {
             Ok(answer) => {
                 if answer.as_ref().is_err_and(is_read_only) {
                     connection.read_only.notify_one();
@@ -77,7 +113,7 @@ impl Link {
             }
             Err(_) => {
                 connection.suspect.notify_one();
-                Err(StoreError::TimedOut(self.timeout))
+                Err(StoreError::TimedOut(time))
             }
         }
     }
@@ -95,14 +131,14 @@ impl fmt::Debug for Link {
 }
 
 impl Connection {
-    async fn run(&self, script: &Script, command: &Cmd) -> Result<Value, StoreError> {
-        match self.send(command).await {
+    async fn run(&self, script: Option<&Script>, command: &Cmd) -> Result<Value, StoreError> {
+        match (self.send(command).await, script) {
             // A server that was restarted, or told SCRIPT FLUSH.
-            Err(StoreError::Refused { code, .. }) if code == "NOSCRIPT" => {
+            (Err(StoreError::Refused { code, .. }), Some(script)) if code == "NOSCRIPT" => {
                 self.send(redis::cmd("SCRIPT").arg("LOAD").arg(script.code())).await?;
                 self.send(command).await
             }
-            answer => answer,
+            (answer, _) => answer,
         }
     }
 
@@ -117,12 +153,36 @@ impl Connection {
         }
     }
 
+    /// Begins a call that may take so much longer than others.
+    fn begin(&self, longer: Duration) -> Underway<'_> {
+        let longer = u64::try_from(longer.as_micros()).unwrap_or(u64::MAX);
+        self.longer.fetch_add(longer, Ordering::Relaxed);
+        Underway { connection: self, longer }
+    }
+
+    /// In what time all calls underway are over, where most are given `usual`.
+    fn all_over_in(&self, usual: Duration) -> Duration {
+        usual.saturating_add(Duration::from_micros(self.longer.load(Ordering::Relaxed)))
+    }
+
     /// Whether the server answers at all; that it refuses is an answer.
-    async fn answers_within(&self, time: Duration) -> bool {
-        match timeout(time, self.send(&redis::cmd("PING"))).await {
+    async fn still_answers(&self, usual: Duration) -> bool {
+        match timeout(self.all_over_in(usual), self.send(&redis::cmd("PING"))).await {
             Ok(Ok(_) | Err(StoreError::Refused { .. })) => true,
             Ok(Err(_)) | Err(_) => false,
         }
+    }
+}
+
+/// A call that may take longer than others.
+struct Underway<'a> {
+    connection: &'a Connection,
+    longer: u64,
+}
+
+impl Drop for Underway<'_> {
+    fn drop(&mut self) {
+        self.connection.longer.fetch_sub(self.longer, Ordering::Relaxed);
     }
 }
 
@@ -150,8 +210,8 @@ impl Keeper {
                     let connection = Arc::new(connection);
                     self.tell(Ok(Arc::clone(&connection)));
                     let failure = self.watch_over(&connection, &mut driver).await;
-                    // The calls underway on it may yet be answered; none takes longer.
-                    let linger = self.timeout;
+                    // The calls underway on it may yet be answered.
+                    let linger = connection.all_over_in(self.timeout);
                     tokio::spawn(async move {
                         sleep(linger).await;
                         drop(driver);
@@ -191,7 +251,7 @@ impl Keeper {
                 () = connection.suspect.notified() => {}
                 () = sleep(PROBE_EVERY) => {}
             }
-            if !connection.answers_within(self.timeout).await {
+            if !connection.still_answers(self.timeout).await {
                 return StoreError::NoConnection(format!("{address} has stopped answering"));
             }
         }
@@ -237,7 +297,8 @@ impl Keeper {
         } else {
             drive(stream).await?
         };
-        let connection = Connection { redis, suspect: Notify::new(), read_only: Notify::new() };
+        let (suspect, read_only) = (Notify::new(), Notify::new());
+        let connection = Connection { redis, suspect, longer: AtomicU64::new(0), read_only };
         // Not left to redis, which tells any refusal as a wrong password.
         if let Some(password) = address.introduction.password() {
             let mut auth = redis::cmd("AUTH");

@@ -44,9 +44,9 @@ if not uid or known == uid or known == '-' and released then
     call('HDEL', KEYS[2], ARGV[2])
     call('HSET', KEYS[1], 'on-demand', on_demand - (1 - struck), 'spot', spot - struck)
   end
-  -- Without policy and executors there is no ledger, and nothing is remembered.
+  -- Without policy and executors there is no ledger. The other key went with its last entry.
   if left == 0 and not (ratio and base) then
-    call('HDEL', KEYS[1], 'released')
+    call('DEL', KEYS[1])
   elseif released then
     call('HSET', KEYS[1], 'released', released)
   end

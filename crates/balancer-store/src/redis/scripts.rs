@@ -31,6 +31,8 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) learn: Script,
     pub(super) reconcile: Script,
+    pub(super) tally: Script,
+    pub(super) mark: Script,
     pub(super) show: Script,
 }
 
@@ -42,6 +44,8 @@ impl Default for Scripts {
             release: script!("shared.lua", "release.lua"),
             learn: script!("shared.lua", "learn.lua"),
             reconcile: script!("shared.lua", "reconcile.lua"),
+            tally: script!("shared.lua", "tally.lua"),
+            mark: script!("mark.lua"),
             show: script!("show.lua"),
         }
     }

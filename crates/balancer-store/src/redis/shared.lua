@@ -1,7 +1,8 @@
 -- What the scripts of a job's ledger share; put in front of each of them.
 --
--- KEYS[1]  exec-count:{<namespace>:<job id>}, a hash: on-demand, spot, ratio, base, and released,
---          the uids of the last releases, the newest first, each behind its length
+-- KEYS[1]  exec-count:{<namespace>:<job id>}, a hash: on-demand, spot, ratio, base; released, the uids
+--          of the last releases, the newest first, each behind its length; and term, the one in which
+--          it was last reconciled
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
 -- ARGV[1]  of every script but peek and show: how long both keys live after this touch, in ms
 local call = redis.call

@@ -2,6 +2,6 @@
 --
 -- KEYS: as at the top of shared.lua; no ARGV
 --
--- Returns  {ratio or nil, base or nil, released or nil, {executor, entry, executor, entry ...}}
-local policy = redis.call('HMGET', KEYS[1], 'ratio', 'base', 'released')
-return { policy[1], policy[2], policy[3], redis.call('HGETALL', KEYS[2]) }
+-- Returns  {ratio or nil, base or nil, released or nil, term or nil, {executor, entry, executor, entry ...}}
+local noted = redis.call('HMGET', KEYS[1], 'ratio', 'base', 'released', 'term')
+return { noted[1], noted[2], noted[3], noted[4], redis.call('HGETALL', KEYS[2]) }

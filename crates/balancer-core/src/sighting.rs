@@ -1,0 +1,160 @@
+//! What a pod that is in the cluster tells of its job: the reconciler's side of what
+//! [`Subject`](crate::Subject) is to an admission.
+
+use crate::capacity::Capacity;
+use crate::conventions::Conventions;
+use crate::pin::pinned;
+use crate::pod::Pod;
+use crate::policy::{Invalid, Stated};
+use crate::subject::JobId;
+
+/// A live pod of a job, reduced to what counts (DESIGN section 7).
+#[derive(Clone, Debug, PartialEq)]
+pub enum Sighting<'a> {
+    /// An executor.
+    Executor(SeenExecutor<'a>),
+    /// A driver.
+    Driver(SeenDriver<'a>),
+}
+
+/// A live executor pod.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SeenExecutor<'a> {
+    /// Its job.
+    pub job: JobId<'a>,
+    /// Its key in the ledger: its name, or the id stamped on a pod whose name the apiserver made.
+    pub key: &'a str,
+    /// The pod's uid.
+    pub uid: &'a str,
+    /// The node that it is bound to, whose label tells its capacity first.
+    pub node: Option<&'a str>,
+    /// What its own nodeSelector or affinity fixes, else its decision annotation.
+    pub asked: Option<Capacity>,
+}
+
+/// A live driver pod.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SeenDriver<'a> {
+    /// Its job.
+    pub job: JobId<'a>,
+    /// The pod's uid.
+    pub uid: &'a str,
+    /// When it was made, RFC 3339 in UTC: compares as text. The newest driver of a job speaks for it.
+    pub created: &'a str,
+    /// What its annotations validly state.
+    pub stated: Stated,
+    /// What they state and we cannot read.
+    pub invalid: Vec<Invalid>,
+}
+
+impl<'a> Sighting<'a> {
+    /// What the pod tells; `None` for one that is of no job, or not live.
+    pub fn of(pod: &'a Pod<'_>, conventions: &'a Conventions) -> Option<Self> {
+        if !pod.is_live() {
+            return None;
+        }
+        let role = pod.label(&conventions.role_label)?;
+        let (_, id) = conventions.job(pod)?;
+        let job = JobId { namespace: pod.metadata.namespace.as_deref()?, id };
+        let uid = pod.metadata.uid.as_deref()?;
+        if role == conventions.driver_role {
+            let (stated, invalid) = conventions.stated(pod);
+            let created = pod.metadata.creation_timestamp.as_deref().unwrap_or_default();
+            return Some(Self::Driver(SeenDriver { job, uid, created, stated, invalid }));
+        }
+        if role != conventions.executor_role {
+            return None;
+        }
+        let spec = pod.spec.as_ref();
+        Some(Self::Executor(SeenExecutor {
+            job,
+            key: conventions.stamp(pod).or(pod.metadata.name.as_deref())?,
+            uid,
+            node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()),
+            asked: spec
+                .and_then(|spec| pinned(spec, &conventions.capacity_label))
+                .or_else(|| conventions.decision(pod)),
+        }))
+    }
+}
+
+impl Conventions {
+    /// What the decision annotation says.
+    fn decision(&self, pod: &Pod<'_>) -> Option<Capacity> {
+        let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
+        Capacity::parse(decision.split_once('/').map_or(decision, |(capacity, _)| capacity))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ratio::Ratio;
+    use serde_json::{Value, json};
+
+    fn pod(change: impl FnOnce(&mut Value)) -> Pod<'static> {
+        let mut pod = json!({
+            "metadata": {
+                "name": "p", "namespace": "etl", "uid": "u", "creationTimestamp": "2026-01-01T00:00:00Z",
+                "labels": {"spark-role": "executor", "spark-app-selector": "j"},
+            },
+            "spec": {},
+            "status": {"phase": "Running"},
+        });
+        change(&mut pod);
+        serde_json::from_str::<Pod<'_>>(&pod.to_string()).expect("a pod").into_owned()
+    }
+
+    fn executor(pod: &Pod<'_>) -> (String, Option<String>, Option<Capacity>) {
+        match Sighting::of(pod, &Conventions::default()) {
+            Some(Sighting::Executor(seen)) => (seen.key.to_owned(), seen.node.map(str::to_owned), seen.asked),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn only_live_pods_of_a_job_are_seen() {
+        let seen = |pod: Pod<'_>| Sighting::of(&pod, &Conventions::default()).is_some();
+        assert!(seen(pod(|_| {})));
+        assert!(seen(pod(|pod| pod["status"]["phase"] = json!("Pending"))));
+        assert!(!seen(pod(|pod| pod["status"]["phase"] = json!("Succeeded"))));
+        assert!(!seen(pod(|pod| pod["status"]["phase"] = json!("Failed"))));
+        assert!(!seen(pod(|pod| pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"))));
+        assert!(!seen(pod(|pod| pod["metadata"]["labels"] = json!({"spark-role": "executor"}))));
+        assert!(!seen(pod(|pod| pod["metadata"]["labels"]["spark-role"] = json!("history"))));
+    }
+
+    #[test]
+    fn its_own_selector_is_believed_before_the_decision_and_the_decision_where_there_is_none() {
+        let decided = |pod: &mut Value| pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
+        assert_eq!(executor(&pod(|_| {})), ("p".into(), None, None));
+        assert_eq!(executor(&pod(decided)).2, Some(Capacity::Spot));
+        let both = pod(|pod| {
+            decided(pod);
+            pod["spec"]["nodeSelector"] = json!({"karpenter.sh/capacity-type": "on-demand"});
+            pod["spec"]["nodeName"] = json!("n");
+        });
+        assert_eq!(executor(&both), ("p".into(), Some("n".into()), Some(Capacity::OnDemand)));
+    }
+
+    #[test]
+    fn a_pod_whose_name_the_apiserver_made_is_known_by_its_stamp() {
+        let stamped = pod(|pod| {
+            pod["metadata"]["generateName"] = json!("p-");
+            pod["metadata"]["annotations"] = json!({"workload/capacity-type": "on-demand/id-1"});
+        });
+        assert_eq!(executor(&stamped), ("id-1".into(), None, Some(Capacity::OnDemand)));
+    }
+
+    #[test]
+    fn a_driver_tells_its_policy_part_by_part() {
+        let driver = pod(|pod| {
+            pod["metadata"]["labels"]["spark-role"] = json!("driver");
+            pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "1", "workload/on-demand-base": "x"});
+        });
+        let conventions = Conventions::default();
+        let Some(Sighting::Driver(seen)) = Sighting::of(&driver, &conventions) else { panic!("no driver") };
+        assert_eq!(seen.stated, Stated { ratio: Some(Ratio::ONE), base: None });
+        assert!(matches!(seen.invalid.as_slice(), [Invalid::Base(_)]));
+    }
+}
