@@ -15,6 +15,7 @@ use http_body_util::Full;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -37,6 +38,13 @@ impl Readiness {
     fn get(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
+}
+
+/// A registry for the metrics of a binary of this version.
+pub fn registry(version: &'static str) -> Registry {
+    let mut registry = Registry::with_prefix("spot_balancer");
+    registry.register("build", "The version that runs", Info::new(vec![("version", version)]));
+    registry
 }
 
 /// A bound admin endpoint, not yet serving.

@@ -5,8 +5,25 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use balancer_core::{Conventions, Preference};
+use balancer_core::{Conventions, Defaults, Preference, Ratio};
 use clap::Args;
+
+/// What holds where a job states nothing.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct DefaultArguments {
+    /// Share of spot for a job that states none: 0 to 1 such as 0.7, a percentage such as 70%, or
+    /// RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY, COST_ONLY
+    #[arg(long, env, default_value = "0.5")]
+    default_spot_ratio: Ratio,
+}
+
+impl DefaultArguments {
+    /// The defaults.
+    pub fn defaults(self) -> Defaults {
+        let Self { default_spot_ratio } = self;
+        Defaults { ratio: default_spot_ratio }
+    }
+}
 
 /// How the cluster names roles, jobs and capacity.
 #[derive(Args, Clone, Debug)]
@@ -110,8 +127,8 @@ pub fn number<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&str) -> a
     }
 }
 
-/// A switch, as YAML and shells write them.
-fn yes_or_no(text: &str) -> anyhow::Result<bool> {
+/// A switch, as YAML and shells write them; a parser for a flag.
+pub fn yes_or_no(text: &str) -> anyhow::Result<bool> {
     match text.trim().to_ascii_lowercase().as_str() {
         "true" | "yes" | "on" | "1" => Ok(true),
         "false" | "no" | "off" | "0" => Ok(false),

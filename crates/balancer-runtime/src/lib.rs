@@ -1,9 +1,11 @@
 //! What the Spot Balancer binaries share, and nothing else: common arguments, telemetry, the admin
-//! endpoint, shutdown.
+//! endpoint, shutdown, access to the cluster.
 #![deny(missing_docs)]
 
 pub mod admin;
 pub mod arguments;
+pub mod cluster;
+pub mod labels;
 pub mod log;
 pub mod shutdown;
 pub mod store;

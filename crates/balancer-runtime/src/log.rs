@@ -5,7 +5,9 @@ use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use tracing::Level;
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use crate::arguments::{LogFormat, TelemetryArguments};
 
@@ -24,7 +26,10 @@ pub fn start(arguments: TelemetryArguments) -> Guard {
         .with_max_level(log_level.0)
         .with_ansi(false)
         .with_target(false)
-        .with_writer(lines.clone());
+        // What the Kubernetes client tells by itself of an outage, those who called it tell better.
+        .with_writer(
+            lines.clone().with_filter(|line| *line.level() > Level::WARN || !line.target().starts_with("kube_client")),
+        );
     // Fails only where a caller has set a subscriber already, which then is the one to use.
     let _ = match log_format {
         LogFormat::Text => tracing::subscriber::set_global_default(subscriber.finish()),

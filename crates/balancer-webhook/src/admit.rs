@@ -17,7 +17,7 @@ use crate::metrics::{Admitted, Metrics, OperationLabel, OutcomeLabel, PolicySour
 #[derive(Debug)]
 pub struct Admission<L> {
     /// Where executors are counted.
-    pub ledger: L,
+    pub ledger: Arc<L>,
     /// Where a job's policy is looked up.
     pub drivers: LookUp,
     /// How the cluster names things.

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Defaults, Ratio};
-use balancer_runtime::arguments::{ConventionArguments, TelemetryArguments, number};
+use balancer_core::{Conventions, Defaults};
+use balancer_reconcile::{ReconcileArguments, ReconcileSettings};
+use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number, yes_or_no};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::Parser;
 
@@ -17,11 +18,6 @@ use crate::tls::CertificateSource;
 #[derive(Clone, Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
 pub struct Arguments {
-    /// Share of spot for a job that states none: 0 to 1 such as 0.7, a percentage such as 70%, or
-    /// RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY, COST_ONLY
-    #[arg(long, env, default_value = "0.5")]
-    default_spot_ratio: Ratio,
-
     /// Budget of one admission in seconds, look-ups included; 1 to 30
     #[arg(long, env, default_value_t = 5, value_parser = number::<u64>(1..=30))]
     webhook_timeout_seconds: u64,
@@ -43,6 +39,15 @@ pub struct Arguments {
     dev: bool,
 
     #[command(flatten)]
+    defaults: DefaultArguments,
+    /// Whether this process also keeps the counts what the cluster says [default: true with the memory
+    /// store, whose counts nobody else can keep, false with redis]
+    #[arg(long, env, value_parser = yes_or_no, num_args = 0..=1, default_missing_value = "true", help_heading = "Reconciling")]
+    reconcile_enabled: Option<bool>,
+
+    #[command(flatten)]
+    reconcile: ReconcileArguments,
+    #[command(flatten)]
     conventions: ConventionArguments,
     #[command(flatten)]
     store: StoreArguments,
@@ -59,6 +64,8 @@ pub(crate) struct Settings {
     pub(crate) look_up_limit: Duration,
     pub(crate) port: u16,
     pub(crate) certificate: CertificateSource,
+    /// `None` where this process does not reconcile.
+    pub(crate) reconcile: Option<ReconcileSettings>,
     pub(crate) store: StoreSettings,
     pub(crate) telemetry: TelemetryArguments,
     pub(crate) dev: bool,
@@ -67,12 +74,14 @@ pub(crate) struct Settings {
 impl Arguments {
     pub(crate) fn settings(self) -> anyhow::Result<Settings> {
         let Self {
-            default_spot_ratio,
+            defaults,
             webhook_timeout_seconds,
             port,
             tls_cert_path,
             tls_key_path,
             dev,
+            reconcile_enabled,
+            reconcile,
             conventions,
             store,
             telemetry,
@@ -81,9 +90,11 @@ impl Arguments {
         // An admission asks the store, at most twice, and the Kubernetes API, at most once: half of the
         // budget for each.
         let store = store.settings(dev)?.within(budget / 4);
+        // Without a cluster there is nothing to reconcile by.
+        let reconciles = !dev && reconcile_enabled.unwrap_or(store.in_memory());
         Ok(Settings {
             conventions: Arc::new(conventions.conventions()?),
-            defaults: Defaults { ratio: default_spot_ratio },
+            defaults: defaults.defaults(),
             look_up_limit: budget.saturating_sub(2 * store.timeout()),
             port,
             certificate: if dev {
@@ -91,6 +102,7 @@ impl Arguments {
             } else {
                 CertificateSource::Files { certificate: tls_cert_path, key: tls_key_path }
             },
+            reconcile: reconciles.then(|| reconcile.settings()),
             store,
             telemetry,
             dev,

@@ -22,6 +22,9 @@ const UNTOLD_FOR: Duration = Duration::from_secs(1);
 /// A job has one driver; a few more may be left of earlier attempts.
 const MOST_DRIVERS: u32 = 50;
 
+/// Far above the budget, which is the bound that counts; a connection must not hang forever.
+const API_SILENCE: Duration = Duration::from_secs(30);
+
 /// What a look-up came to.
 #[derive(Debug)]
 pub enum Looked {
@@ -80,13 +83,9 @@ impl Finder {
         if dev {
             return Ok(Self::None);
         }
-        let mut config = kube::Config::infer().await.context(
-            "no access to a cluster; accepted: a pod's service account, or KUBECONFIG; or --dev without any",
-        )?;
-        // Far above our own bound, which is the one that counts; a connection must not hang forever.
-        config.connect_timeout = Some(Duration::from_secs(5));
-        config.read_timeout = Some(Duration::from_secs(30));
-        let client = kube::Client::try_from(config).context("cannot make a Kubernetes client")?;
+        let client = balancer_runtime::cluster::client(API_SILENCE)
+            .await
+            .context("cannot look drivers up; accepted: access to a cluster, or --dev without any")?;
         Ok(Self::Cluster { client, conventions })
     }
 

@@ -14,10 +14,12 @@ pub mod routes;
 pub mod server;
 pub mod tls;
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use anyhow::Context;
-use balancer_runtime::admin::{Admin, Readiness};
+use balancer_reconcile::{Parts, Progress, Running};
+use balancer_runtime::admin::{self, Admin, Readiness};
 use balancer_runtime::shutdown::Signals;
 
 pub use arguments::Arguments;
@@ -34,11 +36,11 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
 
     let certificate = Arc::new(settings.certificate.load()?);
     let finder = drivers::Finder::new(settings.dev, Arc::clone(&settings.conventions)).await?;
-    let ledger = settings.store.open().await?;
+    let ledger = Arc::new(settings.store.open().await?);
     let admission = Arc::new(admit::Admission {
-        ledger,
+        ledger: Arc::clone(&ledger),
         drivers: drivers::LookUp::new(finder, settings.look_up_limit),
-        conventions: settings.conventions,
+        conventions: Arc::clone(&settings.conventions),
         defaults: settings.defaults,
         metrics: Arc::clone(&metrics),
     });
@@ -58,17 +60,44 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     if settings.dev {
         dev::greet(server.address());
     }
-    tokio::spawn(admin.run(Arc::new(metrics.registry(&certificate)), readiness.clone()));
+    let mut registry = admin::registry(env!("CARGO_PKG_VERSION"));
+    metrics.register(&mut registry, &certificate);
+    let reconciling = match settings.reconcile {
+        Some(reconcile) => {
+            let metrics = Arc::new(balancer_reconcile::Metrics::new());
+            metrics.register(&mut registry);
+            let (shared, conventions, defaults) = (!ledger.in_memory(), settings.conventions, settings.defaults);
+            let parts =
+                Parts { ledger: Arc::clone(&ledger), shared, conventions, defaults, settings: reconcile, metrics };
+            Some(balancer_reconcile::start(parts).await?)
+        }
+        None => None,
+    };
+    tokio::spawn(admin.run(Arc::new(registry), readiness.clone()));
     tokio::spawn(certificate.keep_fresh());
-    readiness.set(true);
+    let first_round = reconciling.as_ref().filter(|_| ledger.in_memory()).map(Running::progress);
+    let ready = async {
+        // Ledgers that no other process keeps have to be known first.
+        if let Some(mut progress) = first_round {
+            let _ = progress.wait_for(|progress| *progress == Progress::Synced).await;
+        }
+        readiness.set(true);
+        std::future::pending::<Infallible>().await
+    };
     let router = routes::Router::new(admission, metrics);
     let leave = async {
-        let leave = signals.wait().await;
+        let leave = tokio::select! {
+            leave = signals.wait() => leave,
+            never = ready => match never {},
+        };
         tracing::info!("leaving: answering what was begun");
         readiness.set(false);
         leave
     };
     server.run(router, leave).await;
+    if let Some(reconciling) = reconciling {
+        reconciling.leave().await;
+    }
     tracing::info!("left");
     Ok(())
 }

@@ -1,44 +1,22 @@
 //! What the webhook counts. Labels are enums: how many there can be is fixed when it is compiled.
 
-use std::fmt::Write;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use balancer_core::{Capacity, Invalid, Leave};
+use balancer_runtime::labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
+use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
-use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::drivers::Looked;
 use crate::tls::Certificate;
-
-/// An enum whose values are known to metrics and logs by these texts.
-macro_rules! label {
-    ($(#[$meta:meta])* $name:ident { $($(#[$variant_meta:meta])* $variant:ident = $text:literal,)* }) => {
-        $(#[$meta])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum $name { $($(#[$variant_meta])* $variant,)* }
-
-        impl $name {
-            /// The value in metrics and logs.
-            pub const fn as_str(self) -> &'static str {
-                match self { $(Self::$variant => $text,)* }
-            }
-        }
-
-        impl EncodeLabelValue for $name {
-            fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-                encoder.write_str(self.as_str())
-            }
-        }
-    };
-}
 
 label! {
     /// The role of an admitted pod.
@@ -141,16 +119,6 @@ label! {
 }
 
 label! {
-    /// Which part of a policy was stated wrongly.
-    InvalidPart {
-        /// The ratio.
-        Ratio = "ratio",
-        /// The on-demand base.
-        Base = "base",
-    }
-}
-
-label! {
     /// Why a request got no admission.
     Refusal {
         /// No such path.
@@ -193,28 +161,9 @@ struct Placement {
     source: Source,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct CapacityLabel(Capacity);
-
-impl EncodeLabelValue for CapacityLabel {
-    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
-        encoder.write_str(self.0.as_str())
-    }
-}
-
-macro_rules! label_sets {
-    ($($name:ident { $key:ident: $value:ty })*) => {
-        $(
-            #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-            struct $name { $key: $value }
-        )*
-    };
-}
-
 label_sets! {
     PolicyLabels { source: PolicySource }
     StoreLabels { call: StoreCall }
-    StoreErrorLabels { kind: &'static str }
     LookUpLabels { outcome: LookUpLabel }
     RefusalLabels { reason: Refusal }
     InvalidLabels { part: InvalidPart }
@@ -263,8 +212,8 @@ impl Metrics {
         }
     }
 
-    /// The registry that `/metrics` shows.
-    pub fn registry(&self, certificate: &Certificate) -> Registry {
+    /// Shows all.
+    pub fn register(&self, registry: &mut Registry, certificate: &Certificate) {
         let Self {
             admissions,
             admission_seconds,
@@ -277,8 +226,6 @@ impl Metrics {
             invalid,
             connections,
         } = self;
-        let mut registry = Registry::with_prefix("spot_balancer");
-        registry.register("build", "The version that runs", Info::new(vec![("version", env!("CARGO_PKG_VERSION"))]));
         registry.register("admissions", "Reviews answered", admissions.clone());
         registry.register_with_unit(
             "admission",
@@ -313,7 +260,6 @@ impl Metrics {
             "Changed certificates that could not be used; the one before is served on",
             certificate.failures(),
         );
-        registry
     }
 
     pub(crate) fn admitted(&self, admitted: Admitted, took: Duration) {
@@ -323,7 +269,7 @@ impl Metrics {
 
     /// `policy` is who told the ratio, where one was used.
     pub(crate) fn placed(&self, capacity: Capacity, source: Source, policy: Option<PolicySource>) {
-        self.placements.get_or_create(&Placement { capacity: CapacityLabel(capacity), source }).inc();
+        self.placements.get_or_create(&Placement { capacity: capacity.into(), source }).inc();
         if let Some(source) = policy {
             self.policies.get_or_create(&PolicyLabels { source }).inc();
         }
@@ -339,11 +285,7 @@ impl Metrics {
     }
 
     pub(crate) fn invalid(&self, invalid: &Invalid) {
-        let part = match invalid {
-            Invalid::Ratio(_) => InvalidPart::Ratio,
-            Invalid::Base(_) => InvalidPart::Base,
-        };
-        self.invalid.get_or_create(&InvalidLabels { part }).inc();
+        self.invalid.get_or_create(&InvalidLabels { part: invalid.into() }).inc();
     }
 
     pub(crate) fn refused(&self, reason: Refusal) {

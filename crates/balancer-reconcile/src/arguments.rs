@@ -1,0 +1,140 @@
+//! The settings of the reconciler, parsed once into a typed configuration.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::bail;
+use balancer_core::{Conventions, Defaults};
+use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number};
+use balancer_runtime::store::{StoreArguments, StoreSettings};
+use clap::{Args, Parser};
+
+/// Keeps every job's count of spot and on-demand executors what the cluster says.
+///
+/// Run beside the webhooks, on the same Redis. Of several replicas one works, and the others stand by.
+/// Every setting is an environment variable and a flag.
+#[derive(Clone, Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub struct Arguments {
+    #[command(flatten)]
+    reconcile: ReconcileArguments,
+    #[command(flatten)]
+    defaults: DefaultArguments,
+    #[command(flatten)]
+    conventions: ConventionArguments,
+    #[command(flatten)]
+    store: StoreArguments,
+    #[command(flatten)]
+    telemetry: TelemetryArguments,
+}
+
+/// What is reconciled, and when; for the webhook too, where it reconciles by itself.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Reconciling")]
+pub struct ReconcileArguments {
+    /// Seconds from one round of all jobs to the next; changes are followed at once in between; 10 to
+    /// 86400
+    #[arg(long, env, default_value_t = 1800, value_parser = number::<u64>(10..=86_400))]
+    reconcile_interval_seconds: u64,
+
+    /// Seconds that a placement may wait for its pod to appear before it is struck; 5 to 3600
+    // Not less: a connection to the API that has died without a word is noticed within four.
+    #[arg(long, env, default_value_t = 60, value_parser = number::<u64>(5..=3600))]
+    reconcile_grace_seconds: u64,
+
+    /// Namespaces whose jobs are looked after, comma-separated; empty for all
+    #[arg(long, env, default_value = "", value_parser = namespaces)]
+    watch_namespaces: Namespaces,
+}
+
+/// A list of namespaces.
+#[derive(Clone, Debug)]
+struct Namespaces(Vec<Arc<str>>);
+
+fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
+    let mut namespaces = Vec::new();
+    for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
+        // RFC 1123, as the API wants it.
+        let fits = name.len() <= 63
+            && !name.starts_with('-')
+            && !name.ends_with('-')
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        if !fits {
+            bail!("{name:?} is not a namespace; accepted: 1 to 63 of a-z, 0-9 and '-', not '-' at an end");
+        }
+        if !namespaces.iter().any(|known: &Arc<str>| **known == *name) {
+            namespaces.push(name.into());
+        }
+    }
+    Ok(Namespaces(namespaces))
+}
+
+/// What is reconciled, and when.
+#[derive(Clone, Debug)]
+pub struct ReconcileSettings {
+    /// From one round of all jobs to the next.
+    pub interval: Duration,
+    /// How long a placement may wait for its pod.
+    pub grace: Duration,
+    /// Whose pods are watched; empty for all.
+    pub namespaces: Vec<Arc<str>>,
+}
+
+impl ReconcileArguments {
+    /// The settings.
+    pub fn settings(self) -> ReconcileSettings {
+        let Self { reconcile_interval_seconds, reconcile_grace_seconds, watch_namespaces } = self;
+        ReconcileSettings {
+            interval: Duration::from_secs(reconcile_interval_seconds),
+            grace: Duration::from_secs(reconcile_grace_seconds),
+            namespaces: watch_namespaces.0,
+        }
+    }
+}
+
+/// What the reconciler runs by.
+#[derive(Debug)]
+pub(crate) struct Settings {
+    pub(crate) reconcile: ReconcileSettings,
+    pub(crate) conventions: Arc<Conventions>,
+    pub(crate) defaults: Defaults,
+    pub(crate) store: StoreSettings,
+    pub(crate) telemetry: TelemetryArguments,
+}
+
+impl Arguments {
+    pub(crate) fn settings(self) -> anyhow::Result<Settings> {
+        let Self { reconcile, defaults, conventions, store, telemetry } = self;
+        let store = store.settings(false)?;
+        if store.in_memory() {
+            bail!(
+                "STORE is memory, which no other process can reconcile; accepted: redis, or the webhook alone, which \
+                 reconciles its own memory"
+            );
+        }
+        Ok(Settings {
+            reconcile: reconcile.settings(),
+            conventions: Arc::new(conventions.conventions()?),
+            defaults: defaults.defaults(),
+            store,
+            telemetry,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn namespaces_are_a_list_and_what_is_none_is_told() {
+        let read = |text| namespaces(text).map(|namespaces| namespaces.0.join("|")).map_err(|error| error.to_string());
+        assert_eq!(read("").as_deref(), Ok(""));
+        assert_eq!(read(" etl, ml ,etl,").as_deref(), Ok("etl|ml"));
+        for wrong in ["Etl", "a_b", "-a", "a-", &"a".repeat(64)] {
+            assert!(
+                read(wrong).is_err_and(|error| error.contains(&format!("{wrong:?}")) && error.contains("accepted"))
+            );
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Tells the people of a job what we cannot read: a Kubernetes Event on the driver, which
+//! `kubectl describe` shows.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use balancer_core::{Conventions, Invalid};
+use balancer_runtime::cluster;
+use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::api::events::v1::Event;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::MicroTime;
+use k8s_openapi::jiff::Timestamp;
+use kube::api::{ObjectMeta, PostParams};
+use kube::{Api, Client};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::view::{Complaint, in_words};
+
+/// Complaints that wait to be told; past it they are only logged.
+const MOST_WAITING: usize = 64;
+/// The most that telling one may take.
+const CALL_LIMIT: Duration = Duration::from_secs(5);
+/// Of a driver's name, in the name of its Event: the API adds five characters, and takes 253.
+const MOST_NAME: usize = 240;
+
+/// Tells complaints one after the other, beside the repairs.
+#[derive(Debug)]
+pub(crate) struct Reports {
+    waiting: mpsc::Sender<Complaint>,
+    conventions: Arc<Conventions>,
+}
+
+impl Reports {
+    /// Starts the task that tells them; it ends with this.
+    pub(crate) fn start(client: Client, conventions: Arc<Conventions>) -> Self {
+        let (waiting, mut complaints) = mpsc::channel::<Complaint>(MOST_WAITING);
+        let names = Arc::clone(&conventions);
+        tokio::spawn(async move {
+            while let Some(complaint) = complaints.recv().await {
+                for invalid in &complaint.invalid {
+                    tell(&client, &names, &complaint, invalid).await;
+                }
+            }
+        });
+        Self { waiting, conventions }
+    }
+
+    /// Logs the complaint, and has it told on the driver.
+    pub(crate) fn tell(&self, complaint: Complaint) {
+        let Complaint { job, driver, invalid, holds, .. } = &complaint;
+        for invalid in invalid {
+            let annotation = annotation(&self.conventions, invalid);
+            let holds = in_words(*holds, invalid);
+            tracing::warn!(namespace = job.namespace, job = job.id, %driver, annotation, %invalid, holds, "cannot be read");
+        }
+        if self.waiting.try_send(complaint).is_err() {
+            tracing::warn!("too many invalid annotations at once: this one is told in the log only");
+        }
+    }
+}
+
+async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint, invalid: &Invalid) {
+    let Complaint { job, driver, uid, invalid: _, holds } = complaint;
+    let reason = match invalid {
+        Invalid::Ratio(_) => "InvalidSpotRatio",
+        Invalid::Base(_) => "InvalidOnDemandBase",
+    };
+    let note = format!("{}: {invalid}; {}", annotation(conventions, invalid), in_words(*holds, invalid));
+    let instance = std::env::var("HOSTNAME").ok().filter(|host| !host.is_empty());
+    let event = Event {
+        metadata: ObjectMeta {
+            generate_name: Some(format!("{}-", driver.get(..MOST_NAME).unwrap_or(driver))),
+            namespace: Some(job.namespace.clone()),
+            ..ObjectMeta::default()
+        },
+        event_time: Some(MicroTime(Timestamp::now())),
+        type_: Some("Warning".into()),
+        reason: Some(reason.into()),
+        note: Some(note),
+        action: Some("ReadPolicy".into()),
+        reporting_controller: Some("spot-balancer".into()),
+        reporting_instance: Some(instance.unwrap_or_else(|| "balancer-reconcile".into())),
+        regarding: Some(ObjectReference {
+            api_version: Some("v1".into()),
+            kind: Some("Pod".into()),
+            namespace: Some(job.namespace.clone()),
+            name: Some(driver.to_string()),
+            uid: Some(uid.to_string()),
+            ..ObjectReference::default()
+        }),
+        ..Event::default()
+    };
+    let events = Api::<Event>::namespaced(client.clone(), &job.namespace);
+    let error = match timeout(CALL_LIMIT, events.create(&PostParams::default(), &event)).await {
+        Ok(Ok(_)) => return,
+        Ok(Err(error)) => cluster::chain(&error),
+        Err(_) => format!("the Kubernetes API did not answer within {CALL_LIMIT:?}"),
+    };
+    tracing::warn!(namespace = job.namespace, %driver, error, "the driver got no Event");
+}
+
+fn annotation<'a>(conventions: &'a Conventions, invalid: &Invalid) -> &'a str {
+    match invalid {
+        Invalid::Ratio(_) => &conventions.ratio_annotation,
+        Invalid::Base(_) => &conventions.base_annotation,
+    }
+}

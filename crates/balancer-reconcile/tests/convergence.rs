@@ -1,0 +1,410 @@
+//! Whatever is admitted, deleted, heard late, twice or never: once it is quiet and the grace is over, the
+//! ledger is what lives in the cluster. On the pure parts alone, against a cluster that is simulated here.
+
+#![allow(
+    clippy::indexing_slicing,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a panic here fails a test, as it should"
+)]
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use balancer_core::{
+    Capacity, Conventions, Defaults, JobKey, JobLedger, Mended, Millis, Placing, Pod, Policy, Ratio, Reconciled,
+    Stated, Term,
+};
+use balancer_reconcile::view::View;
+use proptest::prelude::*;
+use serde_json::json;
+
+const GRACE: Millis = 60;
+const TERM: Term = Term(1);
+const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 2 };
+const JOBS: [&str; 2] = ["a", "b"];
+const NODES: [&str; 3] = ["n0", "n1", "n2"];
+
+/// What happens. Numbers are taken modulo what there is.
+#[derive(Clone, Debug)]
+enum Step {
+    /// An executor is created through the webhook; `rejected` ones come to no pod.
+    Admit { name: u8, pinned: Option<Capacity>, rejected: bool },
+    /// An executor is created while the webhook is away.
+    Create { name: u8, asked: Option<Capacity> },
+    /// An executor is deleted, with so many reviews at once and so many that come later.
+    Delete { name: u8, reviews: u8, late: u8 },
+    /// An executor is told to end; it lives no longer, and is still there.
+    End { name: u8, reviews: u8 },
+    /// An executor has finished.
+    Finish { name: u8 },
+    /// An executor is bound to a node.
+    Bind { name: u8, node: u8 },
+    /// A node's capacity label is set, or taken away.
+    Label { node: u8, capacity: Option<Capacity> },
+    /// A late review comes.
+    Review { which: u8 },
+    /// The next word of a watch is heard: of the pods, or of the nodes.
+    Hear { nodes: bool },
+    /// A word is heard before others.
+    HearEarly { which: u8 },
+    /// A word is heard, and will be heard again.
+    HearTwice { which: u8 },
+    /// A word is lost.
+    Lose { which: u8 },
+    /// All is listed.
+    List,
+    /// The ledgers are repaired of the jobs that the view calls changed.
+    Repair,
+    /// The store forgets.
+    Flush,
+    /// Time goes by.
+    Wait { time: u8 },
+}
+
+#[derive(Clone, Debug)]
+struct Executor {
+    uid: String,
+    asked: Option<Capacity>,
+    node: Option<u8>,
+    live: bool,
+}
+
+#[derive(Clone, Debug)]
+enum Word {
+    Pod { name: u8, now: Executor },
+    PodGone { name: u8 },
+    Node { node: u8, capacity: Option<Capacity> },
+}
+
+struct World {
+    executors: BTreeMap<u8, Executor>,
+    nodes: BTreeMap<u8, Option<Capacity>>,
+    pod_words: VecDeque<Word>,
+    node_words: VecDeque<Word>,
+    late_reviews: Vec<(u8, String)>,
+    view: View,
+    ledgers: BTreeMap<&'static str, JobLedger>,
+    /// The jobs that are to be looked at.
+    changed: BTreeSet<&'static str>,
+    now: Millis,
+    made: u32,
+}
+
+/// Names are few, so that they are used again; each belongs to one job.
+fn job_of(name: u8) -> &'static str {
+    JOBS[usize::from(name % 2)]
+}
+
+fn executor(name: u8) -> String {
+    format!("{}-exec-{name}", job_of(name))
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            executors: BTreeMap::new(),
+            nodes: (0..NODES.len() as u8).map(|node| (node, None)).collect(),
+            pod_words: VecDeque::new(),
+            node_words: VecDeque::new(),
+            late_reviews: Vec::new(),
+            view: View::new(Arc::new(Conventions::default()), Defaults::default()),
+            ledgers: JOBS.iter().map(|job| (*job, JobLedger::default())).collect(),
+            changed: BTreeSet::new(),
+            now: 1_000,
+            made: 0,
+        };
+        world.list();
+        world
+    }
+
+    fn ledger(&mut self, job: &str) -> &mut JobLedger {
+        self.ledgers.get_mut(job).expect("a job")
+    }
+
+    fn step(&mut self, step: &Step) {
+        match *step {
+            Step::Admit { name, pinned, rejected } => {
+                let now = self.now;
+                let key = executor(name);
+                let placing = Placing { executor: &key, pinned, stated: Stated::default(), policy: Some(POLICY) };
+                let balancer_core::Outcome::Placed(placed) = self.ledger(job_of(name)).place(&placing, now) else {
+                    panic!("a policy was given")
+                };
+                if !rejected {
+                    self.create(name, Some(placed.capacity));
+                }
+            }
+            Step::Create { name, asked } => self.create(name, asked),
+            Step::Delete { name, reviews, late } => {
+                if let Some(gone) = self.executors.remove(&name) {
+                    for _ in 0..reviews {
+                        self.ledger(job_of(name)).release(&executor(name), Some(&gone.uid));
+                    }
+                    self.late_reviews.extend((0..late).map(|_| (name, gone.uid.clone())));
+                    self.pod_words.push_back(Word::PodGone { name });
+                }
+            }
+            Step::End { name, reviews } => {
+                let Some(ending) = self.executors.get_mut(&name) else { return };
+                ending.live = false;
+                let uid = ending.uid.clone();
+                for _ in 0..reviews {
+                    self.ledger(job_of(name)).release(&executor(name), Some(&uid));
+                }
+                self.say(name);
+            }
+            Step::Finish { name } => self.change(name, |executor| executor.live = false),
+            // A pod is bound once.
+            Step::Bind { name, node } => {
+                self.change(name, |executor| executor.node = executor.node.or(Some(node % NODES.len() as u8)));
+            }
+            Step::Label { node, capacity } => {
+                let node = node % NODES.len() as u8;
+                self.nodes.insert(node, capacity);
+                self.node_words.push_back(Word::Node { node, capacity });
+            }
+            Step::Review { which } => {
+                if !self.late_reviews.is_empty() {
+                    let (name, uid) = self.late_reviews.remove(usize::from(which) % self.late_reviews.len());
+                    self.ledger(job_of(name)).release(&executor(name), Some(&uid));
+                }
+            }
+            Step::Hear { nodes } => {
+                let words = if nodes { &mut self.node_words } else { &mut self.pod_words };
+                if let Some(word) = words.pop_front() {
+                    self.hear(&word);
+                }
+            }
+            Step::HearEarly { which } => {
+                if let Some(word) = self.pick(which).and_then(|at| self.pod_words.remove(at)) {
+                    self.hear(&word);
+                }
+            }
+            Step::HearTwice { which } => {
+                if let Some(word) = self.pick(which).and_then(|at| self.pod_words.get(at).cloned()) {
+                    self.hear(&word);
+                }
+            }
+            Step::Lose { which } => drop(self.pick(which).and_then(|at| self.pod_words.remove(at))),
+            Step::List => self.list(),
+            Step::Repair => self.repair(),
+            Step::Flush => {
+                for ledger in self.ledgers.values_mut() {
+                    *ledger = JobLedger::default();
+                }
+                self.changed.extend(JOBS);
+            }
+            Step::Wait { time } => self.now += Millis::from(time),
+        }
+    }
+
+    fn pick(&self, which: u8) -> Option<usize> {
+        usize::from(which).checked_rem(self.pod_words.len())
+    }
+
+    /// The API refuses a name that is taken.
+    fn create(&mut self, name: u8, asked: Option<Capacity>) {
+        if !self.executors.contains_key(&name) {
+            self.made += 1;
+            self.executors.insert(name, Executor { uid: format!("uid-{}", self.made), asked, node: None, live: true });
+            self.say(name);
+        }
+    }
+
+    fn change(&mut self, name: u8, change: impl FnOnce(&mut Executor)) {
+        if let Some(executor) = self.executors.get_mut(&name).filter(|executor| executor.live) {
+            change(executor);
+            self.say(name);
+        }
+    }
+
+    fn say(&mut self, name: u8) {
+        let now = self.executors[&name].clone();
+        self.pod_words.push_back(Word::Pod { name, now });
+    }
+
+    fn hear(&mut self, word: &Word) {
+        match word {
+            Word::Pod { name, now } => self.view.see_pod(&pod(*name, now), None),
+            Word::PodGone { name } => self.view.forget_pod("etl", &executor(*name)),
+            Word::Node { node, capacity } => {
+                self.view.see_node(NODES[usize::from(*node)], capacity.map(Capacity::as_str));
+            }
+        }
+        self.note_changes();
+    }
+
+    fn list(&mut self) {
+        self.view.begin_pods(None);
+        for (name, executor) in &self.executors {
+            self.view.see_pod(&pod(*name, executor), None);
+        }
+        self.view.end_pods(None);
+        self.view.begin_nodes();
+        for (node, capacity) in &self.nodes {
+            self.view.see_node(NODES[usize::from(*node)], capacity.map(Capacity::as_str));
+        }
+        self.view.end_nodes();
+        self.note_changes();
+    }
+
+    fn note_changes(&mut self) {
+        for job in self.view.take_changed() {
+            self.changed.extend(JOBS.iter().filter(|known| **known == job.id));
+        }
+    }
+
+    /// Looks at the jobs that have changed; a placement that waits has its job looked at again.
+    fn repair(&mut self) {
+        for job in std::mem::take(&mut self.changed) {
+            if self.look(job).waits.is_some() {
+                self.changed.insert(job);
+            }
+        }
+    }
+
+    fn look(&mut self, job: &'static str) -> Mended {
+        let key = JobKey { namespace: "etl".into(), id: job.into() };
+        let observed = self.view.observe(&key);
+        let ledger = self.ledgers.get_mut(job).expect("a job");
+        match ledger.reconcile(&observed.observation(), GRACE, TERM, self.now) {
+            Reconciled::Done(mended) => mended,
+            Reconciled::Superseded(by) => panic!("superseded by {by}"),
+        }
+    }
+
+    /// What is to be in the job's ledger.
+    fn truth(&self, job: &str) -> BTreeMap<String, (String, Capacity)> {
+        let live = self.executors.iter().filter(|(name, executor)| job_of(**name) == job && executor.live);
+        live.filter_map(|(name, now)| {
+            let landed = now.node.and_then(|node| self.nodes[&node]);
+            Some((executor(*name), (now.uid.clone(), landed.or(now.asked)?)))
+        })
+        .collect()
+    }
+
+    fn assert_true(&self) {
+        for (job, ledger) in &self.ledgers {
+            let entry = |(name, entry): (&String, &balancer_core::Entry)| {
+                (name.clone(), (entry.uid.clone().unwrap_or_default(), entry.capacity))
+            };
+            let entries: BTreeMap<_, _> = ledger.entries().iter().map(entry).collect();
+            let known = self.truth(job);
+            // One of which nothing tells where it runs counts as what it was placed on, if it was.
+            let unknown =
+                |name: &String| self.executors.iter().any(|(number, now)| executor(*number) == *name && now.live);
+            for (name, truth) in &known {
+                assert_eq!(entries.get(name), Some(truth), "of {name}");
+            }
+            for name in entries.keys() {
+                assert!(known.contains_key(name) || unknown(name), "{name} is in the ledger of {job}, and not alive");
+            }
+        }
+    }
+}
+
+fn pod(name: u8, now: &Executor) -> Pod<'static> {
+    let mut pod = json!({
+        "metadata": {
+            "name": executor(name), "namespace": "etl", "uid": now.uid,
+            "labels": {"spark-role": "executor", "spark-app-selector": job_of(name)},
+        },
+        "spec": {},
+        "status": {"phase": if now.live { "Running" } else { "Failed" }},
+    });
+    if let Some(asked) = now.asked {
+        pod["metadata"]["annotations"] = json!({"workload/capacity-type": asked.as_str()});
+    }
+    if let Some(node) = now.node {
+        pod["spec"]["nodeName"] = json!(NODES[usize::from(node)]);
+    }
+    serde_json::from_str::<Pod<'_>>(&pod.to_string()).expect("a pod").into_owned()
+}
+
+fn capacity() -> impl Strategy<Value = Capacity> {
+    prop_oneof![Just(Capacity::Spot), Just(Capacity::OnDemand)]
+}
+
+/// What may happen where the watches tell all, and in order.
+fn faithful() -> BoxedStrategy<Step> {
+    let name = || 0u8..10;
+    prop_oneof![
+        6 => (name(), proptest::option::weighted(0.2, capacity()), proptest::bool::weighted(0.2))
+            .prop_map(|(name, pinned, rejected)| Step::Admit { name, pinned, rejected }),
+        1 => (name(), proptest::option::of(capacity())).prop_map(|(name, asked)| Step::Create { name, asked }),
+        3 => (name(), 0u8..3, 0u8..3).prop_map(|(name, reviews, late)| Step::Delete { name, reviews, late }),
+        1 => (name(), 0u8..3).prop_map(|(name, reviews)| Step::End { name, reviews }),
+        1 => name().prop_map(|name| Step::Finish { name }),
+        2 => (name(), 0u8..3).prop_map(|(name, node)| Step::Bind { name, node }),
+        1 => (0u8..3, proptest::option::weighted(0.8, capacity())).prop_map(|(node, capacity)| Step::Label { node, capacity }),
+        2 => any::<u8>().prop_map(|which| Step::Review { which }),
+        8 => proptest::bool::weighted(0.2).prop_map(|nodes| Step::Hear { nodes }),
+        3 => Just(Step::Repair),
+        1 => Just(Step::Flush),
+        2 => (0u8..100).prop_map(|time| Step::Wait { time }),
+    ]
+    .boxed()
+}
+
+/// What may happen at all.
+fn unfaithful() -> BoxedStrategy<Step> {
+    prop_oneof![
+        12 => faithful(),
+        1 => any::<u8>().prop_map(|which| Step::HearEarly { which }),
+        1 => any::<u8>().prop_map(|which| Step::HearTwice { which }),
+        1 => any::<u8>().prop_map(|which| Step::Lose { which }),
+        1 => Just(Step::List),
+    ]
+    .boxed()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn after_any_history_a_list_and_the_grace_the_ledger_is_what_lives(
+        steps in proptest::collection::vec(unfaithful(), 0..120)
+    ) {
+        let mut world = World::new();
+        steps.iter().for_each(|step| world.step(step));
+        world.list();
+        world.now += GRACE;
+        for job in JOBS {
+            world.look(job);
+        }
+        world.assert_true();
+        for job in JOBS {
+            let again = world.look(job);
+            prop_assert!(again.drift.is_none() && again.waits.is_none(), "{again:?} though all was right");
+        }
+    }
+
+    /// Here only those jobs are looked at that the view calls changed, or whose counts are not what was
+    /// left in the ledger.
+    #[test]
+    fn where_the_watches_tell_all_nothing_has_to_be_listed_again(
+        steps in proptest::collection::vec(faithful(), 0..120)
+    ) {
+        let mut world = World::new();
+        steps.iter().for_each(|step| world.step(step));
+        while !world.late_reviews.is_empty() {
+            world.step(&Step::Review { which: 0 });
+        }
+        while !(world.pod_words.is_empty() && world.node_words.is_empty()) {
+            world.step(&Step::Hear { nodes: false });
+            world.step(&Step::Hear { nodes: true });
+        }
+        // Looked over: what was placed or struck since the last look is seen in the counts.
+        let unnoticed: Vec<_> = JOBS
+            .into_iter()
+            .filter(|job| world.ledgers[job].entries().values().any(|entry| entry.uid.is_none())
+                || world.ledgers[job].entries().len() != world.truth(job).len())
+            .collect();
+        world.changed.extend(unnoticed);
+        world.repair();
+        world.now += GRACE;
+        world.repair();
+        world.assert_true();
+    }
+}
