@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
+use balancer_tests::figures::median;
 use balancer_tests::process::{Process, scratch_path};
 use balancer_tests::raw::{Connection, Protocol, tcp, whole};
 use balancer_tests::redis::RedisServer;
@@ -49,11 +50,7 @@ async fn measure() -> Result<()> {
             for _ in 0..TURNS {
                 pairs.push((load.run(&floor).await?, load.run(&ours).await?));
             }
-            let middle = |measure: &dyn Fn(&(Turn, Turn)) -> f64| {
-                let mut values: Vec<f64> = pairs.iter().map(measure).collect();
-                values.sort_by(f64::total_cmp);
-                values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-            };
+            let middle = |measure: &dyn Fn(&(Turn, Turn)) -> f64| median(pairs.iter().map(measure));
             println!(
                 "{:28} {:>10.1} {:>10.1} {:>7.2} {:>10.0} {:>10.0} {:>7.2} {:>8.1}",
                 format!(
@@ -67,7 +64,7 @@ async fn measure() -> Result<()> {
                 middle(&|(floor, _)| floor.per_second),
                 middle(&|(_, ours)| ours.per_second),
                 middle(&|(floor, ours)| ours.per_second / floor.per_second),
-                ours.resident_mb()?,
+                ours.process.resident_mb()?,
             );
         }
     }
@@ -111,27 +108,12 @@ impl Server {
                 .env("TLS_CERT_PATH", &certificate.path)
                 .env("TLS_KEY_PATH", &certificate.key_path)
                 .env("KUBECONFIG", &kubeconfig)
+                .env("RECONCILE_ENABLED", "false")
                 .env("STORE", if store.is_some() { "redis" } else { "memory" })
                 .envs(store.map(|store| ("REDIS_URL", store.url())));
         })?;
         until_true(Duration::from_secs(10), "the server to listen", async || Ok(tcp(port).await.is_ok())).await?;
         Ok(Self { process, port })
-    }
-
-    /// User and system time of the process so far.
-    fn cpu(&self) -> Result<Duration> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.process.id()))?;
-        // The name, in brackets, may hold anything.
-        let (_, fields) = stat.rsplit_once(')').context("no process name")?;
-        let ticks: u64 = fields.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
-        Ok(Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second()))
-    }
-
-    fn resident_mb(&self) -> Result<f64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.process.id()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
-        let kib: f64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kib / 1024.0)
     }
 }
 
@@ -182,7 +164,7 @@ impl Load {
             connections.extend((1..streams).filter_map(|_| connection.another_stream()));
             connections.push(connection);
         }
-        let (started, cpu) = (Instant::now(), server.cpu()?);
+        let (started, cpu) = (Instant::now(), server.process.cpu()?);
         let posting = connections.into_iter().map(|mut connection| async move {
             let mut posted = 0u64;
             while started.elapsed() < TURN {
@@ -192,7 +174,7 @@ impl Load {
             Ok::<_, anyhow::Error>(posted)
         });
         let posted: u64 = futures::future::try_join_all(posting).await?.into_iter().sum();
-        let (took, cpu) = (started.elapsed(), server.cpu()?.saturating_sub(cpu));
+        let (took, cpu) = (started.elapsed(), server.process.cpu()?.saturating_sub(cpu));
         #[expect(clippy::cast_precision_loss, reason = "some ten thousands")]
         let posted = posted as f64;
         Ok(Turn { cpu_us: cpu.as_secs_f64() * 1e6 / posted, per_second: posted / took.as_secs_f64() })

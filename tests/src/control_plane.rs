@@ -2,16 +2,17 @@
 //! and the controller manager. There are no machines; [`nodes`](crate::nodes) and
 //! [`kubelet`](crate::kubelet) stand in for them.
 
+use std::ops::Deref;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::authentication::v1::TokenRequest;
 use k8s_openapi::api::core::v1::{Namespace, ServiceAccount};
 use kube::Client;
 use kube::api::{Api, PostParams};
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
 use crate::certificate::{ServerCertificate, authority};
@@ -82,7 +83,7 @@ impl ControlPlane {
             etcd_port,
             certificate: authority()?.issue()?,
             folder,
-            kubeconfig: write_kubeconfig(port, ADMIN_TOKEN)?,
+            kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
         };
         plane.start_apiserver().await?;
         if options.scheduler {
@@ -159,6 +160,11 @@ impl ControlPlane {
         &self.kubeconfig
     }
 
+    /// Where the apiserver serves HTTPS.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The apiserver's own metrics.
     pub async fn metrics(&self) -> Result<Metrics> {
         Metrics::of(&self.client()?).await
@@ -177,8 +183,8 @@ impl ControlPlane {
         Ok(name)
     }
 
-    /// Makes a ServiceAccount, and the kubeconfig of a program that runs as it. It may do nothing
-    /// until the test binds a role to it.
+    /// Makes a ServiceAccount, and the kubeconfig of a program that runs as it in its namespace. It may do
+    /// nothing until a role is bound to it: see [`Account`](crate::account::Account).
     pub async fn service_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
         let accounts = Api::<ServiceAccount>::namespaced(self.client()?, namespace);
         let account = serde_json::from_value(json!({"metadata": {"name": name}}))?;
@@ -186,7 +192,7 @@ impl ControlPlane {
         accounts.create(&params, &account).await?;
         let answer = accounts.create_token_request(name, &params, &TokenRequest::default()).await?;
         let token = answer.status.context("the TokenRequest has no status")?.token;
-        write_kubeconfig(self.port, &token)
+        write_kubeconfig(self.port, &token, Some(namespace))
     }
 
     async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
@@ -214,6 +220,46 @@ impl ControlPlane {
     }
 }
 
+/// The control plane that a test runs on.
+#[derive(Debug)]
+pub enum Plane {
+    /// The one that the tests of this process share.
+    Shared(&'static ControlPlane),
+    /// The test's own, which it may break.
+    Own(Box<ControlPlane>),
+}
+
+impl Plane {
+    /// The shared one.
+    pub async fn shared() -> Result<Self> {
+        Ok(Self::Shared(ControlPlane::shared().await?))
+    }
+
+    /// A new one.
+    pub async fn own(options: Options) -> Result<Self> {
+        Ok(Self::Own(Box::new(ControlPlane::start(options).await?)))
+    }
+
+    /// To break it; an error where others run on it too.
+    pub fn own_mut(&mut self) -> Result<&mut ControlPlane> {
+        match self {
+            Self::Own(plane) => Ok(plane),
+            Self::Shared(_) => bail!("the shared control plane is not to be broken"),
+        }
+    }
+}
+
+impl Deref for Plane {
+    type Target = ControlPlane;
+
+    fn deref(&self) -> &ControlPlane {
+        match self {
+            Self::Shared(plane) => plane,
+            Self::Own(plane) => plane,
+        }
+    }
+}
+
 async fn start_etcd(port: u16) -> Result<Process> {
     let data = scratch_path("etcd")?;
     let (url, peer_url) = (http(port), http(port::free()?));
@@ -237,9 +283,8 @@ fn tls_arguments(certificate: &ServerCertificate) -> [String; 2] {
     ]
 }
 
-/// A kubeconfig for an apiserver on this machine.
-pub(crate) fn write_kubeconfig(port: u16, token: &str) -> Result<PathBuf> {
-    let path = scratch_path("kubeconfig")?;
+/// A kubeconfig for an apiserver on this machine, of a program that runs in this namespace.
+pub(crate) fn write_kubeconfig(port: u16, token: &str, namespace: Option<&str>) -> Result<PathBuf> {
     let cluster = json!({"server": https(port), "certificate-authority": authority()?.path});
     // JSON is YAML too.
     let kubeconfig = json!({
@@ -247,9 +292,22 @@ pub(crate) fn write_kubeconfig(port: u16, token: &str) -> Result<PathBuf> {
         "kind": "Config",
         "clusters": [{"name": "tests", "cluster": cluster}],
         "users": [{"name": "user", "user": {"token": token}}],
-        "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": "user"}}],
+        "contexts": [{"name": "tests", "context": {"cluster": "tests", "user": "user", "namespace": namespace}}],
         "current-context": "tests",
     });
+    write_json(&kubeconfig)
+}
+
+/// The same kubeconfig for the apiserver behind another port of this machine, such as a
+/// [`Balance`](crate::balance::Balance)'s.
+pub fn kubeconfig_through(port: u16, kubeconfig: &Path) -> Result<PathBuf> {
+    let mut kubeconfig: Value = serde_json::from_slice(&std::fs::read(kubeconfig)?)?;
+    kubeconfig["clusters"][0]["cluster"]["server"] = https(port).into();
+    write_json(&kubeconfig)
+}
+
+fn write_json(kubeconfig: &Value) -> Result<PathBuf> {
+    let path = scratch_path("kubeconfig")?;
     std::fs::write(&path, kubeconfig.to_string())?;
     Ok(path)
 }

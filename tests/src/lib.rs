@@ -31,10 +31,12 @@
 
 #![allow(clippy::indexing_slicing, reason = "JSON is read and built by index; a panic here fails a test, as it should")]
 
+pub mod account;
 pub mod balance;
 pub mod certificate;
 pub mod control_plane;
 pub mod endpoint;
+pub mod figures;
 pub mod kubelet;
 pub mod metrics;
 pub mod nodes;
@@ -43,8 +45,10 @@ pub mod pods;
 pub mod port;
 pub mod process;
 pub mod raw;
+pub mod reconciler;
 pub mod redis;
 pub mod registration;
+pub mod release;
 pub mod reviews;
 pub mod scenario;
 pub mod steady;

@@ -3,36 +3,64 @@
 use anyhow::Result;
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
-use kube::api::{Api, Patch, PatchParams};
-use serde_json::json;
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
+use serde_json::{Value, json};
+
+/// The label, and the taint, of nodes that only some pods may use.
+pub const POOL: &str = "pool";
 
 /// Makes sure that there are `count` nodes of this capacity, `<capacity>-0` and on: Ready, untainted,
 /// large, with the labels that a node pool for executors gives its nodes. Answers their names.
 pub async fn ensure(client: &Client, capacity: &str, count: usize) -> Result<Vec<String>> {
-    let nodes = Api::<Node>::all(client.clone());
     let mut names = Vec::with_capacity(count);
     for number in 0..count {
         let name = format!("{capacity}-{number}");
-        let room = json!({"cpu": "4000", "memory": "16Ti", "pods": "2000"});
-        let node = json!({
-            "apiVersion": "v1",
-            "kind": "Node",
-            "metadata": {"name": name, "labels": {
-                "karpenter.sh/capacity-type": capacity,
-                "kubernetes.io/hostname": name,
-                "spark-role": "executor",
-            }},
-            "status": {
-                "capacity": room,
-                "allocatable": room,
-                "conditions": [{"type": "Ready", "status": "True", "reason": "Simulated"}],
-            },
-        });
-        // The object makes the node, its status fills it in where the node was there before.
-        let params = PatchParams::apply("tests");
-        nodes.patch(&name, &params, &Patch::Apply(&node)).await?;
-        nodes.patch_status(&name, &params, &Patch::Apply(&node)).await?;
+        apply(client, &name, &labels(&name, capacity), &json!([])).await?;
         names.push(name);
     }
     Ok(names)
+}
+
+/// Makes a node, `<pool>-<capacity>`, for the pods of [`PodBuilder::on_pool`] alone: a test that takes it
+/// away disturbs no other. Answers its name.
+///
+/// [`PodBuilder::on_pool`]: crate::pods::PodBuilder::on_pool
+pub async fn of_pool(client: &Client, pool: &str, capacity: &str) -> Result<String> {
+    let name = format!("{pool}-{capacity}");
+    let mut labels = labels(&name, capacity);
+    labels[POOL] = pool.into();
+    let taint = json!([{"key": POOL, "value": pool, "effect": "NoSchedule"}]);
+    apply(client, &name, &labels, &taint).await?;
+    Ok(name)
+}
+
+/// Takes a node away; the pods on it stay for whoever clears them up.
+pub async fn remove(client: &Client, name: &str) -> Result<()> {
+    Api::<Node>::all(client.clone()).delete(name, &DeleteParams::default()).await?;
+    Ok(())
+}
+
+fn labels(name: &str, capacity: &str) -> Value {
+    json!({"karpenter.sh/capacity-type": capacity, "kubernetes.io/hostname": name, "spark-role": "executor"})
+}
+
+async fn apply(client: &Client, name: &str, labels: &Value, taints: &Value) -> Result<()> {
+    let nodes = Api::<Node>::all(client.clone());
+    let room = json!({"cpu": "4000", "memory": "16Ti", "pods": "2000"});
+    let node = json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"taints": taints},
+        "status": {
+            "capacity": room,
+            "allocatable": room,
+            "conditions": [{"type": "Ready", "status": "True", "reason": "Simulated"}],
+        },
+    });
+    // The object makes the node, its status fills it in where the node was there before.
+    let params = PatchParams::apply("tests");
+    nodes.patch(name, &params, &Patch::Apply(&node)).await?;
+    nodes.patch_status(name, &params, &Patch::Apply(&node)).await?;
+    Ok(())
 }

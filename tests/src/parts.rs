@@ -19,6 +19,8 @@ pub enum Part {
     ControllerManager,
     /// The release binary of the webhook.
     Webhook,
+    /// The release binary of the reconciler.
+    Reconciler,
 }
 
 impl Part {
@@ -29,6 +31,7 @@ impl Part {
             Self::Scheduler => &["kube-scheduler"],
             Self::ControllerManager => &["kube-controller-manager"],
             Self::Webhook => &["balancer-webhook"],
+            Self::Reconciler => &["balancer-reconcile"],
         }
     }
 }
@@ -72,7 +75,7 @@ pub fn present(parts: &[Part]) -> Result<bool> {
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = match name {
         "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
-        "balancer-webhook" => return release_binary(name),
+        "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
         _ => assets()?.join(name),
     };
     ensure!(path.is_file(), "{} is missing; run tests/install", path.display());

@@ -5,11 +5,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use anyhow::{Context, Result};
 use http::HeaderMap;
 use k8s_openapi::api::core::v1::Pod;
-use kube::api::{Api, Patch, PatchParams};
+use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use kube::{Client, Error};
 use serde_json::{Value, json};
 
-use crate::endpoint;
+use crate::{endpoint, nodes};
 
 /// The label that carries the job's id on EMR.
 pub const JOB_ID_LABEL: &str = "emr-containers.amazonaws.com/job.id";
@@ -144,6 +144,26 @@ impl PodBuilder {
         })
     }
 
+    /// On the nodes of [`nodes::of_pool`] alone.
+    pub fn on_pool(self, pool: &str) -> Self {
+        let toleration = json!({"key": nodes::POOL, "operator": "Equal", "value": pool, "effect": "NoSchedule"});
+        self.node_selector(nodes::POOL, pool).with(|pod| {
+            if let Some(tolerations) = pod["spec"]["tolerations"].as_array_mut() {
+                tolerations.push(toleration);
+            }
+        })
+    }
+
+    /// Bound to this node, without a scheduler.
+    pub fn on_node(self, node: &str) -> Self {
+        self.with(|pod| pod["spec"]["nodeName"] = node.into())
+    }
+
+    /// With this environment instead of its own: Kubernetes' list of variables.
+    pub fn environment(self, variables: &Value) -> Self {
+        self.with(|pod| pod["spec"]["containers"][0]["env"] = variables.clone())
+    }
+
     /// With `metadata.namespace`, which Spark leaves out.
     pub fn namespace(self, namespace: &str) -> Self {
         self.with(|pod| pod["metadata"]["namespace"] = namespace.into())
@@ -218,6 +238,19 @@ pub async fn set_phase(api: &Api<Pod>, name: &str, phase: &str) -> Result<(), Er
     let status = json!({"status": {"phase": phase}});
     let patch = Patch::Merge(&status);
     api.patch_status(name, &PatchParams::default(), &patch).await?;
+    Ok(())
+}
+
+/// Writes an annotation on a pod, or removes it, as `kubectl annotate --overwrite` does.
+pub async fn annotate(api: &Api<Pod>, name: &str, key: &str, value: Option<&str>) -> Result<(), Error> {
+    let annotation = json!({"metadata": {"annotations": {key: value}}});
+    api.patch(name, &PatchParams::default(), &Patch::Merge(&annotation)).await?;
+    Ok(())
+}
+
+/// Deletes a pod at once, as `kubectl delete --force` does.
+pub async fn remove(api: &Api<Pod>, name: &str) -> Result<(), Error> {
+    api.delete(name, &DeleteParams::default().grace_period(0)).await?;
     Ok(())
 }
 

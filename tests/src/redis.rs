@@ -9,7 +9,7 @@ use redis::{Client, TlsCertificates};
 use crate::certificate::{ServerCertificate, authority};
 use crate::parts::program;
 use crate::port;
-use crate::process::{Process, Signal, scratch_path};
+use crate::process::{Process, scratch_path};
 
 const START: Duration = Duration::from_secs(10);
 
@@ -86,12 +86,12 @@ impl RedisServer {
 
     /// Freezes the server: connections stay open and nothing answers.
     pub fn freeze(&self) -> Result<()> {
-        self.running()?.signal(Signal::STOP)
+        self.running()?.freeze()
     }
 
     /// Lets a frozen server go on.
     pub fn thaw(&self) -> Result<()> {
-        self.running()?.signal(Signal::CONT)
+        self.running()?.thaw()
     }
 
     /// Removes all data.

@@ -31,12 +31,14 @@ pub struct Registration {
     pub failure_policy: &'static str,
     /// How long the apiserver waits for an answer.
     pub timeout_seconds: u8,
+    /// Whether deletions are sent too.
+    pub deletions: bool,
 }
 
 impl Registration {
     /// With the failure policy and the timeout that a cluster has: `Ignore` and 10 seconds.
     pub fn new(namespace: &str, port: u16) -> Self {
-        Self { namespace: namespace.to_owned(), port, failure_policy: "Ignore", timeout_seconds: 10 }
+        Self { namespace: namespace.to_owned(), port, failure_policy: "Ignore", timeout_seconds: 10, deletions: true }
     }
 
     /// Makes the configurations and waits until the apiserver follows them.
@@ -56,19 +58,21 @@ impl Registration {
         let params = PostParams::default();
         let mutating: MutatingWebhookConfiguration = self.configuration("place", "/mutate", "CREATE")?;
         Api::all(client.clone()).create(&params, &mutating).await?;
-        let validating: ValidatingWebhookConfiguration = self.configuration("release", "/validate", "DELETE")?;
-        Api::all(client.clone()).create(&params, &validating).await?;
         until_true(TAKES_EFFECT, "the mutating webhook to be called", async || {
             probe.dry_run(&client, &self.namespace).await?;
             self.called(&client, "place").await
         })
         .await?;
-        until_true(TAKES_EFFECT, "the validating webhook to be called", async || {
-            // Refused where the webhook fails and has to succeed; it was called all the same.
-            let _ = pods.delete(&name, &DeleteParams::default().dry_run()).await;
-            self.called(&client, "release").await
-        })
-        .await?;
+        if self.deletions {
+            let validating: ValidatingWebhookConfiguration = self.configuration("release", "/validate", "DELETE")?;
+            Api::all(client.clone()).create(&params, &validating).await?;
+            until_true(TAKES_EFFECT, "the validating webhook to be called", async || {
+                // Refused where the webhook fails and has to succeed; it was called all the same.
+                let _ = pods.delete(&name, &DeleteParams::default().dry_run()).await;
+                self.called(&client, "release").await
+            })
+            .await?;
+        }
 
         // Without its role the probe is no concern of the webhook's when it goes.
         let unlabelled = json!({"metadata": {"labels": {"spark-role": null}}});

@@ -1,27 +1,49 @@
-//! A namespace whose Spark pods go through our webhook: apiserver, Redis, webhook processes, the
-//! stand-in for the kubelet, and what a test asks of them again and again.
+//! A namespace whose Spark pods go through our webhook and are followed by our reconciler: apiserver,
+//! Redis, our processes, the stand-in for the kubelet, and what a test asks of them again and again.
 
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::coordination::v1::{Lease, LeaseSpec};
 use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::{Api, ListParams};
+use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Client, ResourceExt};
 use redis::AsyncCommands;
+use tokio::time::sleep;
 
+use crate::account::Account;
 use crate::balance::Balance;
-use crate::control_plane::ControlPlane;
+use crate::control_plane::Plane;
 use crate::kubelet::Kubelet;
 use crate::nodes;
 use crate::pods::{self, PodBuilder, Posted};
+use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::RedisServer;
 use crate::registration::Registration;
-use crate::wait::until_true;
+use crate::wait::{until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
 
+/// The grace of the scenarios' reconcilers: how long a placement may wait for its pod.
+pub const GRACE: Duration = Duration::from_secs(5);
+/// Within this the ledger is true again, whatever happened.
+pub const REPAIRED: Duration = Duration::from_secs(5);
+/// Executors that have to bring a job back to its ratio.
+const MORE: usize = 20;
+
+const LEASE: &str = "spot-balancer-reconciler";
 const CAPACITY: &str = "karpenter.sh/capacity-type";
 const DECISION: &str = "workload/capacity-type";
 const SOON: Duration = Duration::from_secs(60);
+/// Between two looks at a ledger that is to stay true.
+const HOLDS: Duration = Duration::from_millis(300);
+/// Between two looks at one that is not true yet: a look lists all pods of a job.
+const LOOK: Duration = Duration::from_millis(80);
+
+/// Executors by their names in the ledger, and what they count as.
+pub type Executors = BTreeMap<String, String>;
 
 /// A job's executors by capacity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -52,10 +74,8 @@ impl Counts {
     }
 }
 
-/// A namespace served by webhooks.
+/// A namespace served by webhooks and reconcilers.
 pub struct Scenario {
-    /// Whose apiserver calls us.
-    pub plane: &'static ControlPlane,
     /// The administrator's client.
     pub client: Client,
     /// Whose pods are sent to us.
@@ -64,31 +84,116 @@ pub struct Scenario {
     pub redis: RedisServer,
     /// The processes.
     pub webhooks: Vec<Webhook>,
-    _balance: Balance,
-    _kubelet: Kubelet,
+    /// The processes.
+    pub reconcilers: Vec<Reconciler>,
+    /// Before the webhooks.
+    pub balance: Balance,
+    /// Without it bound pods stay Pending, and deleted ones stay until their grace period is over.
+    pub kubelet: Option<Kubelet>,
+    /// Whose apiserver calls us.
+    pub plane: Plane,
+    account: Option<Account>,
+    next_id: AtomicU32,
 }
 
 impl Scenario {
     /// Starts `replicas` webhooks with `options` before one address, and sends them the pods of a
     /// new namespace.
     pub async fn start(purpose: &str, replicas: usize, options: WebhookOptions) -> Result<Self> {
-        let plane = ControlPlane::shared().await?;
+        let mut scenario = Self::bare(Plane::shared().await?, purpose).await?;
+        scenario.start_webhooks(replicas, options).await?;
+        scenario.registration().apply(&scenario.plane).await?;
+        Ok(scenario)
+    }
+
+    /// The same with webhooks that are `STRICT`, and with reconcilers.
+    pub async fn reconciled(purpose: &str, webhooks: usize, reconcilers: usize) -> Result<Self> {
+        let mut scenario = Self::start(purpose, webhooks, strict()).await?;
+        scenario.start_reconcilers(reconcilers).await?;
+        Ok(scenario)
+    }
+
+    /// The same with one webhook, which is told of no deletion, and one reconciler.
+    pub async fn without_deletions(plane: Plane, purpose: &str) -> Result<Self> {
+        let mut scenario = Self::bare(plane, purpose).await?;
+        scenario.start_webhooks(1, strict()).await?;
+        Registration { deletions: false, ..scenario.registration() }.apply(&scenario.plane).await?;
+        scenario.start_reconcilers(1).await?;
+        Ok(scenario)
+    }
+
+    /// A new namespace, nodes and a Redis, and nothing of ours.
+    pub async fn bare(plane: Plane, purpose: &str) -> Result<Self> {
         let client = plane.client()?;
         let namespace = plane.namespace(purpose).await?;
-        let redis = RedisServer::start().await?;
-        let mut webhooks = Vec::new();
-        for _ in 0..replicas {
-            webhooks.push(Webhook::start(options.clone().redis(&redis)?.cluster(plane)).await?);
-        }
-        let ports: Vec<u16> = webhooks.iter().map(|webhook| webhook.port).collect();
-        let balance = Balance::start(&ports).await?;
-        // Fails what the webhook does not answer: a test must not pass by being ignored.
-        let registration = Registration { failure_policy: "Fail", ..Registration::new(&namespace, balance.port) };
-        registration.apply(plane).await?;
         nodes::ensure(&client, "spot", 2).await?;
         nodes::ensure(&client, "on-demand", 2).await?;
-        let kubelet = Kubelet::start(client.clone(), &namespace);
-        Ok(Self { plane, client, namespace, redis, webhooks, _balance: balance, _kubelet: kubelet })
+        Ok(Self {
+            kubelet: Some(Kubelet::start(client.clone(), &namespace)),
+            redis: RedisServer::start().await?,
+            balance: Balance::start(&[]).await?,
+            webhooks: Vec::new(),
+            reconcilers: Vec::new(),
+            account: None,
+            // Past what tests count by themselves.
+            next_id: AtomicU32::new(10_000),
+            plane,
+            client,
+            namespace,
+        })
+    }
+
+    /// Starts more webhooks, with the ledger in the scenario's Redis and as the cluster's administrator.
+    pub async fn start_webhooks(&mut self, count: usize, options: WebhookOptions) -> Result<()> {
+        for _ in 0..count {
+            self.webhooks.push(Webhook::start(options.clone().redis(&self.redis)?.cluster(&self.plane)).await?);
+        }
+        self.send_to_webhooks();
+        Ok(())
+    }
+
+    /// Has the address before the webhooks lead to those that there are now.
+    pub fn send_to_webhooks(&self) {
+        let ports: Vec<u16> = self.webhooks.iter().map(|webhook| webhook.port).collect();
+        self.balance.send_to(&ports);
+    }
+
+    /// How the scenario's pods are sent to its webhooks. A pod that they do not answer for is refused: a
+    /// test must not pass by being ignored.
+    pub fn registration(&self) -> Registration {
+        Registration { failure_policy: "Fail", ..Registration::new(&self.namespace, self.balance.port) }
+    }
+
+    /// Starts more reconcilers and waits until each is ready.
+    pub async fn start_reconcilers(&mut self, count: usize) -> Result<()> {
+        for _ in 0..count {
+            let options = self.reconciler_options().await?;
+            self.reconcilers.push(Reconciler::start(options).await?);
+        }
+        Ok(())
+    }
+
+    /// What a reconciler of this scenario starts with: it follows this namespace alone and may do what a
+    /// reconciler has to, no more.
+    pub async fn reconciler_options(&mut self) -> Result<ReconcilerOptions> {
+        let kubeconfig = self.account().await?.kubeconfig.clone();
+        self.reconciling(&kubeconfig).redis(&self.redis)
+    }
+
+    /// As whom the scenario's reconcilers run.
+    pub async fn account(&mut self) -> Result<&Account> {
+        if self.account.is_none() {
+            self.account = Some(Account::of_a_reconciler(&self.plane, &self.namespace, &[&self.namespace]).await?);
+        }
+        self.account.as_ref().context("no account")
+    }
+
+    /// The settings of reconciling, for a reconciler or for a webhook that reconciles by itself.
+    pub fn reconciling(&self, kubeconfig: &Path) -> ReconcilerOptions {
+        ReconcilerOptions::default()
+            .kubeconfig(kubeconfig)
+            .env("WATCH_NAMESPACES", &self.namespace)
+            .env("RECONCILE_GRACE_SECONDS", GRACE.as_secs().to_string())
     }
 
     /// The pods of the namespace.
@@ -124,7 +229,10 @@ impl Scenario {
     /// The job's live executors.
     pub async fn live(&self, job: &str) -> Result<Vec<Pod>> {
         let list = ListParams::default().labels(&format!("spark-role=executor,{}={job}", pods::JOB_ID_LABEL));
-        let live = |pod: &Pod| pod.metadata.deletion_timestamp.is_none();
+        let live = |pod: &Pod| {
+            let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+            pod.metadata.deletion_timestamp.is_none() && !matches!(phase, Some("Succeeded" | "Failed"))
+        };
         Ok(self.pods().list(&list).await?.items.into_iter().filter(live).collect())
     }
 
@@ -139,10 +247,124 @@ impl Scenario {
 
     /// The job's executors by the ledger's counts.
     pub async fn ledger(&self, job: &str) -> Result<Counts> {
-        let key = format!("exec-count:{{{}:{job}}}", self.namespace);
         let (spot, on_demand): (Option<usize>, Option<usize>) =
-            self.redis.connection().await?.hmget(key, &["spot", "on-demand"]).await?;
+            self.redis.connection().await?.hmget(self.keys(job).0, &["spot", "on-demand"]).await?;
         Ok(Counts { spot: spot.unwrap_or(0), on_demand: on_demand.unwrap_or(0) })
+    }
+
+    /// The ratio and the base that the ledger holds of a job, as they are written there.
+    pub async fn policy(&self, job: &str) -> Result<(Option<String>, Option<String>)> {
+        Ok(self.redis.connection().await?.hmget(self.keys(job).0, &["ratio", "base"]).await?)
+    }
+
+    /// The job's executors by the ledger's entries.
+    pub async fn entries(&self, job: &str) -> Result<Executors> {
+        let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
+        let capacity = |entry: String| entry.split(' ').next().unwrap_or_default().to_owned();
+        Ok(entries.into_iter().map(|(name, entry)| (name, capacity(entry))).collect())
+    }
+
+    /// The keys of a job's counts and entries.
+    pub fn keys(&self, job: &str) -> (String, String) {
+        let job = format!("{{{}:{job}}}", self.namespace);
+        (format!("exec-count:{job}"), format!("exec-pods:{job}"))
+    }
+
+    /// The job's live executors by what they really run on: the node that they are on, else the one that
+    /// they wait for, else what was decided. An error while nothing tells.
+    pub async fn real(&self, job: &str) -> Result<Executors> {
+        let nodes = Api::<Node>::all(self.client.clone()).list(&ListParams::default()).await?;
+        let nodes: HashMap<String, Node> = nodes.into_iter().map(|node| (node.name_any(), node)).collect();
+        let real = |pod: Pod| {
+            let node = pod.spec.as_ref().and_then(|spec| nodes.get(spec.node_name.as_deref()?));
+            let capacity = match node.and_then(|node| node.labels().get(CAPACITY)) {
+                Some(capacity) => capacity.clone(),
+                None => placed(&pod)?,
+            };
+            Ok((key(&pod), capacity))
+        };
+        self.live(job).await?.into_iter().map(real).collect()
+    }
+
+    /// The names of some live executors of a job that run on this capacity.
+    pub async fn some(&self, job: &str, capacity: &str, count: usize) -> Result<Vec<String>> {
+        let real = self.real(job).await?.into_iter();
+        let names: Vec<_> = real.filter(|(_, on)| on == capacity).map(|(name, _)| name).take(count).collect();
+        ensure!(names.len() == count, "{job} has only {} executors on {capacity}, not {count}", names.len());
+        Ok(names)
+    }
+
+    /// Makes a job's driver and its first executors; answers when they are bound and the reconciler has
+    /// seen them.
+    pub async fn grow(&self, job: &str, ratio: &str, count: u32) -> Result<Counts> {
+        self.driver(job, ratio).await?.pod()?;
+        self.executors(job, 1..=count, 4).await?;
+        self.until_bound(job).await?;
+        self.until_pods_are_known(job).await?;
+        self.until_ledger_is_true(job, REPAIRED).await
+    }
+
+    /// Fails unless the ledger, entries and counts, is what really runs.
+    pub async fn ensure_ledger_is_real(&self, job: &str) -> Result<Counts> {
+        let (real, entries, ledger) = (self.real(job).await?, self.entries(job).await?, self.ledger(job).await?);
+        let mut counts = Counts::default();
+        for capacity in real.values() {
+            counts.add(capacity)?;
+        }
+        let differs = |of: &Executors, from: &Executors| {
+            let differ = of.iter().filter(|(name, capacity)| from.get(*name) != Some(*capacity));
+            differ.map(|(name, capacity)| format!("{name}: {capacity}")).collect::<Vec<_>>()
+        };
+        ensure!(
+            real == entries && counts == ledger,
+            "live are {counts:?}, and the ledger says {ledger:?}; live alone {:?}, in the ledger alone {:?}",
+            differs(&real, &entries),
+            differs(&entries, &real)
+        );
+        Ok(counts)
+    }
+
+    /// Waits until the ledger is what really runs, and stays so.
+    pub async fn until_ledger_is_true(&self, job: &str, within: Duration) -> Result<Counts> {
+        until(within, &format!("the ledger of {job} to be true"), async || {
+            let look = async || match self.ensure_ledger_is_real(job).await {
+                Ok(counts) => Ok(counts),
+                Err(error) => {
+                    sleep(LOOK).await;
+                    Err(error)
+                }
+            };
+            look().await?;
+            sleep(HOLDS).await;
+            look().await.context("it was true, and then was not").map(Some)
+        })
+        .await
+    }
+
+    /// Waits until the reconciler has seen the pods of all that are in the ledger.
+    pub async fn until_pods_are_known(&self, job: &str) -> Result<()> {
+        until_true(REPAIRED, "the reconciler to have seen all pods", async || {
+            sleep(LOOK).await;
+            let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
+            let known = |pod: &Pod| {
+                let (entry, uid) = (entries.get(&key(pod)), pod.uid());
+                entry.zip(uid).is_some_and(|(entry, uid)| entry.ends_with(&uid))
+            };
+            Ok(self.live(job).await?.iter().all(known))
+        })
+        .await
+    }
+
+    /// Makes 20 more executors; fails unless they bring the job within one of its ratio, and the ledger
+    /// is true then.
+    pub async fn ensure_ratio_comes_right(&self, job: &str, ratio: f64) -> Result<()> {
+        self.executors(job, self.fresh_ids().take(MORE), 4).await?;
+        self.until_ledger_is_true(job, REPAIRED).await?.ensure_near(ratio, 1.0)
+    }
+
+    /// Ids that no executor of the scenario had.
+    pub fn fresh_ids(&self) -> impl Iterator<Item = u32> {
+        std::iter::repeat_with(|| self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
     /// Fails unless ledger and live executors are the same.
@@ -152,14 +374,19 @@ impl Scenario {
         Ok(live)
     }
 
-    /// Waits until the scheduler has bound all executors of a job, and fails unless each is on a
-    /// node of the capacity that it was placed on.
-    pub async fn ensure_bound_as_placed(&self, job: &str) -> Result<()> {
+    /// Waits until the scheduler has bound all executors of a job.
+    pub async fn until_bound(&self, job: &str) -> Result<()> {
         until_true(SOON, "all executors to be bound", async || {
             let bound = |pod: &Pod| pod.spec.as_ref().is_some_and(|spec| spec.node_name.is_some());
             Ok(self.live(job).await?.iter().all(bound))
         })
-        .await?;
+        .await
+    }
+
+    /// Waits until the scheduler has bound all executors of a job, and fails unless each is on a
+    /// node of the capacity that it was placed on.
+    pub async fn ensure_bound_as_placed(&self, job: &str) -> Result<()> {
+        self.until_bound(job).await?;
         for pod in self.live(job).await? {
             let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).context("not bound")?;
             let node = Api::<Node>::all(self.client.clone()).get(node).await?;
@@ -177,6 +404,54 @@ impl Scenario {
         }
         Ok(sum)
     }
+
+    /// The sum over all reconcilers of the metric `spot_balancer_reconcile_<name>`.
+    pub async fn reconcile_metric(&self, name: &str, labels: &[(&str, &str)]) -> Result<f64> {
+        let name = format!("spot_balancer_reconcile_{name}");
+        let mut sum = 0.0;
+        for reconciler in &self.reconcilers {
+            sum += reconciler.metrics().await?.sum(&name, labels).unwrap_or(0.0);
+        }
+        Ok(sum)
+    }
+
+    /// Which of the reconcilers leads, where one alone does.
+    pub async fn leader(&self) -> Result<Option<usize>> {
+        let mut leaders = Vec::new();
+        for (number, reconciler) in self.reconcilers.iter().enumerate() {
+            if reconciler.leads().await? {
+                leaders.push(number);
+            }
+        }
+        Ok(<[usize; 1]>::try_from(leaders).ok().map(|[leader]| leader))
+    }
+
+    /// The lease by which one of the reconcilers leads.
+    pub async fn lease(&self) -> Result<LeaseSpec> {
+        self.leases().get(LEASE).await?.spec.context("an empty lease")
+    }
+
+    /// Takes the reconcilers' Lease away.
+    pub async fn delete_lease(&self) -> Result<()> {
+        self.leases().delete(LEASE, &DeleteParams::default()).await?;
+        Ok(())
+    }
+
+    fn leases(&self) -> Api<Lease> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+}
+
+/// Options of a webhook that pins spot executors to spot.
+pub fn strict() -> WebhookOptions {
+    WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
+}
+
+/// An executor's name in the ledger: that of its pod, or the id that it was stamped with while it had none.
+fn key(pod: &Pod) -> String {
+    let stamp = || pod.annotations().get(DECISION)?.split_once('/').map(|(_, id)| id.to_owned());
+    let stamp = pod.metadata.generate_name.as_ref().and_then(|_| stamp());
+    stamp.unwrap_or_else(|| pod.name_any())
 }
 
 /// What an executor was placed on: by its decision, or by its own selector where it was left alone.

@@ -12,10 +12,10 @@ use balancer_tests::process::scratch_path;
 use balancer_tests::raw::{Connection, Protocol};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
-use balancer_tests::scenario::{Scenario, placed};
+use balancer_tests::scenario::{Scenario, placed, strict};
 use balancer_tests::steady::Steady;
 use balancer_tests::wait::until_true;
-use balancer_tests::webhook::{Webhook, WebhookOptions};
+use balancer_tests::webhook::Webhook;
 use futures::{StreamExt, TryStreamExt};
 use kube::Client;
 
@@ -27,10 +27,6 @@ const BUDGET: Duration = Duration::from_secs(5);
 const STORE_LIMIT: &str = "1.6384";
 /// From a changed certificate file to the first connection that gets it.
 const RELOAD: Duration = Duration::from_secs(10);
-
-fn strict() -> WebhookOptions {
-    WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
-}
 
 /// Makes an executor through the apiserver and answers how long that took; fails where it was not
 /// placed.

@@ -7,6 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use balancer_tests::account::{Account, LIST_PODS};
 use balancer_tests::balance::Balance;
 use balancer_tests::certificate::authority;
 use balancer_tests::control_plane::{ControlPlane, Options};
@@ -18,12 +19,10 @@ use balancer_tests::wait::{until, until_true};
 use balancer_tests::{need, nodes, pods};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Node, Pod};
-use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
-use kube::api::{Api, DeleteParams, ListParams, PostParams, WatchEvent, WatchParams};
+use kube::api::{Api, DeleteParams, ListParams, WatchEvent, WatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use redis::AsyncCommands;
-use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -126,29 +125,30 @@ async fn a_registered_webhook_is_called_from_the_first_pod_on_in_its_namespace_o
 }
 
 #[tokio::test]
-async fn a_service_account_may_do_nothing_until_a_role_says_so() -> Result<()> {
+async fn a_service_account_may_do_what_it_was_allowed_where_it_was_and_nothing_else() -> Result<()> {
     need!(ControlPlane);
     let plane = ControlPlane::shared().await?;
-    let namespace = plane.namespace("accounts").await?;
-    let kubeconfig = Kubeconfig::read_from(plane.service_account(&namespace, "webhook").await?)?;
+    let (namespace, elsewhere) = (plane.namespace("accounts").await?, plane.namespace("elsewhere").await?);
+    let account = Account::new(plane, &namespace, "webhook").await?;
+    let kubeconfig = Kubeconfig::read_from(&account.kubeconfig)?;
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
-    let theirs = Api::<Pod>::namespaced(Client::try_from(config)?, &namespace);
-    let refused = theirs.list(&ListParams::default()).await;
+    assert_eq!(config.default_namespace, namespace);
+    let client = Client::try_from(config)?;
+    let list = async |namespace: &str| match Api::<Pod>::namespaced(client.clone(), namespace)
+        .list(&ListParams::default())
+        .await
+    {
+        Err(kube::Error::Api(status)) if status.code == 403 => Ok(false),
+        listed => listed.map(|_| true),
+    };
+    assert!(!list(&namespace).await?);
+    account.allow(plane, &namespace, LIST_PODS).await?;
+    assert!(list(&namespace).await? && !list(&elsewhere).await?);
+    account.allow_everywhere(plane, LIST_PODS).await?;
+    assert!(list(&elsewhere).await?);
+    let refused = Api::<Pod>::namespaced(client, &namespace).delete("any", &DeleteParams::default()).await;
     assert!(matches!(refused, Err(kube::Error::Api(status)) if status.code == 403));
-
-    let role: Role = serde_json::from_value(json!({
-        "metadata": {"name": "reader"},
-        "rules": [{"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}],
-    }))?;
-    let binding: RoleBinding = serde_json::from_value(json!({
-        "metadata": {"name": "reader"},
-        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": "reader"},
-        "subjects": [{"kind": "ServiceAccount", "name": "webhook", "namespace": namespace}],
-    }))?;
-    let params = PostParams::default();
-    Api::namespaced(plane.client()?, &namespace).create(&params, &role).await?;
-    Api::namespaced(plane.client()?, &namespace).create(&params, &binding).await?;
-    until_true(SOON, "the role to take effect", async || Ok(theirs.list(&ListParams::default()).await.is_ok())).await
+    Ok(())
 }
 
 #[tokio::test]
@@ -256,6 +256,22 @@ async fn connections_take_turns_and_pass_over_a_server_that_is_down() -> Result<
     assert_eq!(answers, ["one", "two", "one"]);
     one.stop();
     assert_eq!([ask().await?, ask().await?], ["two", "two"]);
+
+    let mut kept = client.get_multiplexed_async_connection().await?;
+    balance.send_to(&[]);
+    until_true(SOON, "the connection to break", async || Ok(kept.get::<_, String>("name").await.is_err())).await?;
+    assert!(ask().await.is_err(), "it forwards to nobody");
+    balance.send_to(&[two.port()]);
+    until_true(SOON, "it to forward again", async || Ok(ask().await? == "two")).await?;
+
+    let mut kept = client.get_multiplexed_async_connection().await?;
+    balance.swallow();
+    let mut lost = std::pin::pin!(kept.get::<_, String>("name"));
+    let silent = tokio::time::timeout(Duration::from_millis(200), &mut lost).await;
+    assert!(silent.is_err(), "it does not swallow: {silent:?}");
+    balance.send_to(&[two.port()]);
+    assert!(lost.await.is_err(), "what was swallowed came after all");
+    assert_eq!(ask().await?, "two");
     Ok(())
 }
 

@@ -9,9 +9,9 @@ use balancer_tests::process::Signal;
 use balancer_tests::raw::{Connection, Protocol, Unanswered, tls};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
-use balancer_tests::scenario::Scenario;
+use balancer_tests::scenario::{Scenario, strict};
 use balancer_tests::wait::until_true;
-use balancer_tests::webhook::{Webhook, WebhookOptions};
+use balancer_tests::webhook::Webhook;
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -28,10 +28,6 @@ const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const ACK: u8 = 1;
-
-fn strict() -> WebhookOptions {
-    WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
-}
 
 /// What one client got done.
 #[derive(Debug, Default)]

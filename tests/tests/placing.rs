@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use balancer_tests::need;
 use balancer_tests::pods::{driver, executor};
-use balancer_tests::scenario::{Counts, Scenario, placed, selected};
+use balancer_tests::scenario::{Counts, Scenario, placed, selected, strict};
 use balancer_tests::wait::until_true;
 use balancer_tests::webhook::WebhookOptions;
 use kube::ResourceExt;
@@ -13,10 +13,6 @@ use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(30);
-
-fn strict() -> WebhookOptions {
-    WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
-}
 
 #[tokio::test]
 async fn at_every_step_a_job_is_within_one_executor_of_its_ratio_and_runs_on_what_was_decided() -> Result<()> {

@@ -1,0 +1,228 @@
+//! The webhook that reconciles by itself: alone, with its ledger in memory, or as several replicas beside
+//! one Redis.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use balancer_core::{Policy, decide};
+use balancer_tests::account::{Account, EVENTS, LIST_PODS, NODES, PODS};
+use balancer_tests::balance::Balance;
+use balancer_tests::control_plane::{Plane, kubeconfig_through};
+use balancer_tests::pods::annotate;
+use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario};
+use balancer_tests::wait::until_true;
+use balancer_tests::webhook::{Webhook, WebhookOptions};
+use balancer_tests::{endpoint, need};
+use kube::api::EvictParams;
+use tokio::time::sleep;
+
+const SOON: Duration = Duration::from_secs(60);
+const JOB: &str = "etl";
+
+/// What a webhook alone in a small cluster may do: no leases.
+async fn account(scenario: &Scenario) -> Result<Account> {
+    let account = Account::new(&scenario.plane, &scenario.namespace, "webhook").await?;
+    for right in [LIST_PODS, PODS, EVENTS] {
+        account.allow(&scenario.plane, &scenario.namespace, right).await?;
+    }
+    account.allow_everywhere(&scenario.plane, NODES).await?;
+    Ok(account)
+}
+
+/// How it is started: of reconciling nothing is said but where and how quickly.
+fn alone(scenario: &Scenario, kubeconfig: &Path) -> WebhookOptions {
+    let reconciling = scenario.reconciling(kubeconfig);
+    reconciling.env("SPOT_PREFERENCE", "STRICT").env("STORE", "memory")
+}
+
+/// A namespace served by such a webhook.
+async fn small(purpose: &str) -> Result<(Scenario, Account)> {
+    let mut scenario = Scenario::bare(Plane::shared().await?, purpose).await?;
+    let account = account(&scenario).await?;
+    scenario.webhooks.push(Webhook::start(alone(&scenario, &account.kubeconfig)).await?);
+    scenario.send_to_webhooks();
+    scenario.registration().apply(&scenario.plane).await?;
+    Ok((scenario, account))
+}
+
+/// The live executors of all jobs, as the webhook's reconciling sees them.
+async fn seen(webhook: &Webhook) -> Result<f64> {
+    let page = webhook.metrics().await?;
+    page.sum("spot_balancer_reconcile_executors", &[]).context("it does not reconcile")
+}
+
+/// Makes executors one after the other, and fails unless each goes where a ledger that says what lives
+/// sends it.
+async fn ensure_placed_by_the_truth(scenario: &Scenario, ratio: &str, count: usize) -> Result<Counts> {
+    let policy = Policy { ratio: ratio.parse()?, base: 0 };
+    let mut counts = scenario.counts(JOB).await?;
+    for id in scenario.fresh_ids().take(count) {
+        let known =
+            balancer_core::Counts { spot: u64::try_from(counts.spot)?, on_demand: u64::try_from(counts.on_demand)? };
+        let (right, placed) = (decide(known, policy).as_str(), scenario.executor(JOB, id).await?);
+        ensure!(placed == right, "with {counts:?} the next went to {placed}");
+        match right {
+            "spot" => counts.spot += 1,
+            _ => counts.on_demand += 1,
+        }
+    }
+    Ok(counts)
+}
+
+#[tokio::test]
+async fn a_ledger_in_memory_is_rebuilt_before_the_webhook_is_ready() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook);
+    let (mut scenario, account) = small("rebuilt").await?;
+    scenario.driver(JOB, "0.7").await?.pod()?;
+    scenario.executors(JOB, 1..=20, 4).await?;
+    assert_eq!(scenario.counts(JOB).await?, Counts { spot: 14, on_demand: 6 });
+    scenario.webhooks.pop().context("no webhook")?.kill();
+
+    // The next one starts while the API cannot be asked.
+    let api = Balance::start(&[]).await?;
+    let options = alone(&scenario, &kubeconfig_through(api.port, &account.kubeconfig)?);
+    let mut webhook = Webhook::begin(options)?;
+    until_true(SOON, "it to serve", async || Ok(endpoint::get(&webhook.admin()?, "/livez").await?.status == 200))
+        .await?;
+    for _ in 0..20 {
+        ensure!(!webhook.is_ready().await?, "it is ready, and knows nothing");
+        sleep(Duration::from_millis(50)).await;
+    }
+    api.send_to(&[scenario.plane.port()]);
+    webhook.until_ready().await?;
+    assert_eq!(seen(&webhook).await?, 20.0);
+    scenario.webhooks.push(webhook);
+    scenario.send_to_webhooks();
+    ensure_placed_by_the_truth(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
+    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_ledger_in_memory_follows_evictions_and_edits() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook);
+    let (mut scenario, _account) = small("follows").await?;
+    scenario.driver(JOB, "0.7").await?.pod()?;
+    scenario.executors(JOB, 1..=20, 4).await?;
+    scenario.until_bound(JOB).await?;
+    let webhook = &scenario.webhooks[0];
+    until_true(REPAIRED, "all to be seen", async || Ok(seen(webhook).await? == 20.0)).await?;
+    scenario.kubelet = None;
+    for name in scenario.some(JOB, "spot", 7).await? {
+        scenario.pods().evict(&name, &EvictParams::default()).await?;
+    }
+    let stale = [("kind", "stale")];
+    until_true(REPAIRED, "the evicted to leave the ledger", async || {
+        let drift = webhook.metrics().await?.sum("spot_balancer_reconcile_drift_total", &stale);
+        Ok(drift == Some(7.0) && seen(webhook).await? == 13.0)
+    })
+    .await?;
+    ensure_placed_by_the_truth(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
+
+    annotate(&scenario.pods(), &format!("{JOB}-driver"), "workload/spot-ratio", Some("0")).await?;
+    until_true(Duration::from_secs(2), "the edit to be followed", async || {
+        Ok(scenario.executor(JOB, scenario.fresh_ids().next().context("no id")?).await? == "on-demand"
+            && scenario.executor(JOB, scenario.fresh_ids().next().context("no id")?).await? == "on-demand")
+    })
+    .await?;
+    ensure_placed_by_the_truth(&scenario, "0", 10).await?;
+    Ok(())
+}
+
+/// It has no lease that runs out meanwhile.
+#[tokio::test]
+async fn a_ledger_in_memory_keeps_what_the_webhook_cannot_see() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook);
+    let mut scenario = Scenario::bare(Plane::shared().await?, "keeps").await?;
+    let api = Balance::start(&[scenario.plane.port()]).await?;
+    let kubeconfig = kubeconfig_through(api.port, &account(&scenario).await?.kubeconfig)?;
+    // So short that it ends in each outage: lists that cannot be had say nothing of who lives.
+    let options = alone(&scenario, &kubeconfig).env("RECONCILE_INTERVAL_SECONDS", "10");
+    scenario.webhooks.push(Webhook::start(options).await?);
+    scenario.send_to_webhooks();
+    scenario.registration().apply(&scenario.plane).await?;
+    scenario.driver(JOB, "0.7").await?.pod()?;
+    for silently in [false, true] {
+        if silently {
+            api.swallow()
+        } else {
+            api.send_to(&[])
+        }
+        scenario.executors(JOB, scenario.fresh_ids().take(20), 4).await?;
+        sleep(GRACE * 2).await;
+        ensure_placed_by_the_truth(&scenario, "0.7", 5).await.context("it struck what it could not see")?;
+        api.send_to(&[scenario.plane.port()]);
+        let webhook = &scenario.webhooks[0];
+        let live = scenario.live(JOB).await?.len();
+        #[expect(clippy::cast_precision_loss, reason = "a test's few dozen executors")]
+        until_true(REPAIRED, "all to be seen", async || Ok(seen(webhook).await? == live as f64)).await?;
+        let drift = webhook.metrics().await?.sum("spot_balancer_reconcile_drift_total", &[]);
+        ensure!(drift.unwrap_or(0.0) == 0.0, "it repaired what was right");
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn without_a_right_a_webhook_that_reconciles_its_memory_says_so_and_is_not_ready() -> Result<()> {
+    need!(ControlPlane, Redis, Webhook);
+    let scenario = Scenario::bare(Plane::shared().await?, "rights").await?;
+    let account = Account::new(&scenario.plane, &scenario.namespace, "webhook").await?;
+    account.allow(&scenario.plane, &scenario.namespace, PODS).await?;
+    let mut webhook = Webhook::begin(alone(&scenario, &account.kubeconfig))?;
+    until_true(SOON, "it to say what it may not", async || {
+        let log = webhook.process().log()?;
+        Ok(log.lines().any(|line| line.contains("nodes") && line.contains("forbidden")))
+    })
+    .await?;
+    assert_eq!(endpoint::get(&webhook.admin()?, "/livez").await?.status, 200);
+    ensure!(!webhook.is_ready().await?, "it is ready, and knows nothing");
+    account.allow_everywhere(&scenario.plane, NODES).await?;
+    webhook.until_ready().await
+}
+
+#[tokio::test]
+async fn webhooks_beside_a_redis_reconcile_where_they_are_asked_to_and_one_at_a_time() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook);
+    let mut scenario = Scenario::bare(Plane::shared().await?, "inside").await?;
+    let options = scenario.reconciler_options().await?.env("SPOT_PREFERENCE", "STRICT");
+    for _ in 0..2 {
+        scenario.webhooks.push(Webhook::start(options.clone().env("RECONCILE_ENABLED", "true")).await?);
+    }
+    // And one that is not asked to.
+    scenario.webhooks.push(Webhook::start(options).await?);
+    scenario.send_to_webhooks();
+    scenario.registration().apply(&scenario.plane).await?;
+    scenario.grow(JOB, "0.5", 20).await?;
+    assert_eq!(scenario.metric("spot_balancer_reconcile_leader", &[]).await?, 1.0);
+    ensure!(seen(&scenario.webhooks[2]).await.is_err(), "the third one reconciles");
+    scenario.kubelet = None;
+    for name in scenario.some(JOB, "spot", 5).await? {
+        scenario.pods().evict(&name, &EvictParams::default()).await?;
+    }
+    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 5, on_demand: 10 });
+    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+}
+
+/// Its readiness is that of the store: a degraded answer beats none, and another replica may reconcile.
+#[tokio::test]
+async fn a_webhook_beside_a_redis_is_ready_while_its_reconciling_waits() -> Result<()> {
+    need!(Redis, ControlPlane, Webhook);
+    let mut scenario = Scenario::bare(Plane::shared().await?, "waits").await?;
+    scenario.redis.stop();
+    let options = scenario.reconciler_options().await?.env("RECONCILE_ENABLED", "true");
+    let webhook = Webhook::start(options).await?;
+    ensure!(!webhook.process().log()?.contains("a bug"));
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_in_memory_ledger_does_not_reconcile_where_it_is_told_not_to() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook);
+    let mut scenario = Scenario::bare(Plane::shared().await?, "told-not-to").await?;
+    let account = account(&scenario).await?;
+    let options = alone(&scenario, &account.kubeconfig).env("RECONCILE_ENABLED", "false");
+    scenario.webhooks.push(Webhook::start(options).await?);
+    ensure!(seen(&scenario.webhooks[0]).await.is_err(), "it reconciles");
+    Ok(())
+}
