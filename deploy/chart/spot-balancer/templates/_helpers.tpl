@@ -1,0 +1,394 @@
+{{- define "spot-balancer.name" -}}
+{{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* Short enough for "-reconciler" and the like to fit behind it. */}}
+{{- define "spot-balancer.fullname" -}}
+{{- $name := include "spot-balancer.name" . }}
+{{- if .Values.fullnameOverride }}
+{{- .Values.fullnameOverride | trunc 45 | trimSuffix "-" }}
+{{- else if contains $name .Release.Name }}
+{{- .Release.Name | trunc 45 | trimSuffix "-" }}
+{{- else }}
+{{- printf "%s-%s" .Release.Name $name | trunc 45 | trimSuffix "-" }}
+{{- end }}
+{{- end }}
+
+{{/* What a component's pods and its own objects are told by: (list $ "webhook") */}}
+{{- define "spot-balancer.selector" -}}
+{{- $root := index . 0 -}}
+app.kubernetes.io/name: {{ include "spot-balancer.name" $root }}
+app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/component: {{ index . 1 }}
+{{- end }}
+
+{{- define "spot-balancer.labels" -}}
+{{- $root := index . 0 -}}
+{{ include "spot-balancer.selector" . }}
+app.kubernetes.io/part-of: spot-balancer
+app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ $root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name ($root.Chart.Version | replace "+" "_") }}
+{{- with $root.Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Of pods: nothing that a new version of the chart changes by itself. */}}
+{{- define "spot-balancer.podLabels" -}}
+{{ include "spot-balancer.selector" . }}
+app.kubernetes.io/part-of: spot-balancer
+{{- with (index . 0).Values.commonLabels }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* metadata of an object of this namespace: (list $ "webhook" "the object's name") */}}
+{{- define "spot-balancer.metadata" -}}
+{{- $root := index . 0 -}}
+name: {{ index . 2 }}
+namespace: {{ $root.Release.Namespace }}
+labels:
+  {{- include "spot-balancer.labels" (list $root (index . 1)) | nindent 2 }}
+{{- end }}
+
+{{/* and of one of the whole cluster */}}
+{{- define "spot-balancer.clusterMetadata" -}}
+name: {{ index . 2 }}
+labels:
+  {{- include "spot-balancer.labels" (list (index . 0) (index . 1)) | nindent 2 }}
+{{- end }}
+
+{{- define "spot-balancer.webhook" -}}
+{{ include "spot-balancer.fullname" . }}-webhook
+{{- end }}
+
+{{- define "spot-balancer.reconciler" -}}
+{{ include "spot-balancer.fullname" . }}-reconciler
+{{- end }}
+
+{{- define "spot-balancer.redis" -}}
+{{ include "spot-balancer.fullname" . }}-redis
+{{- end }}
+
+{{/* (list image "the tag that holds where none is given") */}}
+{{- define "spot-balancer.image" -}}
+{{- $image := index . 0 -}}
+{{ $image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default (index . 1) }}{{ end }}
+{{- end }}
+
+{{/* deployment, webhook or none */}}
+{{- define "spot-balancer.reconcilerMode" -}}
+{{- .Values.reconciler.mode | default (eq .Values.store "memory" | ternary "webhook" "deployment") }}
+{{- end }}
+
+{{/* Not empty where the small Redis of this chart is used. */}}
+{{- define "spot-balancer.redisIsBundled" -}}
+{{- if and (eq .Values.store "redis") (not .Values.redis.url) (not .Values.redis.existingSecret.name) }}yes{{ end }}
+{{- end }}
+
+{{/* The memory store is of one process. */}}
+{{- define "spot-balancer.webhookReplicas" -}}
+{{- eq .Values.store "memory" | ternary 1 .Values.webhook.replicas }}
+{{- end }}
+
+{{- define "spot-balancer.tlsSecret" -}}
+{{- if eq .Values.certificates.source "secret" }}
+{{- .Values.certificates.secret.name }}
+{{- else }}
+{{- include "spot-balancer.webhook" . }}-tls
+{{- end }}
+{{- end }}
+
+{{/* Settings that webhook and reconciler share. */}}
+{{- define "spot-balancer.sharedEnvironment" -}}
+{{- $settings := .Values.settings -}}
+- name: STORE
+  value: {{ .Values.store }}
+{{- if eq .Values.store "redis" }}
+- name: REDIS_URL
+  {{- if include "spot-balancer.redisIsBundled" . }}
+  value: redis://{{ include "spot-balancer.redis" . }}.{{ .Release.Namespace }}.svc:{{ .Values.redis.bundled.port }}
+  {{- else if .Values.redis.url }}
+  valueFrom: {secretKeyRef: {name: {{ include "spot-balancer.redis" . }}, key: url}}
+  {{- else }}
+  valueFrom: {secretKeyRef: {name: {{ .Values.redis.existingSecret.name }}, key: {{ .Values.redis.existingSecret.key }}}}
+  {{- end }}
+{{- if .Values.redis.ca }}
+- name: SSL_CERT_FILE
+  value: /redis-ca/ca.crt
+{{- end }}
+{{- end }}
+- name: STORE_TIMEOUT_MILLISECONDS
+  value: {{ int64 $settings.storeTimeoutMilliseconds | quote }}
+- name: REDIS_DEFAULT_TTL_SECONDS
+  value: {{ int64 $settings.redisDefaultTtlSeconds | quote }}
+- name: DEFAULT_SPOT_RATIO
+  value: {{ $settings.defaultSpotRatio | quote }}
+- name: SPOT_PREFERENCE
+  value: {{ $settings.spotPreference }}
+- name: CAPACITY_TYPE_LABEL
+  value: {{ $settings.capacityTypeLabel }}
+- name: WORKLOAD_ROLE_LABEL
+  value: {{ $settings.workloadRoleLabel }}
+- name: DRIVER_ROLE_VALUE
+  value: {{ $settings.driverRoleValue | quote }}
+- name: EXECUTOR_ROLE_VALUE
+  value: {{ $settings.executorRoleValue | quote }}
+- name: JOB_ID_LABEL
+  value: {{ join "," $settings.jobIdLabel }}
+- name: SPOT_RATIO_ANNOTATION
+  value: {{ $settings.spotRatioAnnotation }}
+- name: ON_DEMAND_BASE_ANNOTATION
+  value: {{ $settings.onDemandBaseAnnotation }}
+- name: DECISION_ANNOTATION
+  value: {{ $settings.decisionAnnotation | quote }}
+- name: NODE_ROLE_SELECTOR
+  value: {{ $settings.nodeRoleSelector | quote }}
+- name: LOG_LEVEL
+  value: {{ $settings.logLevel }}
+- name: LOG_FORMAT
+  value: {{ $settings.logFormat }}
+{{- end }}
+
+{{/* Settings of the reconcile loop, wherever it runs. */}}
+{{- define "spot-balancer.reconcileEnvironment" -}}
+- name: RECONCILE_INTERVAL_SECONDS
+  value: {{ int64 .Values.settings.reconcileIntervalSeconds | quote }}
+- name: RECONCILE_GRACE_SECONDS
+  value: {{ int64 .Values.settings.reconcileGraceSeconds | quote }}
+{{- with .Values.namespaces.names }}
+- name: WATCH_NAMESPACES
+  value: {{ join "," . }}
+{{- end }}
+{{- end }}
+
+{{- define "spot-balancer.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 65532
+runAsGroup: 65532
+fsGroup: 65532
+seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{- define "spot-balancer.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end }}
+
+{{/* Where a component's pods run: (list $ "webhook") */}}
+{{- define "spot-balancer.placement" -}}
+{{- $root := index . 0 -}}
+{{- $placement := $root.Values.placement -}}
+{{- with $placement.priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- with $placement.nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $placement.tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- if $placement.affinity }}
+affinity:
+  {{- toYaml $placement.affinity | nindent 2 }}
+{{- else if eq $placement.onDemand "required" }}
+affinity:
+  nodeAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution:
+      nodeSelectorTerms:
+        - matchExpressions:
+            - {key: {{ $root.Values.settings.capacityTypeLabel }}, operator: In, values: [on-demand]}
+{{- else if eq $placement.onDemand "preferred" }}
+affinity:
+  nodeAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        preference:
+          matchExpressions:
+            - {key: {{ $root.Values.settings.capacityTypeLabel }}, operator: In, values: [on-demand]}
+{{- end }}
+topologySpreadConstraints:
+  {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
+  - topologyKey: {{ . }}
+    maxSkew: 1
+    whenUnsatisfiable: {{ $placement.spread }}
+    labelSelector:
+      matchLabels:
+        {{- include "spot-balancer.selector" (list $root (index $ 1)) | nindent 8 }}
+  {{- end }}
+{{- end }}
+
+{{/* Probes on the container's port "admin". */}}
+{{- define "spot-balancer.probes" -}}
+livenessProbe:
+  httpGet: {path: /livez, port: admin}
+  periodSeconds: 10
+  timeoutSeconds: 5
+  failureThreshold: 3
+readinessProbe:
+  httpGet: {path: /readyz, port: admin}
+  periodSeconds: 3
+  timeoutSeconds: 3
+  failureThreshold: 2
+{{- end }}
+
+{{/* The budget of a component: (list $ "webhook" replicas) */}}
+{{- define "spot-balancer.podDisruptionBudget" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $budget := (index $root.Values $component).podDisruptionBudget -}}
+{{- if and $budget.enabled (gt (int (index . 2)) 1) -}}
+# policy/v1 is there since Kubernetes 1.21.
+apiVersion: {{ $root.Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
+kind: PodDisruptionBudget
+metadata:
+  {{- include "spot-balancer.metadata" (list $root $component (include (printf "spot-balancer.%s" $component) $root)) | nindent 2 }}
+spec:
+  maxUnavailable: {{ $budget.maxUnavailable }}
+  selector:
+    matchLabels:
+      {{- include "spot-balancer.selector" (list $root $component) | nindent 6 }}
+{{- end }}
+{{- end }}
+
+{{- define "spot-balancer.serviceAccount" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  {{- include "spot-balancer.metadata" (list $root $component (include (printf "spot-balancer.%s" $component) $root)) | nindent 2 }}
+  {{- with (index $root.Values $component).serviceAccount.annotations }}
+  annotations:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+# Pods ask for the token themselves.
+automountServiceAccountToken: false
+{{- end }}
+
+{{/* Binds the ClusterRole of this name to a component's account, where jobs run: (list $ "webhook" "role") */}}
+{{- define "spot-balancer.bindWhereJobsRun" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $role := index . 2 -}}
+{{- $labels := include "spot-balancer.labels" (list $root $component) -}}
+{{- $account := include (printf "spot-balancer.%s" $component) $root -}}
+{{- if $root.Values.namespaces.names }}
+{{- range $root.Values.namespaces.names }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  name: {{ $role }}
+  namespace: {{ . }}
+  labels:
+    {{- $labels | nindent 4 }}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role }}}
+subjects:
+  - {kind: ServiceAccount, name: {{ $account }}, namespace: {{ $root.Release.Namespace }}}
+{{- end }}
+{{- else }}
+---
+{{ include "spot-balancer.bindEverywhere" . }}
+{{- end }}
+{{- end }}
+
+{{- define "spot-balancer.bindEverywhere" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $role := index . 2 -}}
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRoleBinding
+metadata:
+  {{- include "spot-balancer.clusterMetadata" (list $root $component $role) | nindent 2 }}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role }}}
+subjects:
+  - {kind: ServiceAccount, name: {{ include (printf "spot-balancer.%s" $component) $root }}, namespace: {{ $root.Release.Namespace }}}
+{{- end }}
+
+{{/* What the reconcile loop may do, in the process of this component. */}}
+{{- define "spot-balancer.reconcileRights" -}}
+{{- $root := index . 0 -}}
+{{- $component := index . 1 -}}
+{{- $account := include (printf "spot-balancer.%s" $component) $root -}}
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  {{- include "spot-balancer.clusterMetadata" (list $root $component (printf "%s-reconcile" $account)) | nindent 2 }}
+rules:
+  # Which executors live, and what their drivers ask for.
+  - apiGroups: [""]
+    resources: [pods]
+    verbs: [list, watch]
+  # An invalid ratio or base is told by an Event on the driver.
+  - apiGroups: [events.k8s.io]
+    resources: [events]
+    verbs: [create]
+{{- include "spot-balancer.bindWhereJobsRun" (list $root $component (printf "%s-reconcile" $account)) }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: ClusterRole
+metadata:
+  {{- include "spot-balancer.clusterMetadata" (list $root $component (printf "%s-nodes" $account)) | nindent 2 }}
+rules:
+  # The capacity type of the node that an executor runs on.
+  - apiGroups: [""]
+    resources: [nodes]
+    verbs: [list, watch]
+---
+{{ include "spot-balancer.bindEverywhere" (list $root $component (printf "%s-nodes" $account)) }}
+{{- if eq $root.Values.store "redis" }}
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: Role
+metadata:
+  {{- include "spot-balancer.metadata" (list $root $component (printf "%s-leader" $account)) | nindent 2 }}
+rules:
+  # One leader among the replicas. A rule with names cannot allow to create.
+  - apiGroups: [coordination.k8s.io]
+    resources: [leases]
+    verbs: [create]
+  - apiGroups: [coordination.k8s.io]
+    resources: [leases]
+    resourceNames: [spot-balancer-reconciler]
+    verbs: [get, update]
+---
+apiVersion: rbac.authorization.k8s.io/v1
+kind: RoleBinding
+metadata:
+  {{- include "spot-balancer.metadata" (list $root $component (printf "%s-leader" $account)) | nindent 2 }}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: {{ $account }}-leader}
+subjects:
+  - {kind: ServiceAccount, name: {{ $account }}, namespace: {{ $root.Release.Namespace }}}
+{{- end }}
+{{- end }}
+
+{{/* What a change of makes the pods start anew: what they read at their start and is not in their template. */}}
+{{- define "spot-balancer.podAnnotations" -}}
+{{- $root := index . 0 -}}
+{{- $redis := $root.Values.redis -}}
+{{- if and (eq $root.Values.store "redis") (or $redis.url $redis.ca) }}
+checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
+{{- end }}
+{{- with (index . 1).podAnnotations }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* Volumes and mounts of the CA of an external Redis. */}}
+{{- define "spot-balancer.redisCaMount" -}}
+{{- if and (eq .Values.store "redis") .Values.redis.ca }}
+- {name: redis-ca, mountPath: /redis-ca, readOnly: true}
+{{- end }}
+{{- end }}
+
+{{- define "spot-balancer.redisCaVolume" -}}
+{{- if and (eq .Values.store "redis") .Values.redis.ca }}
+- name: redis-ca
+  configMap: {name: {{ include "spot-balancer.redis" . }}-ca}
+{{- end }}
+{{- end }}
