@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::capacity::Capacity;
 use crate::patch::Patch;
+use crate::policy::Invalid;
 use crate::subject::Executor;
 use crate::text::shorten;
 
@@ -78,6 +79,14 @@ impl Default for Conventions {
 }
 
 impl Conventions {
+    /// The annotation that could not be read.
+    pub fn annotation(&self, invalid: &Invalid) -> &str {
+        match invalid {
+            Invalid::Ratio(_) => &self.ratio_annotation,
+            Invalid::Base(_) => &self.base_annotation,
+        }
+    }
+
     /// What to write on a placed executor: its selectors, merged into its own, and the decision. An
     /// executor that pins its capacity is left as it is.
     pub fn patch(&self, executor: &Executor<'_>, capacity: Capacity) -> Patch {

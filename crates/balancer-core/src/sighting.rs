@@ -73,16 +73,8 @@ impl<'a> Sighting<'a> {
             node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()),
             asked: spec
                 .and_then(|spec| pinned(spec, &conventions.capacity_label))
-                .or_else(|| conventions.decision(pod)),
+                .or_else(|| conventions.decision(pod).map(|(capacity, _)| capacity)),
         }))
-    }
-}
-
-impl Conventions {
-    /// What the decision annotation says.
-    fn decision(&self, pod: &Pod<'_>) -> Option<Capacity> {
-        let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
-        Capacity::parse(decision.split_once('/').map_or(decision, |(capacity, _)| capacity))
     }
 }
 

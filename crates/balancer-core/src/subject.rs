@@ -215,8 +215,13 @@ impl Conventions {
     pub fn stamp<'a>(&self, pod: &'a Pod<'_>) -> Option<&'a str> {
         // A name that its maker chose is the key, whatever a copied annotation says.
         pod.metadata.generate_name.as_deref().filter(|prefix| !prefix.is_empty())?;
-        let (capacity, id) = pod.annotation(self.decision_annotation.as_deref()?)?.split_once('/')?;
-        Capacity::parse(capacity)?;
-        Some(id).filter(|id| !id.is_empty())
+        self.decision(pod)?.1.filter(|id| !id.is_empty())
+    }
+
+    /// What the decision annotation says: the capacity, and the id that stands for a name.
+    pub(crate) fn decision<'a>(&self, pod: &'a Pod<'_>) -> Option<(Capacity, Option<&'a str>)> {
+        let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
+        let (capacity, id) = decision.split_once('/').map_or((decision, None), |(capacity, id)| (capacity, Some(id)));
+        Some((Capacity::parse(capacity)?, id))
     }
 }

@@ -139,10 +139,8 @@ impl Elector {
     pub fn new(client: Client, metrics: Arc<Metrics>) -> (Self, Leadership) {
         let (standing, watching) = watch::channel(Standing::Unknown);
         let (supersede, superseded) = watch::channel(Term(0));
-        // A pod's host name is its own; a process that was started again in it is another one.
-        let host = std::env::var("HOSTNAME").ok().filter(|host| !host.is_empty());
-        let identity =
-            format!("{}_{:016x}", host.as_deref().unwrap_or("balancer-reconcile"), RandomState::new().hash_one(()));
+        // A process that was started again in the same pod is another one.
+        let identity = format!("{}_{:016x}", host(), RandomState::new().hash_one(()));
         let leases = Api::default_namespaced(client);
         let elector = Self { leases, identity, standing, superseded, metrics, held: None, seen: None, told: None };
         (elector, Leadership { standing: watching, superseded: Arc::new(supersede) })
@@ -302,6 +300,11 @@ impl Elector {
             }
         }
     }
+}
+
+/// Which of the replicas this is: a pod's host name is its own.
+pub(crate) fn host() -> String {
+    std::env::var("HOSTNAME").ok().filter(|host| !host.is_empty()).unwrap_or_else(|| "balancer-reconcile".into())
 }
 
 fn term_of(lease: &Lease) -> Term {

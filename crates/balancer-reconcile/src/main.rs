@@ -3,15 +3,10 @@
 use std::process::ExitCode;
 
 use balancer_reconcile::{Arguments, run};
+use balancer_runtime::ended;
 use clap::Parser;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Arguments::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(run(Arguments::parse()).await)
 }

@@ -81,6 +81,7 @@ impl<L: Ledger> Reconciler<L> {
         let reports = Reports::start(self.sources.client.clone(), Arc::clone(&self.sources.conventions));
         let mut working = Working {
             view: View::new(Arc::clone(&self.sources.conventions), self.defaults),
+            uncounted: true,
             schedule: Schedule::default(),
             listed: false,
             sight: Sight::default(),
@@ -131,6 +132,8 @@ enum Next {
 struct Working<'a, L> {
     reconciler: &'a Reconciler<L>,
     view: View,
+    /// Whether the view has changed since its executors were counted.
+    uncounted: bool,
     schedule: Schedule,
     /// Whether the view has been complete since this loop began: an incomplete one strikes the living.
     listed: bool,
@@ -217,6 +220,7 @@ impl<L: Ledger> Working<'_, L> {
             }
         }
         let (changed, now) = (self.view.take_changed(), Instant::now());
+        self.uncounted |= !changed.is_empty();
         // Whoever comes to lead makes a round of all jobs first.
         if self.term.is_some() {
             for job in changed {
@@ -229,9 +233,16 @@ impl<L: Ledger> Working<'_, L> {
     fn listed(&mut self, began: Instant) {
         let cause = if self.new_term || !self.listed { Cause::Start } else { Cause::Interval };
         (self.listed, self.new_term) = (true, false);
-        self.reconciler.metrics.live(self.view.totals());
+        self.count();
         if self.term.is_some() {
             self.round = Some(Round { cause, listing: Some(began) });
+        }
+    }
+
+    /// Shows how many live. It goes through all executors, so only where something has changed.
+    fn count(&mut self) {
+        if std::mem::take(&mut self.uncounted) {
+            self.reconciler.metrics.live(self.view.totals());
         }
     }
 
@@ -391,7 +402,7 @@ impl<L: Ledger> Working<'_, L> {
     /// Once a second: whether the store is up and still knows what it knew, and whether the ledgers of
     /// some of the jobs count what we left in them.
     async fn beat(&mut self) {
-        self.reconciler.metrics.live(self.view.totals());
+        self.count();
         if self.term.is_some() && self.listed && self.store_answers().await && self.round.is_none() {
             self.look_over().await;
         }

@@ -15,6 +15,7 @@ use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::leader::host;
 use crate::view::{Complaint, in_words};
 
 /// Complaints that wait to be told; past it they are only logged.
@@ -50,7 +51,7 @@ impl Reports {
     pub(crate) fn tell(&self, complaint: Complaint) {
         let Complaint { job, driver, invalid, holds, .. } = &complaint;
         for invalid in invalid {
-            let annotation = annotation(&self.conventions, invalid);
+            let annotation = self.conventions.annotation(invalid);
             let holds = in_words(*holds, invalid);
             tracing::warn!(namespace = job.namespace, job = job.id, %driver, annotation, %invalid, holds, "cannot be read");
         }
@@ -66,8 +67,7 @@ async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint,
         Invalid::Ratio(_) => "InvalidSpotRatio",
         Invalid::Base(_) => "InvalidOnDemandBase",
     };
-    let note = format!("{}: {invalid}; {}", annotation(conventions, invalid), in_words(*holds, invalid));
-    let instance = std::env::var("HOSTNAME").ok().filter(|host| !host.is_empty());
+    let note = format!("{}: {invalid}; {}", conventions.annotation(invalid), in_words(*holds, invalid));
     let event = Event {
         metadata: ObjectMeta {
             generate_name: Some(format!("{}-", driver.get(..MOST_NAME).unwrap_or(driver))),
@@ -80,7 +80,7 @@ async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint,
         note: Some(note),
         action: Some("ReadPolicy".into()),
         reporting_controller: Some("spot-balancer".into()),
-        reporting_instance: Some(instance.unwrap_or_else(|| "balancer-reconcile".into())),
+        reporting_instance: Some(host()),
         regarding: Some(ObjectReference {
             api_version: Some("v1".into()),
             kind: Some("Pod".into()),
@@ -98,11 +98,4 @@ async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint,
         Err(_) => format!("the Kubernetes API did not answer within {CALL_LIMIT:?}"),
     };
     tracing::warn!(namespace = job.namespace, %driver, error, "the driver got no Event");
-}
-
-fn annotation<'a>(conventions: &'a Conventions, invalid: &Invalid) -> &'a str {
-    match invalid {
-        Invalid::Ratio(_) => &conventions.ratio_annotation,
-        Invalid::Base(_) => &conventions.base_annotation,
-    }
 }

@@ -5,8 +5,8 @@ use std::mem;
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, Defaults, Invalid, JobKey, LiveExecutor, Observation, Pod, Ratio, SeenDriver, SeenExecutor,
-    Sighting, Stated,
+    Capacity, Conventions, Defaults, Invalid, JobKey, LiveExecutor, Observation, Pod, Policy, Ratio, SeenDriver,
+    SeenExecutor, Sighting, Stated,
 };
 
 /// All live executors and drivers, by their jobs, and the capacities of the nodes.
@@ -305,11 +305,15 @@ impl View {
         let before = known.drivers.remove(&name).filter(|before| *before.uid == *uid);
         // A part that cannot be read leaves in force what was read last; one that is not there, the default.
         let last = before.as_ref().map(|before| before.stated).unwrap_or_default();
-        let wrong = |part: fn(&Invalid) -> bool| invalid.iter().any(part);
-        let part_ratio =
-            if wrong(|part| matches!(part, Invalid::Ratio(_))) { last.ratio } else { Some(self.defaults.ratio) };
-        let part_base = if wrong(|part| matches!(part, Invalid::Base(_))) { last.base } else { Some(0) };
-        let stated = Stated { ratio: stated.ratio.or(part_ratio), base: stated.base.or(part_base) };
+        let Policy { ratio, base } = self.defaults.policy();
+        let mut rest = Stated { ratio: Some(ratio), base: Some(base) };
+        for part in &invalid {
+            match part {
+                Invalid::Ratio(_) => rest.ratio = last.ratio,
+                Invalid::Base(_) => rest.base = last.base,
+            }
+        }
+        let stated = Stated { ratio: stated.ratio.or(rest.ratio), base: stated.base.or(rest.base) };
         let told = before.as_ref().map(|before| before.invalid.as_slice()).unwrap_or_default();
         let untold: Vec<_> = invalid.iter().filter(|invalid| !told.contains(invalid)).cloned().collect();
         let same = before.is_some_and(|before| before.stated == stated);
@@ -409,7 +413,6 @@ pub(crate) fn in_words(holds: Stated, invalid: &Invalid) -> String {
 
 #[cfg(test)]
 mod tests {
-    use balancer_core::Policy;
     use serde_json::{Value, json};
 
     use super::*;

@@ -9,3 +9,16 @@ pub mod labels;
 pub mod log;
 pub mod shutdown;
 pub mod store;
+
+use std::process::ExitCode;
+
+/// How a program ends: well, or with its error and the causes of it on standard error.
+pub fn ended(result: anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

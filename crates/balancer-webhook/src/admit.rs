@@ -251,10 +251,7 @@ impl<L: Ledger> Admission<L> {
 
     /// Tells whoever submits the pod, and whoever runs the cluster, of an annotation that is wrong.
     fn warn(&self, reply: &mut Reply<'_>, invalid: &Invalid, holds: &str) {
-        let annotation = match invalid {
-            Invalid::Ratio(_) => &self.conventions.ratio_annotation,
-            Invalid::Base(_) => &self.conventions.base_annotation,
-        };
+        let annotation = self.conventions.annotation(invalid);
         self.metrics.invalid(invalid);
         reply.warnings.push(format!("{annotation}: {invalid}; {holds}"));
     }

@@ -2,16 +2,11 @@
 
 use std::process::ExitCode;
 
+use balancer_runtime::ended;
 use balancer_webhook::{Arguments, run};
 use clap::Parser;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    match run(Arguments::parse()).await {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    ended(run(Arguments::parse()).await)
 }
