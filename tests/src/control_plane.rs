@@ -34,6 +34,8 @@ pub struct Options {
     /// kube-controller-manager, less its node lifecycle controller, which would evict from nodes
     /// that no kubelet reports on: collects pods whose owner is gone, ends namespaces, counts quotas.
     pub controller_manager: bool,
+    /// An admission plugin that is off by default.
+    pub plugin: Option<&'static str>,
 }
 
 /// A running control plane. Dropping it kills it.
@@ -50,6 +52,7 @@ pub struct ControlPlane {
     port: u16,
     etcd_port: u16,
     certificate: ServerCertificate,
+    plugin: Option<&'static str>,
     /// Holds the token file and the keys of the service accounts.
     folder: PathBuf,
     kubeconfig: PathBuf,
@@ -60,7 +63,7 @@ impl ControlPlane {
     /// installed. It ends with the process. Tests keep apart by [`namespace`](Self::namespace).
     pub async fn shared() -> Result<&'static Self> {
         static SHARED: OnceCell<ControlPlane> = OnceCell::const_new();
-        let options = Options { scheduler: program("kube-scheduler").is_ok(), controller_manager: false };
+        let options = Options { scheduler: program("kube-scheduler").is_ok(), ..Options::default() };
         SHARED.get_or_try_init(|| Self::start(options)).await
     }
 
@@ -82,6 +85,7 @@ impl ControlPlane {
             port,
             etcd_port,
             certificate: authority()?.issue()?,
+            plugin: options.plugin,
             folder,
             kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
         };
@@ -112,6 +116,7 @@ impl ControlPlane {
                 "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
                 "--service-account-issuer=https://kubernetes.default.svc",
             ]);
+            command.args(self.plugin.map(|plugin| format!("--enable-admission-plugins={plugin}")));
             command.args(tls_arguments(&self.certificate)).args([
                 format!("--secure-port={}", self.port),
                 format!("--etcd-servers={}", http(self.etcd_port)),
@@ -165,6 +170,11 @@ impl ControlPlane {
         self.port
     }
 
+    /// The apiserver's version, less the 1 before it.
+    pub async fn minor_version(&self) -> Result<u32> {
+        Ok(self.client()?.apiserver_version().await?.minor.trim_end_matches('+').parse()?)
+    }
+
     /// The apiserver's own metrics.
     pub async fn metrics(&self) -> Result<Metrics> {
         Metrics::of(&self.client()?).await
@@ -203,8 +213,7 @@ impl ControlPlane {
 
     async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
         // Before 1.23 they serve plain HTTP too, on a port for all, unless told not to.
-        let version = self.client()?.apiserver_version().await?;
-        let old = version.minor.trim_end_matches('+').parse::<u32>()? < 23;
+        let old = self.minor_version().await? < 23;
         let port = port::free()?;
         let mut controller = Process::start(&program(name)?, |command| {
             command

@@ -35,6 +35,7 @@ pub mod account;
 pub mod balance;
 pub mod certificate;
 pub mod control_plane;
+pub mod deployed;
 pub mod endpoint;
 pub mod figures;
 pub mod helm;

@@ -18,6 +18,7 @@ const START: Duration = Duration::from_secs(10);
 pub struct RedisServer {
     port: u16,
     tls: Option<Tls>,
+    arguments: Vec<String>,
     process: Option<Process>,
 }
 
@@ -30,7 +31,12 @@ struct Tls {
 impl RedisServer {
     /// Starts a server on a free port.
     pub async fn start() -> Result<Self> {
-        Self::start_with(None).await
+        Self::start_with(None, Vec::new()).await
+    }
+
+    /// Starts a server with these arguments after its own.
+    pub async fn start_as(arguments: Vec<String>) -> Result<Self> {
+        Self::start_with(None, arguments).await
     }
 
     /// Starts a server that speaks TLS only and wants a password; both are part of its [`url`].
@@ -39,11 +45,11 @@ impl RedisServer {
     ///
     /// [`url`]: Self::url
     pub async fn start_tls() -> Result<Self> {
-        Self::start_with(Some(Tls { certificate: authority()?.issue()?, password: "correct-horse" })).await
+        Self::start_with(Some(Tls { certificate: authority()?.issue()?, password: "correct-horse" }), Vec::new()).await
     }
 
-    async fn start_with(tls: Option<Tls>) -> Result<Self> {
-        let mut server = Self { port: port::free()?, tls, process: None };
+    async fn start_with(tls: Option<Tls>, arguments: Vec<String>) -> Result<Self> {
+        let mut server = Self { port: port::free()?, tls, arguments, process: None };
         server.start_again_empty().await?;
         Ok(server)
     }
@@ -67,6 +73,7 @@ impl RedisServer {
                     .arg("--tls-key-file")
                     .arg(&certificate.key_path),
             };
+            command.args(&self.arguments);
         })?;
         process
             .until_ready(START, async || {
