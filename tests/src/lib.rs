@@ -42,6 +42,7 @@ pub mod helm;
 pub mod kubelet;
 pub mod metrics;
 pub mod nodes;
+pub mod original;
 pub mod parts;
 pub mod pods;
 pub mod port;

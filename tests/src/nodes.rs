@@ -6,6 +6,8 @@ use kube::Client;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
+/// The label that tells a node's capacity type.
+pub const CAPACITY: &str = "karpenter.sh/capacity-type";
 /// The label, and the taint, of nodes that only some pods may use.
 pub const POOL: &str = "pool";
 
@@ -41,7 +43,7 @@ pub async fn remove(client: &Client, name: &str) -> Result<()> {
 }
 
 fn labels(name: &str, capacity: &str) -> Value {
-    json!({"karpenter.sh/capacity-type": capacity, "kubernetes.io/hostname": name, "spark-role": "executor"})
+    json!({CAPACITY: capacity, "kubernetes.io/hostname": name, "spark-role": "executor"})
 }
 
 async fn apply(client: &Client, name: &str, labels: &Value, taints: &Value) -> Result<()> {

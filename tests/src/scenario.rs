@@ -18,7 +18,7 @@ use crate::account::Account;
 use crate::balance::Balance;
 use crate::control_plane::Plane;
 use crate::kubelet::Kubelet;
-use crate::nodes;
+use crate::nodes::{self, CAPACITY};
 use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::RedisServer;
@@ -34,7 +34,6 @@ pub const REPAIRED: Duration = Duration::from_secs(5);
 const MORE: usize = 20;
 
 const LEASE: &str = "spot-balancer-reconciler";
-const CAPACITY: &str = "karpenter.sh/capacity-type";
 const DECISION: &str = "workload/capacity-type";
 const SOON: Duration = Duration::from_secs(60);
 /// Between two looks at a ledger that is to stay true.
