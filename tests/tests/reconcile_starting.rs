@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use balancer_tests::account::{Account, EVENTS, LEASES, NODES, PODS, Right};
 use balancer_tests::control_plane::Plane;
 use balancer_tests::pods::{self, executor};
@@ -28,6 +28,7 @@ async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_acce
         ("RECONCILE_GRACE_SECONDS", "soon", &["soon", "accepted"]),
         ("RECONCILE_INTERVAL_SECONDS", "-1", &["-1", "accepted"]),
         ("WATCH_NAMESPACES", "etl,No_Such", &["No_Such", "accepted"]),
+        ("RECONCILE_LEASE", "No_Such", &["No_Such", "accepted"]),
         ("STORE", "memory", &["memory", "accepted: redis"]),
         ("STORE", "etcd", &["etcd", "redis or memory"]),
         ("REDIS_URL", "", &["not set", "rediss://"]),
@@ -104,6 +105,63 @@ async fn without_a_right_it_says_so_and_is_not_ready_until_it_has_it() -> Result
         }
         reconciler.until_ready().await?;
         ensure!(reconciler.terminate(SOON).await?.success());
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_namespace_that_cannot_be_seen_keeps_no_other_from_being_reconciled() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
+    let mut scenario = Scenario::start("seen", 1, strict()).await?;
+    // It may look into the one, and the other is gone, with the right to look into it.
+    let namespaces = format!("{},gone-{}", scenario.namespace, scenario.namespace);
+    let options = scenario.reconciler_options().await?.env("WATCH_NAMESPACES", namespaces);
+    scenario.reconcilers.push(Reconciler::start(options).await?);
+    scenario.grow(JOB, "0.5", 6).await?;
+    scenario.redis.flush().await?;
+    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let restarts = scenario.reconcile_metric("watch_restarts_total", &[("resource", "pods")]).await?;
+    ensure!(restarts > 3.0, "{restarts} watches were tried again");
+    let log = scenario.reconcilers[0].process().log()?;
+    ensure!(log.lines().any(|line| line.contains("gone-") && line.contains("forbidden")), "{log}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn reconcilers_of_other_ledgers_beside_it_lead_by_a_lease_of_their_own() -> Result<()> {
+    need!(Redis, ControlPlane, Reconciler);
+    let mut scenario = Scenario::bare(Plane::shared().await?, "leases").await?;
+    let options = scenario.reconciler_options().await?;
+    for lease in ["spot-balancer-reconciler", "other-reconciler"] {
+        let reconciler = Reconciler::start(options.clone().env("RECONCILE_LEASE", lease)).await?;
+        until_true(SOON, &format!("the one of {lease} to lead"), async || reconciler.leads().await).await?;
+        scenario.reconcilers.push(reconciler);
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn what_lives_is_shown_by_the_leader_alone() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
+    let mut scenario = Scenario::reconciled("shown", 1, 2).await?;
+    scenario.grow(JOB, "0.5", 4).await?;
+    for left in [2, 1] {
+        until_true(SOON, &format!("one of {left} to show four executors"), async || {
+            let mut shown = Vec::new();
+            for reconciler in &scenario.reconcilers {
+                let page = reconciler.metrics().await?;
+                let executors = page.sum("spot_balancer_reconcile_executors", &[]);
+                shown.push((reconciler.leads().await?, executors, page.sum("spot_balancer_reconcile_jobs", &[])));
+            }
+            ensure!(
+                shown.iter().all(|(leads, executors, _)| *leads || *executors == Some(0.0)),
+                "{shown:?}: one shows executors though it does not lead"
+            );
+            Ok(shown.contains(&(true, Some(4.0), Some(1.0))))
+        })
+        .await?;
+        let leader = scenario.leader().await?.context("nobody leads")?;
+        ensure!(scenario.reconcilers.remove(leader).terminate(SOON).await?.success());
     }
     Ok(())
 }

@@ -45,6 +45,11 @@ pub struct ReconcileArguments {
     /// Namespaces whose jobs are looked after, comma-separated; empty for all
     #[arg(long, env, default_value = "", value_parser = namespaces)]
     watch_namespaces: Namespaces,
+
+    /// Name of the Lease by which one of all replicas leads, in the namespace that they run in; others that
+    /// run there for other ledgers need another one
+    #[arg(long, env, default_value = "spot-balancer-reconciler", value_parser = lease)]
+    reconcile_lease: Arc<str>,
 }
 
 /// A list of namespaces.
@@ -54,12 +59,7 @@ struct Namespaces(Vec<Arc<str>>);
 fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
     let mut namespaces = Vec::new();
     for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
-        // RFC 1123, as the API wants it.
-        let fits = name.len() <= 63
-            && !name.starts_with('-')
-            && !name.ends_with('-')
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
-        if !fits {
+        if !is_label(name) {
             bail!("{name:?} is not a namespace; accepted: 1 to 63 of a-z, 0-9 and '-', not '-' at an end");
         }
         if !namespaces.iter().any(|known: &Arc<str>| **known == *name) {
@@ -67,6 +67,21 @@ fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
         }
     }
     Ok(Namespaces(namespaces))
+}
+
+fn lease(name: &str) -> anyhow::Result<Arc<str>> {
+    if name.len() > 253 || !name.split('.').all(is_label) {
+        bail!("{name:?} is not a Lease's name; accepted: 1 to 253 of a-z, 0-9, '-' and '.', not '-' or '.' at an end");
+    }
+    Ok(name.into())
+}
+
+/// Whether it is a label as RFC 1123 and the API want it.
+fn is_label(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// What is reconciled, and when.
@@ -78,16 +93,19 @@ pub struct ReconcileSettings {
     pub grace: Duration,
     /// Whose pods are watched; empty for all.
     pub namespaces: Vec<Arc<str>>,
+    /// Name of the Lease by which one of all replicas leads.
+    pub lease: Arc<str>,
 }
 
 impl ReconcileArguments {
     /// The settings.
     pub fn settings(self) -> ReconcileSettings {
-        let Self { reconcile_interval_seconds, reconcile_grace_seconds, watch_namespaces } = self;
+        let Self { reconcile_interval_seconds, reconcile_grace_seconds, watch_namespaces, reconcile_lease } = self;
         ReconcileSettings {
             interval: Duration::from_secs(reconcile_interval_seconds),
             grace: Duration::from_secs(reconcile_grace_seconds),
             namespaces: watch_namespaces.0,
+            lease: reconcile_lease,
         }
     }
 }
@@ -125,6 +143,16 @@ impl Arguments {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_lease_has_a_name_that_the_api_takes_and_what_is_none_is_told() {
+        for name in ["a", "spot-balancer-reconciler", "a.b"] {
+            assert!(lease(name).is_ok_and(|lease| *lease == *name));
+        }
+        for wrong in ["", "A", "a..b", "-a", "a.", &"a".repeat(64)] {
+            assert!(lease(wrong).is_err_and(|error| error.to_string().contains(&format!("{wrong:?}"))));
+        }
+    }
 
     #[test]
     fn namespaces_are_a_list_and_what_is_none_is_told() {

@@ -25,8 +25,6 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::metrics::Metrics;
 use crate::observe::TELL_EVERY;
 
-/// The Lease's name, in the namespace that this process runs in.
-pub const LEASE: &str = "spot-balancer-reconciler";
 /// How long others wait for a leader that no longer renews.
 const DURATION: Duration = Duration::from_secs(15);
 /// How long after its last renewal a leader still writes. The difference is for what is under way.
@@ -95,6 +93,8 @@ impl Leadership {
 /// Stands for election, with a Lease.
 pub struct Elector {
     leases: Api<Lease>,
+    /// The Lease's name.
+    name: Arc<str>,
     identity: String,
     standing: watch::Sender<Standing>,
     superseded: watch::Receiver<Term>,
@@ -135,14 +135,15 @@ impl ElectionError {
 }
 
 impl Elector {
-    /// Stands for the Lease in the client's own namespace, which it does not ask for yet.
-    pub fn new(client: Client, metrics: Arc<Metrics>) -> (Self, Leadership) {
+    /// Stands for the Lease of this name in the client's own namespace, which it does not ask for yet.
+    pub fn new(client: Client, name: Arc<str>, metrics: Arc<Metrics>) -> (Self, Leadership) {
         let (standing, watching) = watch::channel(Standing::Unknown);
         let (supersede, superseded) = watch::channel(Term(0));
         // A process that was started again in the same pod is another one.
         let identity = format!("{}_{:016x}", host(), RandomState::new().hash_one(()));
         let leases = Api::default_namespaced(client);
-        let elector = Self { leases, identity, standing, superseded, metrics, held: None, seen: None, told: None };
+        let elector =
+            Self { leases, name, identity, standing, superseded, metrics, held: None, seen: None, told: None };
         (elector, Leadership { standing: watching, superseded: Arc::new(supersede) })
     }
 
@@ -225,10 +226,10 @@ impl Elector {
 
     /// Takes the Lease if it is free, or ours.
     async fn look(&mut self) -> Result<Option<Lease>, ElectionError> {
-        let lease = match within(self.leases.get_opt(LEASE)).await? {
+        let lease = match within(self.leases.get_opt(&self.name)).await? {
             Some(lease) => lease,
             None => {
-                let metadata = ObjectMeta { name: Some(LEASE.to_owned()), ..ObjectMeta::default() };
+                let metadata = ObjectMeta { name: Some((*self.name).to_owned()), ..ObjectMeta::default() };
                 let mut lease = Lease { metadata, spec: None };
                 let first = self.next_term(Term(0));
                 lease.spec = Some(self.spec(&lease, Some(first), DURATION));
@@ -272,7 +273,7 @@ impl Elector {
     async fn write(&self, lease: &Lease, term: Option<Term>, duration: Duration) -> Result<Lease, ElectionError> {
         let spec = Some(self.spec(lease, term, duration));
         let lease = Lease { metadata: lease.metadata.clone(), spec };
-        within(self.leases.replace(LEASE, &PostParams::default(), &lease)).await
+        within(self.leases.replace(&self.name, &PostParams::default(), &lease)).await
     }
 
     fn spec(&self, before: &Lease, term: Option<Term>, duration: Duration) -> LeaseSpec {

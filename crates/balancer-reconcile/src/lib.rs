@@ -31,7 +31,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use arguments::{Arguments, ReconcileArguments, ReconcileSettings};
-pub use leader::{Elector, LEASE, Leadership};
+pub use leader::{Elector, Leadership};
 pub use metrics::Metrics;
 pub use reconciler::{Progress, Reconciler};
 
@@ -84,10 +84,10 @@ impl Running {
 /// a store that does not answer is waited for.
 pub async fn start<L: Ledger>(parts: Parts<L>) -> anyhow::Result<Running> {
     let Parts { ledger, shared, conventions, defaults, settings, metrics } = parts;
-    let ReconcileSettings { interval, grace, namespaces } = settings;
+    let ReconcileSettings { interval, grace, namespaces, lease } = settings;
     let client = cluster::client(observe::SILENCE).await?;
     let (elector, leadership) = if shared {
-        let (elector, leadership) = Elector::new(client.clone(), Arc::clone(&metrics));
+        let (elector, leadership) = Elector::new(client.clone(), lease, Arc::clone(&metrics));
         (Some(elector), leadership)
     } else {
         metrics.leads(true);

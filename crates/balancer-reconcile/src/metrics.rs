@@ -160,8 +160,12 @@ impl Metrics {
             "Annotations of drivers that could not be read; the last good ones hold on",
             invalid_edits.clone(),
         );
-        registry.register("jobs", "Jobs with a live pod", jobs.clone());
-        registry.register("executors", "Live executors, by where they run or must run", executors.clone());
+        registry.register("jobs", "Jobs with a live pod, where this process leads", jobs.clone());
+        registry.register(
+            "executors",
+            "Live executors, by where they run or must run, where this process leads",
+            executors.clone(),
+        );
         registry.register("leader", "1 where this process may write", leader.clone());
     }
 

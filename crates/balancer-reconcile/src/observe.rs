@@ -184,6 +184,11 @@ impl Watches {
         self.unlisted.iter().all(broken)
     }
 
+    /// Whether the list of nodes was complete at least once.
+    pub(crate) fn knows_nodes(&self) -> bool {
+        !self.unlisted.contains(&Source::Nodes)
+    }
+
     /// What happens to whose pods is seen now.
     pub(crate) fn sight(&mut self, now: Instant) -> Sight {
         self.blind.retain(|_, blind| blind.until.is_none_or(|until| until > now));

@@ -21,7 +21,7 @@ use crate::observe::{Sight, Sources, Watches, Word};
 use crate::report::Reports;
 use crate::schedule::Schedule;
 use crate::tallies::Tallies;
-use crate::view::View;
+use crate::view::{Totals, View};
 
 /// Jobs repaired before the watches are listened to again.
 const BATCH: usize = 64;
@@ -37,6 +37,9 @@ const BEAT: Duration = Duration::from_secs(1);
 const MOST_UNSEEN: Duration = Duration::from_secs(10);
 /// A placement's grace is looked after a little later than it ends: the store's clock is not ours.
 const AFTER_THE_GRACE: Duration = Duration::from_millis(100);
+/// Lists that cannot be had are waited for, from the start on, and then those that can have to do: a namespace
+/// that is not there, or is forbidden, is no reason to leave the others.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// The most words of the watches that are heard before anything else has its turn.
 const MOST_WORDS: usize = 1024;
 
@@ -171,7 +174,7 @@ impl<L: Ledger> Working<'_, L> {
             tokio::select! {
                 word = watches.next() => {
                     self.hear(&mut watches, word);
-                    if listing && (watches.listed() || self.listed && watches.settled()) {
+                    if listing && (watches.listed() || self.can_do_without(&mut watches, began)) {
                         listing = false;
                         self.listed(began);
                     }
@@ -208,6 +211,15 @@ impl<L: Ledger> Working<'_, L> {
         }
     }
 
+    /// Whether the lists that are missing cannot be had now, and the others have to do. Not at the start
+    /// without the nodes: executors would count as what they were meant for.
+    fn can_do_without(&self, watches: &mut Watches, began: Instant) -> bool {
+        let sees = |watches: &mut Watches| {
+            watches.knows_nodes() && watches.sight(Instant::now()).sees_any(&self.reconciler.sources.namespaces)
+        };
+        watches.settled() && (self.listed || began.elapsed() > PATIENCE && sees(watches))
+    }
+
     /// Takes in all that the watches have to tell now.
     fn hear(&mut self, watches: &mut Watches, first: Word) {
         let label = &self.reconciler.sources.conventions.capacity_label;
@@ -239,9 +251,10 @@ impl<L: Ledger> Working<'_, L> {
         }
     }
 
-    /// Shows how many live. It goes through all executors, so only where something has changed.
+    /// Shows how many live, where this process leads: several would be added up. It goes through all
+    /// executors, so only where something has changed.
     fn count(&mut self) {
-        if std::mem::take(&mut self.uncounted) {
+        if self.term.is_some() && std::mem::take(&mut self.uncounted) {
             self.reconciler.metrics.live(self.view.totals());
         }
     }
@@ -269,6 +282,10 @@ impl<L: Ledger> Working<'_, L> {
             return false;
         }
         self.term = term;
+        if term.is_none() {
+            self.reconciler.metrics.live(Totals::default());
+        }
+        self.uncounted = true;
         (self.schedule, self.tallies, self.last_mark) = (Schedule::default(), Tallies::default(), None);
         (self.new_term, self.round) = (term.is_some(), None);
         self.new_term
