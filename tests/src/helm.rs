@@ -103,7 +103,7 @@ pub fn every_option() -> Value {
             "spread": "DoNotSchedule",
             "priorityClassName": "system-cluster-critical",
         },
-        "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy.example.com:3128"}],
+        "extraEnv": [{"name": "RUST_BACKTRACE", "value": "1"}],
         "networkPolicy": {
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
             "egress": {"enabled": true},
@@ -124,6 +124,10 @@ pub struct Helm {
     output: Lines<BufReader<ChildStdout>>,
     calls: u64,
     kubeconfig: Option<PathBuf>,
+    /// The release's name.
+    pub release: String,
+    /// Its namespace.
+    pub namespace: String,
     /// `v3`, or `v4`, which applies on the server's side and waits until all is ready.
     pub version: &'static str,
 }
@@ -155,7 +159,8 @@ impl Helm {
             .spawn()?;
         let input = child.stdin.take().context("the engine has no input")?;
         let output = BufReader::new(child.stdout.take().context("the engine has no output")?).lines();
-        let mut helm = Self { _child: child, input, output, calls: 0, kubeconfig, version: "v3" };
+        let (release, namespace) = (RELEASE.to_owned(), RELEASE.to_owned());
+        let mut helm = Self { _child: child, input, output, calls: 0, kubeconfig, release, namespace, version: "v3" };
         let client = json!({"name": "balancer-tests", "version": "1"});
         let hello = json!({"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": client});
         helm.ask("initialize", &hello).await?;
@@ -186,33 +191,33 @@ impl Helm {
         self.on_chart("helm_install", values).await
     }
 
-    /// `helm upgrade`, from the chart's defaults.
+    /// `helm upgrade` with these values alone; where there are none Helm reuses those of before.
     pub async fn upgrade(&mut self, values: &Value) -> Result<String> {
         self.on_chart("helm_upgrade", values).await
     }
 
     /// `helm rollback`.
     pub async fn rollback(&mut self, revision: u32) -> Result<()> {
-        self.call("helm_rollback", json!({"release_name": RELEASE, "revision": revision})).await.map(drop)
+        self.call("helm_rollback", json!({"release_name": self.release, "revision": revision})).await.map(drop)
     }
 
     /// `helm uninstall`.
     pub async fn uninstall(&mut self) -> Result<()> {
-        self.call("helm_uninstall", json!({"release_name": RELEASE})).await.map(drop)
+        self.call("helm_uninstall", json!({"release_name": self.release})).await.map(drop)
     }
 
     /// `helm get notes`.
     pub async fn notes(&mut self) -> Result<String> {
-        self.call("helm_get_notes", json!({"release_name": RELEASE})).await
+        self.call("helm_get_notes", json!({"release_name": self.release})).await
     }
 
     async fn on_chart(&mut self, tool: &str, values: &Value) -> Result<String> {
-        self.call(tool, json!({"release_name": RELEASE, "chart": chart(), "values": values})).await
+        self.call(tool, json!({"release_name": self.release, "chart": chart(), "values": values})).await
     }
 
     /// Calls a tool of the engine; an error is what `helm` would say on its standard error.
     async fn call(&mut self, tool: &str, mut arguments: Value) -> Result<String> {
-        arguments["namespace"] = RELEASE.into();
+        arguments["namespace"] = self.namespace.as_str().into();
         arguments["helm_version"] = self.version.into();
         if let Some(kubeconfig) = &self.kubeconfig {
             arguments["kubeconfig"] = json!(kubeconfig);

@@ -31,6 +31,21 @@ fn variants() -> Vec<(&'static str, Value)> {
         ),
         ("namespaces by label", json!({"namespaces": {"selector": {"matchLabels": {"spark": "true"}}}})),
         ("a PodMonitor", json!({"monitoring": {"podMonitor": {"enabled": true}}})),
+        (
+            "names that YAML would take for something else",
+            json!({
+                "fullnameOverride": "off", "nameOverride": "on", "namespaces": {"names": ["2024", "null"]},
+                "settings": {"workloadRoleLabel": "y", "logFormat": "text"}, "commonLabels": {"on": "off"},
+            }),
+        ),
+        (
+            "labels in the place of ours",
+            json!({"commonLabels": {
+                "app.kubernetes.io/part-of": "platform", "app.kubernetes.io/component": "mine",
+            }}),
+        ),
+        ("the network of nodes", json!({"webhook": {"hostNetwork": true}})),
+        ("a part of another chart", json!({"enabled": true, "global": {"a": "b"}, "namespaces": {"names": null}})),
         ("other names", json!({"nameOverride": "mix", "fullnameOverride": "spark-mix"})),
     ]
 }
@@ -70,6 +85,14 @@ async fn the_chart_lints_and_renders_with_the_defaults_and_with_every_option() -
             }
             assert_eq!(metadata["labels"]["helm.sh/chart"], "spot-balancer-0.1.0", "{what}: {name}");
             assert!(names.insert(name.clone()), "{what}: twice {name}");
+            let labels = metadata["labels"].as_object().context("no labels")?;
+            assert!(labels.values().all(Value::is_string) && metadata["name"].is_string(), "{what}: {metadata}");
+            if object["kind"] == "Deployment" {
+                for variable in container(object)?["env"].as_array().into_iter().flatten() {
+                    let value = &variable["value"];
+                    assert!(value.is_string() || value.is_null(), "{what}: {name}: {variable}");
+                }
+            }
         }
     }
     Ok(())
@@ -80,6 +103,8 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
     need!(Helm);
     let mut helm = Helm::start().await?;
     let refused = [
+        (json!({"fullnameOverride": "123"}), "does not match pattern"),
+        (json!({"nameOverride": "a b"}), "does not match pattern"),
         (json!({"setings": {}}), "additional properties 'setings' not allowed"),
         (json!({"settings": {"webhookTimeoutSeconds": 30}}), "maximum: got 30, want 29"),
         (json!({"settings": {"webhookTimeoutSeconds": 0}}), "minimum: got 0, want 1"),
@@ -96,6 +121,7 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
         (json!({"settings": {"reconcileGraceSeconds": 0}}), "minimum: got 0, want 5"),
         (json!({"store": "disk"}), "value must be one of 'redis', 'memory'"),
         (json!({"store": "memory", "reconciler": {"mode": "deployment"}}), "only that can reconcile it"),
+        (json!({"store": "memory", "reconciler": {"mode": "none"}}), "the ledger would be empty for ever"),
         (json!({"store": "memory", "webhook": {"autoscaling": {"enabled": true}}}), "is of one replica"),
         (json!({"store": "memory", "redis": {"url": "redis://a"}}), "store is memory and redis names a server"),
         (json!({"redis": {"url": "http://a"}}), "does not match pattern"),
@@ -111,6 +137,15 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
             "choose namespaces by name or by label",
         ),
         (json!({"webhook": {"replicas": 0}}), "minimum: got 0, want 1"),
+        (json!({"webhook": {"service": {"port": 8080}}}), "the Service has both: they have to differ"),
+        (json!({"certificates": {"certManager": {"duration": "24h"}}}), "the certificate is valid for 24h"),
+        (
+            json!({
+                "certificates": {"certManager": {"duration": "240h", "renewBefore": "80h30m"}},
+                "monitoring": {"prometheusRule": {"enabled": true, "certificateDays": 4}},
+            }),
+            "renewed only 80h30m before its end",
+        ),
         (json!({"webhook": {"port": 80}}), "minimum: got 80, want 1,024"),
         (json!({"webhook": {"port": 8080}}), "they have to differ"),
         (json!({"webhook": {"autoscaling": {"minReplicas": 9}}}), "minReplicas is 9, more than maxReplicas, 6"),
@@ -162,6 +197,8 @@ async fn every_setting_of_the_programs_is_reachable_from_values() -> Result<()> 
     // REDIS_URL is a value, or a reference to a Secret; STORE and RECONCILE_ENABLED go with other objects.
     let within = helm.render(&json!({"store": "memory", "namespaces": {"names": ["jobs"]}})).await?;
     let within = environment(object(&within, "Deployment", WEBHOOK)?)?;
+    let by_name = helm.render(&json!({"fullnameOverride": "spark-mix"})).await?;
+    let by_name = environment(object(&by_name, "Deployment", "spark-mix-reconciler")?)?;
     for (deployment, name) in [(WEBHOOK, "balancer-webhook"), (RECONCILER, "balancer-reconcile")] {
         let defaults = environment(object(&defaults, "Deployment", deployment)?)?;
         let others = environment(object(&others, "Deployment", deployment)?)?;
@@ -169,13 +206,17 @@ async fn every_setting_of_the_programs_is_reachable_from_values() -> Result<()> 
             let differs = |set: &BTreeMap<String, Value>| set.get(&variable) != defaults.get(&variable);
             // Its newer name is WORKLOAD_ROLE_LABEL.
             let older = variable == "SPARK_ROLE_LABEL";
+            // It goes by the name of the release.
+            let named = variable == "RECONCILE_LEASE" && by_name[&variable] == "spark-mix-reconciler";
             // Of the reconciler there is none with another store.
             let fixed = variable == "STORE" && deployment == RECONCILER;
             let reached = differs(&others) || deployment == WEBHOOK && differs(&within);
-            assert!(reached || older || fixed, "{name}: no value of the chart changes {variable}");
+            assert!(reached || named || older || fixed, "{name}: no value of the chart changes {variable}");
         }
         let known = known_to(name)?;
-        for variable in others.keys().filter(|variable| !matches!(variable.as_str(), "SSL_CERT_FILE" | "HTTPS_PROXY")) {
+        for variable in
+            others.keys().filter(|variable| !matches!(variable.as_str(), "SSL_CERT_FILE" | "RUST_BACKTRACE"))
+        {
             assert!(known.contains(variable), "{name} does not know {variable}");
         }
     }
@@ -200,7 +241,7 @@ fn every_value_is_described_and_every_described_value_is_there() -> Result<()> {
     walk("", &schema, &values, &mut |path, schema, value| {
         assert!(schema["description"].as_str().is_some_and(|text| text.ends_with('.')), "{path} is not described");
         // Helm's own, and what is empty unless it is set.
-        let optional = ["global", ".selector.", ".issuerRef.", ".limits", ".requests"];
+        let optional = ["global", ".enabled", ".selector.", ".issuerRef.", ".limits", ".requests"];
         assert!(!value.is_null() || optional.iter().any(|part| path.contains(part)), "{path} is not in values.yaml");
         if schema["properties"].is_object() {
             assert_eq!(schema["additionalProperties"], false, "{path}");
@@ -294,7 +335,8 @@ async fn the_plain_manifests_are_what_the_chart_renders() -> Result<()> {
     let path = repository("deploy/spot-balancer.yaml");
     let rendered = Helm::start().await?.template(&json!({})).await?;
     let head = "\
-# Spot Balancer for those who have no Helm, with the chart's defaults. It wants cert-manager.
+# Spot Balancer for those who have no Helm, with the chart's defaults, for Kubernetes 1.27 and newer. It wants
+# cert-manager, a namespace `spot-balancer` that has nothing else in it, and your image (it stands here twice).
 #
 #   kubectl apply --filename spot-balancer.yaml
 #
@@ -306,6 +348,9 @@ metadata:
   labels:
     pod-security.kubernetes.io/enforce: restricted
 ";
+    // Helm is not there to manage them.
+    let rendered = rendered.replace("    app.kubernetes.io/managed-by: Helm\n", "");
+    ensure!(!rendered.contains("Helm"), "Helm is named where there is none");
     let manifests = format!("{head}{rendered}\n");
     if std::env::var_os("SPOT_BALANCER_UPDATE").is_some_and(|value| !value.is_empty()) {
         std::fs::write(&path, &manifests)?;

@@ -27,7 +27,8 @@ use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet};
 use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
-use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams};
+use k8s_openapi::api::rbac::v1::Role;
+use kube::api::{Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::discovery::{Discovery, verbs};
 use kube::{Client, ResourceExt};
 use serde_json::{Value, json};
@@ -68,7 +69,7 @@ fn by_helm(preference: &str) -> Value {
     json!({"certificates": {"source": "helm"}, "settings": {"spotPreference": preference}})
 }
 
-/// Waits until the Deployment controller wants pods with this preference, and no others.
+/// Waits until the Deployment controller wants pods with this preference.
 async fn until_rolled_out(client: &Client, preference: &str) -> Result<()> {
     for name in [WEBHOOK, RECONCILER] {
         assert_eq!(environment(&deployment(client, name).await?)["SPOT_PREFERENCE"], preference);
@@ -113,7 +114,7 @@ async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_without_a_t
     until_rolled_out(&client, "BEST_EFFORT").await?;
     let authority = bundles(&client).await?;
     assert_eq!(authority.len(), 2);
-    let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get("spot-balancer-webhook-tls").await?;
+    let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get("spot-balancer-webhook-helm-tls").await?;
     assert_eq!(secret.data.context("no data")?["ca.crt"].0, authority[0]);
     helm.upgrade(&by_helm("STRICT")).await?;
     until_rolled_out(&client, "STRICT").await?;
@@ -129,9 +130,53 @@ async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_without_a_t
     helm.upgrade(&every_option()).await.context("every option")?;
     helm.upgrade(&json!({"store": "memory"})).await.context("the memory store")?;
     assert!(Api::<Deployment>::namespaced(client.clone(), RELEASE).get_opt(RECONCILER).await?.is_none());
-    helm.upgrade(&json!({})).await.context("the defaults again")?;
+    // Said, since Helm reuses the values of before where there are none.
+    helm.upgrade(&json!({"store": "redis"})).await.context("the defaults again")?;
+    for name in [WEBHOOK, RECONCILER, "spot-balancer-redis"] {
+        deployment(&client, name).await.context(name)?;
+    }
+
+    // cert-manager's Secret, which is not Helm's, stays when another source takes over.
+    let secrets = Api::<Secret>::namespaced(client.clone(), RELEASE);
+    let issued: Secret = serde_json::from_value(json!({"metadata": {"name": "spot-balancer-webhook-tls"}}))?;
+    secrets.create(&PostParams::default(), &issued).await?;
+    helm.upgrade(&by_helm("STRICT")).await.context("from cert-manager to Helm's certificate")?;
+    assert_eq!(bundles(&client).await?.len(), 2);
+    helm.upgrade(&json!({"certificates": {"source": "cert-manager"}})).await.context("and back")?;
+    secrets.delete("spot-balancer-webhook-tls", &DeleteParams::default()).await?;
     helm.uninstall().await?;
     until_nothing_is_left(&client).await
+}
+
+#[tokio::test]
+async fn several_releases_keep_apart_and_what_cannot_is_refused_before_anything_is_made() -> Result<()> {
+    need!(Helm, ControlPlane);
+    let (plane, mut helm) = cluster(Options::default(), &["elsewhere", "2024"]).await?;
+    let client = plane.client()?;
+    stand_ins::define(&client).await?;
+    helm.install(&by_helm("STRICT")).await?;
+    helm.namespace = "elsewhere".into();
+    let refusal = helm.install(&by_helm("STRICT")).await.err().context("two of one name")?;
+    let refusal = format!("{refusal:#}");
+    assert!(refusal.contains("of a release in the namespace spot-balancer") && refusal.contains("choose"), "{refusal}");
+    helm.release = "1st".into();
+    let refusal = helm.install(&by_helm("STRICT")).await.err().context("a Service that begins with a digit")?;
+    assert!(format!("{refusal:#}").contains("Set fullnameOverride"), "{refusal:#}");
+
+    // Beside the first, in a namespace that YAML takes for a number, and with the longest name that there is.
+    let monitored = json!({
+        "certificates": {"source": "helm"},
+        "monitoring": {"serviceMonitor": {"enabled": true}, "prometheusRule": {"enabled": true}},
+    });
+    for (namespace, release) in [(RELEASE, "on"), ("2024", "null"), ("elsewhere", &*"a".repeat(53))] {
+        (helm.namespace, helm.release) = (namespace.into(), release.into());
+        helm.install(&monitored).await.with_context(|| format!("{release} in {namespace}"))?;
+    }
+    let roles = Api::<Role>::namespaced(client.clone(), RELEASE).list(&ListParams::default()).await?;
+    let named = roles.items.iter().flat_map(|role| role.rules.iter().flatten());
+    let leases: BTreeSet<&String> = named.flat_map(|rule| rule.resource_names.iter().flatten()).collect();
+    assert_eq!(leases.len(), 2, "each release in one namespace has a Lease of its own: {leases:?}");
+    Ok(())
 }
 
 /// Says of all Deployments of the release that they are ready, as where there are machines.
@@ -445,7 +490,13 @@ async fn the_plain_manifests_and_the_node_pools_apply_cleanly_and_again() -> Res
     let manifests = std::fs::read_to_string(repository("deploy/spot-balancer.yaml"))?;
     let old = plane.minor_version().await? < 21;
     // They are rendered for clusters of today.
-    let manifests = if old { manifests.replace("policy/v1\n", "policy/v1beta1\n") } else { manifests };
+    let manifests = if old {
+        let newer = ["  unhealthyPodEvictionPolicy: AlwaysAllow\n", "    matchLabelKeys: [pod-template-hash]\n"];
+        let less = newer.iter().fold(manifests, |manifests, newer| manifests.replace(newer, ""));
+        less.replace("policy/v1\n", "policy/v1beta1\n")
+    } else {
+        manifests
+    };
     let path = scratch_path("spot-balancer.yaml")?;
     std::fs::write(&path, manifests)?;
     for file in [path, repository("deploy/node-pools.yaml")] {

@@ -2,59 +2,56 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Short enough for "-reconciler" and the like to fit behind it. */}}
+{{/* Short enough for "-reconciler-metrics" and the like to fit behind it. */}}
 {{- define "spot-balancer.fullname" -}}
 {{- $name := include "spot-balancer.name" . }}
 {{- if .Values.fullnameOverride }}
-{{- .Values.fullnameOverride | trunc 45 | trimSuffix "-" }}
+{{- .Values.fullnameOverride | trunc 43 | trimSuffix "-" }}
 {{- else if contains $name .Release.Name }}
-{{- .Release.Name | trunc 45 | trimSuffix "-" }}
+{{- .Release.Name | trunc 43 | trimSuffix "-" }}
 {{- else }}
-{{- printf "%s-%s" .Release.Name $name | trunc 45 | trimSuffix "-" }}
+{{- printf "%s-%s" .Release.Name $name | trunc 43 | trimSuffix "-" }}
 {{- end }}
 {{- end }}
 
 {{/* What a component's pods and its own objects are told by: (list $ "webhook") */}}
 {{- define "spot-balancer.selector" -}}
 {{- $root := index . 0 -}}
-app.kubernetes.io/name: {{ include "spot-balancer.name" $root }}
-app.kubernetes.io/instance: {{ $root.Release.Name }}
+app.kubernetes.io/name: {{ include "spot-balancer.name" $root | quote }}
+app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
+{{/* The user's labels win over ours, but for those that objects are told by. */}}
 {{- define "spot-balancer.labels" -}}
 {{- $root := index . 0 -}}
-{{ include "spot-balancer.selector" . }}
-app.kubernetes.io/part-of: spot-balancer
-app.kubernetes.io/version: {{ $root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ $root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name ($root.Chart.Version | replace "+" "_") }}
-{{- with $root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $ours := dict
+  "app.kubernetes.io/part-of" "spot-balancer"
+  "app.kubernetes.io/version" $root.Chart.AppVersion
+  "app.kubernetes.io/managed-by" $root.Release.Service
+  "helm.sh/chart" (printf "%s-%s" $root.Chart.Name ($root.Chart.Version | replace "+" "_")) -}}
+{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
 {{/* Of pods: nothing that a new version of the chart changes by itself. */}}
 {{- define "spot-balancer.podLabels" -}}
-{{ include "spot-balancer.selector" . }}
-app.kubernetes.io/part-of: spot-balancer
-{{- with (index . 0).Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $root := index . 0 -}}
+{{- $ours := dict "app.kubernetes.io/part-of" "spot-balancer" -}}
+{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
 {{/* metadata of an object of this namespace: (list $ "webhook" "the object's name") */}}
 {{- define "spot-balancer.metadata" -}}
 {{- $root := index . 0 -}}
-name: {{ index . 2 }}
-namespace: {{ $root.Release.Namespace }}
+name: {{ index . 2 | quote }}
+namespace: {{ $root.Release.Namespace | quote }}
 labels:
   {{- include "spot-balancer.labels" (list $root (index . 1)) | nindent 2 }}
 {{- end }}
 
 {{/* and of one of the whole cluster */}}
 {{- define "spot-balancer.clusterMetadata" -}}
-name: {{ index . 2 }}
+name: {{ index . 2 | quote }}
 labels:
   {{- include "spot-balancer.labels" (list (index . 0) (index . 1)) | nindent 2 }}
 {{- end }}
@@ -92,27 +89,35 @@ labels:
 {{- eq .Values.store "memory" | ternary 1 .Values.webhook.replicas }}
 {{- end }}
 
+{{/* One for each source: whoever changes the source has neither take the other's. */}}
 {{- define "spot-balancer.tlsSecret" -}}
 {{- if eq .Values.certificates.source "secret" }}
 {{- .Values.certificates.secret.name }}
+{{- else if eq .Values.certificates.source "helm" }}
+{{- include "spot-balancer.webhook" . }}-helm-tls
 {{- else }}
 {{- include "spot-balancer.webhook" . }}-tls
 {{- end }}
+{{- end }}
+
+{{/* Whole minutes of a duration such as 2160h or 1h30m. */}}
+{{- define "spot-balancer.minutes" -}}
+{{- add (mul 60 (regexFind "[0-9]+h" . | trimSuffix "h" | int)) (regexFind "[0-9]+m" . | trimSuffix "m" | int) }}
 {{- end }}
 
 {{/* Settings that webhook and reconciler share. */}}
 {{- define "spot-balancer.sharedEnvironment" -}}
 {{- $settings := .Values.settings -}}
 - name: STORE
-  value: {{ .Values.store }}
+  value: {{ .Values.store | quote }}
 {{- if eq .Values.store "redis" }}
 - name: REDIS_URL
   {{- if include "spot-balancer.redisIsBundled" . }}
-  value: redis://{{ include "spot-balancer.redis" . }}.{{ .Release.Namespace }}.svc:{{ .Values.redis.bundled.port }}
+  value: redis://{{ include "spot-balancer.redis" . }}.{{ .Release.Namespace }}.svc:{{ int .Values.redis.bundled.port }}
   {{- else if .Values.redis.url }}
-  valueFrom: {secretKeyRef: {name: {{ include "spot-balancer.redis" . }}, key: url}}
+  valueFrom: {secretKeyRef: {name: {{ include "spot-balancer.redis" . | quote }}, key: url}}
   {{- else }}
-  valueFrom: {secretKeyRef: {name: {{ .Values.redis.existingSecret.name }}, key: {{ .Values.redis.existingSecret.key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .Values.redis.existingSecret.name | quote }}, key: {{ .Values.redis.existingSecret.key | quote }}}}
   {{- end }}
 {{- if .Values.redis.ca }}
 - name: SSL_CERT_FILE
@@ -126,29 +131,29 @@ labels:
 - name: DEFAULT_SPOT_RATIO
   value: {{ $settings.defaultSpotRatio | quote }}
 - name: SPOT_PREFERENCE
-  value: {{ $settings.spotPreference }}
+  value: {{ $settings.spotPreference | quote }}
 - name: CAPACITY_TYPE_LABEL
-  value: {{ $settings.capacityTypeLabel }}
+  value: {{ $settings.capacityTypeLabel | quote }}
 - name: WORKLOAD_ROLE_LABEL
-  value: {{ $settings.workloadRoleLabel }}
+  value: {{ $settings.workloadRoleLabel | quote }}
 - name: DRIVER_ROLE_VALUE
   value: {{ $settings.driverRoleValue | quote }}
 - name: EXECUTOR_ROLE_VALUE
   value: {{ $settings.executorRoleValue | quote }}
 - name: JOB_ID_LABEL
-  value: {{ join "," $settings.jobIdLabel }}
+  value: {{ join "," $settings.jobIdLabel | quote }}
 - name: SPOT_RATIO_ANNOTATION
-  value: {{ $settings.spotRatioAnnotation }}
+  value: {{ $settings.spotRatioAnnotation | quote }}
 - name: ON_DEMAND_BASE_ANNOTATION
-  value: {{ $settings.onDemandBaseAnnotation }}
+  value: {{ $settings.onDemandBaseAnnotation | quote }}
 - name: DECISION_ANNOTATION
   value: {{ $settings.decisionAnnotation | quote }}
 - name: NODE_ROLE_SELECTOR
   value: {{ $settings.nodeRoleSelector | quote }}
 - name: LOG_LEVEL
-  value: {{ $settings.logLevel }}
+  value: {{ $settings.logLevel | quote }}
 - name: LOG_FORMAT
-  value: {{ $settings.logFormat }}
+  value: {{ $settings.logFormat | quote }}
 {{- end }}
 
 {{/* Settings of the reconcile loop, wherever it runs. */}}
@@ -157,9 +162,11 @@ labels:
   value: {{ int64 .Values.settings.reconcileIntervalSeconds | quote }}
 - name: RECONCILE_GRACE_SECONDS
   value: {{ int64 .Values.settings.reconcileGraceSeconds | quote }}
+- name: RECONCILE_LEASE
+  value: {{ include "spot-balancer.reconciler" . | quote }}
 {{- with .Values.namespaces.names }}
 - name: WATCH_NAMESPACES
-  value: {{ join "," . }}
+  value: {{ join "," . | quote }}
 {{- end }}
 {{- end }}
 
@@ -182,7 +189,7 @@ capabilities: {drop: [ALL]}
 {{- $root := index . 0 -}}
 {{- $placement := $root.Values.placement -}}
 {{- with $placement.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $placement.nodeSelector }}
 nodeSelector:
@@ -201,7 +208,7 @@ affinity:
     requiredDuringSchedulingIgnoredDuringExecution:
       nodeSelectorTerms:
         - matchExpressions:
-            - {key: {{ $root.Values.settings.capacityTypeLabel }}, operator: In, values: [on-demand]}
+            - {key: {{ $root.Values.settings.capacityTypeLabel | quote }}, operator: In, values: [on-demand]}
 {{- else if eq $placement.onDemand "preferred" }}
 affinity:
   nodeAffinity:
@@ -209,13 +216,17 @@ affinity:
       - weight: 100
         preference:
           matchExpressions:
-            - {key: {{ $root.Values.settings.capacityTypeLabel }}, operator: In, values: [on-demand]}
+            - {key: {{ $root.Values.settings.capacityTypeLabel | quote }}, operator: In, values: [on-demand]}
 {{- end }}
 topologySpreadConstraints:
   {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
   - topologyKey: {{ . }}
     maxSkew: 1
     whenUnsatisfiable: {{ $placement.spread }}
+    {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
+    # The new replicas of a rollout are spread by themselves, and not with the old ones that are to go.
+    matchLabelKeys: [pod-template-hash]
+    {{- end }}
     labelSelector:
       matchLabels:
         {{- include "spot-balancer.selector" (list $root (index $ 1)) | nindent 8 }}
@@ -249,6 +260,10 @@ metadata:
   {{- include "spot-balancer.metadata" (list $root $component (include (printf "spot-balancer.%s" $component) $root)) | nindent 2 }}
 spec:
   maxUnavailable: {{ $budget.maxUnavailable }}
+  {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
+  # A pod that is not ready serves nobody: it must not keep its node from being drained.
+  unhealthyPodEvictionPolicy: AlwaysAllow
+  {{- end }}
   selector:
     matchLabels:
       {{- include "spot-balancer.selector" (list $root $component) | nindent 6 }}
@@ -283,13 +298,13 @@ automountServiceAccountToken: false
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
-  name: {{ $role }}
-  namespace: {{ . }}
+  name: {{ $role | quote }}
+  namespace: {{ . | quote }}
   labels:
     {{- $labels | nindent 4 }}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role }}}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role | quote }}}
 subjects:
-  - {kind: ServiceAccount, name: {{ $account }}, namespace: {{ $root.Release.Namespace }}}
+  - {kind: ServiceAccount, name: {{ $account | quote }}, namespace: {{ $root.Release.Namespace | quote }}}
 {{- end }}
 {{- else }}
 ---
@@ -305,9 +320,9 @@ apiVersion: rbac.authorization.k8s.io/v1
 kind: ClusterRoleBinding
 metadata:
   {{- include "spot-balancer.clusterMetadata" (list $root $component $role) | nindent 2 }}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role }}}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: {{ $role | quote }}}
 subjects:
-  - {kind: ServiceAccount, name: {{ include (printf "spot-balancer.%s" $component) $root }}, namespace: {{ $root.Release.Namespace }}}
+  - {kind: ServiceAccount, name: {{ include (printf "spot-balancer.%s" $component) $root | quote }}, namespace: {{ $root.Release.Namespace | quote }}}
 {{- end }}
 
 {{/* What the reconcile loop may do, in the process of this component. */}}
@@ -354,16 +369,16 @@ rules:
     verbs: [create]
   - apiGroups: [coordination.k8s.io]
     resources: [leases]
-    resourceNames: [spot-balancer-reconciler]
+    resourceNames: [{{ include "spot-balancer.reconciler" $root | quote }}]
     verbs: [get, update]
 ---
 apiVersion: rbac.authorization.k8s.io/v1
 kind: RoleBinding
 metadata:
   {{- include "spot-balancer.metadata" (list $root $component (printf "%s-leader" $account)) | nindent 2 }}
-roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: {{ $account }}-leader}
+roleRef: {apiGroup: rbac.authorization.k8s.io, kind: Role, name: {{ printf "%s-leader" $account | quote }}}
 subjects:
-  - {kind: ServiceAccount, name: {{ $account }}, namespace: {{ $root.Release.Namespace }}}
+  - {kind: ServiceAccount, name: {{ $account | quote }}, namespace: {{ $root.Release.Namespace | quote }}}
 {{- end }}
 {{- end }}
 
@@ -389,6 +404,6 @@ checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
 {{- define "spot-balancer.redisCaVolume" -}}
 {{- if and (eq .Values.store "redis") .Values.redis.ca }}
 - name: redis-ca
-  configMap: {name: {{ include "spot-balancer.redis" . }}-ca}
+  configMap: {name: {{ printf "%s-ca" (include "spot-balancer.redis" .) | quote }}}
 {{- end }}
 {{- end }}
