@@ -499,6 +499,13 @@ async fn the_plain_manifests_and_the_node_pools_apply_cleanly_and_again() -> Res
     };
     let path = scratch_path("spot-balancer.yaml")?;
     std::fs::write(&path, manifests)?;
+    // What no one would find out about is no check of anything.
+    let wrong = std::fs::read_to_string(repository("deploy/node-pools.yaml"))?.replace("expireAfter", "expiresAfter");
+    let wrong_path = scratch_path("wrong.yaml")?;
+    std::fs::write(&wrong_path, wrong)?;
+    let output = kubectl(plane.kubeconfig(), &["apply"], &wrong_path)?;
+    let said = String::from_utf8(output.stderr)?;
+    ensure!(!output.status.success() && said.contains("expiresAfter"), "a wrong field is taken: {said}");
     for file in [path, repository("deploy/node-pools.yaml")] {
         for (arguments, wanted) in [(["apply"], "created"), (["apply"], "unchanged"), (["delete"], "deleted")] {
             let output = kubectl(plane.kubeconfig(), &arguments, &file)?;
