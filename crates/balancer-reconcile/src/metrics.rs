@@ -111,12 +111,24 @@ impl Metrics {
             executors: Family::default(),
             leader: Gauge::default(),
         };
-        // There from the start: a rate over a series that appears with its first drift sees none.
-        for kind in [DriftKind::Missing, DriftKind::Stale, DriftKind::WrongCapacity] {
+        // There from the start: a rate over a series that appears with its first event does not see that.
+        for &kind in DriftKind::ALL {
             drop(metrics.drift.get_or_create(&DriftLabels { kind }));
         }
-        for resource in [WatchedLabel::Pods, WatchedLabel::Nodes] {
+        for &outcome in RepairLabel::ALL {
+            drop(metrics.repairs.get_or_create(&RepairLabels { outcome }));
+        }
+        for &cause in Cause::ALL {
+            drop(metrics.resyncs.get_or_create(&CauseLabels { cause }));
+        }
+        for &resource in WatchedLabel::ALL {
             drop(metrics.watch_restarts.get_or_create(&WatchLabels { resource }));
+        }
+        for kind in StoreError::KINDS {
+            drop(metrics.store_errors.get_or_create(&StoreErrorLabels { kind }));
+        }
+        for &part in InvalidPart::ALL {
+            drop(metrics.invalid_edits.get_or_create(&InvalidLabels { part }));
         }
         metrics.live(Totals::default());
         metrics

@@ -16,6 +16,9 @@ macro_rules! label {
         pub enum $name { $($(#[$variant_meta])* $variant,)* }
 
         impl $name {
+            /// Every value that there is.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
             /// The value in metrics and logs.
             pub const fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $text,)* }

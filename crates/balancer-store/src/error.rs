@@ -25,6 +25,9 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// Every [`kind`](Self::kind) that there is.
+    pub const KINDS: [&str; 4] = ["no_connection", "timed_out", "refused", "unreadable"];
+
     /// A short word for the cause, for metrics; it stays the same from version to version.
     pub const fn kind(&self) -> &'static str {
         match self {

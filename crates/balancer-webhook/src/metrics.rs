@@ -155,6 +155,26 @@ impl Admitted {
     }
 }
 
+/// What an admission can come to.
+const ADMITTED: [(RoleLabel, OperationLabel, OutcomeLabel); 12] = {
+    use OperationLabel as Operation;
+    use OutcomeLabel as Outcome;
+    [
+        (RoleLabel::Executor, Operation::Create, Outcome::Placed),
+        (RoleLabel::Executor, Operation::Create, Outcome::Degraded),
+        (RoleLabel::Executor, Operation::Create, Outcome::DryRun),
+        (RoleLabel::Executor, Operation::Delete, Outcome::Released),
+        (RoleLabel::Executor, Operation::Delete, Outcome::Left),
+        (RoleLabel::Executor, Operation::Delete, Outcome::Degraded),
+        (RoleLabel::Executor, Operation::Delete, Outcome::DryRun),
+        (RoleLabel::Driver, Operation::Create, Outcome::Learned),
+        (RoleLabel::Driver, Operation::Create, Outcome::Degraded),
+        (RoleLabel::Driver, Operation::Create, Outcome::DryRun),
+        (RoleLabel::Other, Operation::Other, Outcome::Left),
+        (RoleLabel::Other, Operation::Other, Outcome::NoJob),
+    ]
+};
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Placement {
     capacity: CapacityLabel,
@@ -198,7 +218,7 @@ impl Default for Metrics {
 impl Metrics {
     /// All at nought.
     pub fn new() -> Self {
-        Self {
+        let metrics = Self {
             admissions: Family::default(),
             admission_seconds: latency(),
             placements: Family::default(),
@@ -209,6 +229,39 @@ impl Metrics {
             refusals: Family::default(),
             invalid: Family::default(),
             connections: Gauge::default(),
+        };
+        metrics.begin();
+        metrics
+    }
+
+    /// All series are there from the start: a rate over one that appears with its first event does not
+    /// see that event.
+    fn begin(&self) {
+        for (role, operation, outcome) in ADMITTED {
+            drop(self.admissions.get_or_create(&Admitted { role, operation, outcome }));
+        }
+        for capacity in [CapacityLabel::Spot, CapacityLabel::OnDemand] {
+            for &source in Source::ALL {
+                drop(self.placements.get_or_create(&Placement { capacity, source }));
+            }
+        }
+        for &source in PolicySource::ALL {
+            drop(self.policies.get_or_create(&PolicyLabels { source }));
+        }
+        for &call in StoreCall::ALL {
+            drop(self.store_seconds.get_or_create(&StoreLabels { call }));
+        }
+        for kind in StoreError::KINDS {
+            drop(self.store_errors.get_or_create(&StoreErrorLabels { kind }));
+        }
+        for &outcome in LookUpLabel::ALL {
+            drop(self.look_ups.get_or_create(&LookUpLabels { outcome }));
+        }
+        for &reason in Refusal::ALL {
+            drop(self.refusals.get_or_create(&RefusalLabels { reason }));
+        }
+        for &part in InvalidPart::ALL {
+            drop(self.invalid.get_or_create(&InvalidLabels { part }));
         }
     }
 
@@ -257,7 +310,7 @@ impl Metrics {
         );
         registry.register(
             "certificate_reload_failures",
-            "Changed certificates that could not be used; the one before is served on",
+            "Looks at a changed certificate that cannot be used; the one before is served on",
             certificate.failures(),
         );
     }

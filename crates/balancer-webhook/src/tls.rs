@@ -149,10 +149,11 @@ impl Certificate {
                 Ok(Err(error)) => Some(format!("{error:#}")),
                 Err(error) => Some(error.to_string()),
             };
-            // A rotation in progress may be half-written for a poll: told once, not every five seconds.
+            // Counted as often as it is seen, so that an alert ends with the problem and not before: a
+            // rotation in progress may be half-written for a poll. Told once, not every five seconds.
+            self.failures.inc_by(problem.is_some().into());
             if problem != told {
                 if let Some(error) = &problem {
-                    self.failures.inc();
                     tracing::error!(error, "cannot use the changed certificate");
                 }
                 told = problem;
