@@ -47,6 +47,7 @@ pub mod parts;
 pub mod pods;
 pub mod port;
 pub mod process;
+pub mod prometheus;
 pub mod raw;
 pub mod reconciler;
 pub mod redis;

