@@ -153,6 +153,13 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
             json!({"monitoring": {"serviceMonitor": {"enabled": true}, "podMonitor": {"enabled": true}}}),
             "everything would be scraped twice",
         ),
+        (
+            json!({
+                "monitoring": {"prometheusRule": {"enabled": true}},
+                "certificates": {"certManager": {"renewBefore": "335h59m"}},
+            }),
+            "Make the first less, or the second 336h or more",
+        ),
     ];
     for (values, reason) in refused {
         let error = helm.template(&values).await.err().with_context(|| format!("not refused: {values}"))?;
