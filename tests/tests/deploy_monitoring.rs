@@ -167,11 +167,10 @@ fn hurried(rules: &Value) -> Result<Value> {
 
 /// The series of ours that there are, less what the scrape adds.
 async fn series(prometheus: &Prometheus) -> Result<BTreeSet<Vec<(String, String)>>> {
-    const OURS: [&str; 10] =
-        ["__name__", "call", "capacity", "cause", "kind", "le", "operation", "outcome", "part", "reason"];
+    const SCRAPED: [&str; 8] = ["component", "container", "endpoint", "instance", "job", "namespace", "pod", "service"];
     let found = prometheus.query(r#"{__name__=~"spot_balancer_.+"}"#).await?.into_iter();
-    let ours = |label: &str| OURS.contains(&label) || matches!(label, "resource" | "role" | "source" | "version");
-    Ok(found.map(|(labels, _)| labels.into_iter().filter(|(label, _)| ours(label)).collect()).collect())
+    let ours = |(label, _): &(String, String)| !SCRAPED.contains(&label.as_str());
+    Ok(found.map(|(labels, _)| labels.into_iter().filter(ours).collect()).collect())
 }
 
 /// The alerts that have fired so far.
