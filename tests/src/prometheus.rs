@@ -49,7 +49,15 @@ impl Prometheus {
         let relabelings = monitor["spec"]["endpoints"][0]["relabelings"].as_array().context("no relabelings")?;
         let relabelings: Vec<_> = relabelings
             .iter()
-            .map(|step| json!({"source_labels": step["sourceLabels"], "target_label": step["targetLabel"]}))
+            .map(|step| {
+                let mut relabeling = json!({"target_label": step["targetLabel"]});
+                for (name, field) in [("source_labels", "sourceLabels"), ("replacement", "replacement")] {
+                    if !step[field].is_null() {
+                        relabeling[name] = step[field].clone();
+                    }
+                }
+                relabeling
+            })
             .collect();
         let scraped = json!({"job_name": "chart", "static_configs": targets, "relabel_configs": relabelings});
         let folder = folder()?;

@@ -139,13 +139,6 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
         (json!({"webhook": {"replicas": 0}}), "minimum: got 0, want 1"),
         (json!({"webhook": {"service": {"port": 8080}}}), "the Service has both: they have to differ"),
         (json!({"certificates": {"certManager": {"duration": "24h"}}}), "the certificate is valid for 24h"),
-        (
-            json!({
-                "certificates": {"certManager": {"duration": "240h", "renewBefore": "80h30m"}},
-                "monitoring": {"prometheusRule": {"enabled": true, "certificateDays": 4}},
-            }),
-            "renewed only 80h30m before its end",
-        ),
         (json!({"webhook": {"port": 80}}), "minimum: got 80, want 1,024"),
         (json!({"webhook": {"port": 8080}}), "they have to differ"),
         (json!({"webhook": {"autoscaling": {"minReplicas": 9}}}), "minReplicas is 9, more than maxReplicas, 6"),
