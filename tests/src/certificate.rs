@@ -10,6 +10,9 @@ use rustls::pki_types::pem::PemObject;
 
 use crate::process::scratch_path;
 
+/// The name by which pods call the apiserver.
+pub const APISERVER: &str = "kubernetes.default.svc";
+
 /// The authority that signs; its certificate is what clients trust.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -45,7 +48,8 @@ impl Authority {
         Ok(Self { issuer, der, pem, path })
     }
 
-    /// A new certificate for `localhost` and `127.0.0.1`, in files of its own.
+    /// A new certificate for `localhost`, `127.0.0.1` and the name by which pods call the apiserver, in files
+    /// of its own.
     pub fn issue(&self) -> Result<ServerCertificate> {
         let certificate = ServerCertificate { path: scratch_path("tls.crt")?, key_path: scratch_path("tls.key")? };
         self.renew(&certificate)?;
@@ -59,7 +63,7 @@ impl Authority {
 
     /// The same with a certificate that expires when this year begins.
     pub fn renew_until(&self, certificate: &ServerCertificate, year: i32) -> Result<()> {
-        let names = vec!["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let names = ["localhost", "127.0.0.1", APISERVER].map(str::to_owned);
         let mut params = CertificateParams::new(names)?;
         params.not_after = date_time_ymd(year, 1, 1);
         params.use_authority_key_identifier_extension = true;

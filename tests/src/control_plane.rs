@@ -204,11 +204,7 @@ impl ControlPlane {
 
     /// The kubeconfig of a program that runs as this ServiceAccount in its namespace.
     pub async fn kubeconfig_of(&self, namespace: &str, account: &str) -> Result<PathBuf> {
-        let accounts = Api::<ServiceAccount>::namespaced(self.client()?, namespace);
-        let request = TokenRequest::default();
-        let answer = accounts.create_token_request(account, &PostParams::default(), &request).await?;
-        let token = answer.status.context("the TokenRequest has no status")?.token;
-        write_kubeconfig(self.port, &token, Some(namespace))
+        write_kubeconfig(self.port, &token(&self.client()?, namespace, account).await?, Some(namespace))
     }
 
     async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
@@ -296,6 +292,14 @@ fn tls_arguments(certificate: &ServerCertificate) -> [String; 2] {
         format!("--tls-cert-file={}", certificate.path.display()),
         format!("--tls-private-key-file={}", certificate.key_path.display()),
     ]
+}
+
+/// A token of this ServiceAccount.
+pub(crate) async fn token(client: &Client, namespace: &str, account: &str) -> Result<String> {
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
+    let request = TokenRequest::default();
+    let answer = accounts.create_token_request(account, &PostParams::default(), &request).await?;
+    Ok(answer.status.context("the TokenRequest has no status")?.token)
 }
 
 /// A kubeconfig for an apiserver on this machine, of a program that runs in this namespace.

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use futures::StreamExt;
+use futures::{StreamExt, TryFutureExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Api, DeleteParams, Preconditions};
 use kube::runtime::{WatchStreamExt, watcher};
@@ -45,11 +45,34 @@ impl Drop for Kubelet {
     }
 }
 
-/// Does what the pod's present state asks for, again until the API takes it.
+/// Does what the pod's present state asks for.
 async fn follow(api: &Api<Pod>, pod: Pod) {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    if pod.metadata.deletion_timestamp.is_some() {
+        finish(api, &pod).await;
+    } else if phase == Some("Pending") {
+        let name = pod.name_any();
+        insist(&name, || pods::set_phase(api, &name, "Running")).await;
+    }
+}
+
+/// The kubelet's last word on a pod that was deleted.
+pub(crate) async fn finish(api: &Api<Pod>, pod: &Pod) {
+    let now = DeleteParams {
+        preconditions: Some(Preconditions { uid: pod.uid(), resource_version: None }),
+        ..DeleteParams::default().grace_period(0)
+    };
     let name = pod.name_any();
+    insist(&name, || api.delete(&name, &now).map_ok(drop)).await;
+}
+
+/// Tells the API something about a pod, again until it takes it.
+pub(crate) async fn insist<F>(name: &str, tell: impl Fn() -> F)
+where
+    F: Future<Output = Result<(), Error>>,
+{
     for _ in 0..TRIES {
-        match act(api, &name, &pod).await {
+        match tell().await {
             // Gone, or replaced by another of the same name: nothing is left to do.
             Err(Error::Api(status)) if matches!(status.code, 404 | 409) => return,
             Err(_) => sleep(PAUSE).await,
@@ -57,19 +80,4 @@ async fn follow(api: &Api<Pod>, pod: Pod) {
         }
     }
     eprintln!("the simulated kubelet gave up on pod {name}");
-}
-
-async fn act(api: &Api<Pod>, name: &str, pod: &Pod) -> Result<(), Error> {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    if pod.metadata.deletion_timestamp.is_some() {
-        let now = DeleteParams {
-            preconditions: Some(Preconditions { uid: pod.uid(), resource_version: None }),
-            ..DeleteParams::default().grace_period(0)
-        };
-        api.delete(name, &now).await.map(drop)
-    } else if phase == Some("Pending") {
-        pods::set_phase(api, name, "Running").await
-    } else {
-        Ok(())
-    }
 }

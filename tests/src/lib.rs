@@ -32,13 +32,18 @@
 #![allow(clippy::indexing_slicing, reason = "JSON is read and built by index; a panic here fails a test, as it should")]
 
 pub mod account;
+mod address;
 pub mod balance;
 pub mod certificate;
+pub mod containers;
 pub mod control_plane;
 pub mod deployed;
+pub mod end_to_end;
 pub mod endpoint;
 pub mod figures;
+mod gateway;
 pub mod helm;
+mod hosts;
 pub mod kubelet;
 pub mod metrics;
 pub mod nodes;
@@ -48,15 +53,19 @@ pub mod pods;
 pub mod port;
 pub mod process;
 pub mod prometheus;
+mod provision;
 pub mod raw;
 pub mod reconciler;
 pub mod redis;
 pub mod registration;
 pub mod release;
 pub mod reviews;
+mod sandbox;
 pub mod scenario;
+mod spark_image;
 pub mod stand_ins;
 pub mod steady;
+mod variables;
 pub mod wait;
 mod watchdog;
 pub mod webhook;

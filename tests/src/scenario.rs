@@ -91,6 +91,8 @@ pub struct Scenario {
     pub kubelet: Option<Kubelet>,
     /// Whose apiserver calls us.
     pub plane: Plane,
+    /// The label by which the pods of a job are found.
+    pub job_id_label: &'static str,
     account: Option<Account>,
     next_id: AtomicU32,
 }
@@ -136,6 +138,7 @@ impl Scenario {
             account: None,
             // Past what tests count by themselves.
             next_id: AtomicU32::new(10_000),
+            job_id_label: pods::JOB_ID_LABEL,
             plane,
             client,
             namespace,
@@ -227,7 +230,7 @@ impl Scenario {
 
     /// The job's live executors.
     pub async fn live(&self, job: &str) -> Result<Vec<Pod>> {
-        let list = ListParams::default().labels(&format!("spark-role=executor,{}={job}", pods::JOB_ID_LABEL));
+        let list = ListParams::default().labels(&format!("spark-role=executor,{}={job}", self.job_id_label));
         let live = |pod: &Pod| {
             let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
             pod.metadata.deletion_timestamp.is_none() && !matches!(phase, Some("Succeeded" | "Failed"))
