@@ -1,0 +1,177 @@
+//! Real Spark: the end-to-end tests with it, and a job that computes to its end.
+//!
+//! Its containers are processes of this machine; apiserver, scheduler, controller manager and Redis are real.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use balancer_tests::containers::{self, Containers};
+use balancer_tests::control_plane::{ControlPlane, Options, Plane};
+use balancer_tests::end_to_end::{self, Outcome};
+use balancer_tests::need;
+use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
+use balancer_tests::wait::{until, until_true};
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
+use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
+use kube::api::{Api, ListParams};
+use kube::{Resource, ResourceExt};
+use redis::AsyncCommands;
+use serde::de::DeserializeOwned;
+use tokio::sync::OnceCell;
+
+const SOON: Duration = Duration::from_secs(60);
+/// To start a job on a machine that is busy: three Java machines one after the other, and then the executors.
+const STARTED: Duration = Duration::from_secs(150);
+const APPLICATION: &str = "spark-app-selector";
+
+/// A namespace in which real Spark runs, with one webhook and one reconciler.
+async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
+    static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
+    let options = Options { scheduler: true, controller_manager: true };
+    let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
+    let mut scenario = Scenario::bare(Plane::Shared(plane), purpose).await?;
+    scenario.kubelet = None;
+    scenario.job_id_label = APPLICATION;
+    scenario.start_webhooks(1, strict()).await?;
+    scenario.registration().apply(&scenario.plane).await?;
+    scenario.start_reconcilers(1).await?;
+    let containers = Containers::start(&scenario.plane, &scenario.namespace).await?;
+    Ok((scenario, containers))
+}
+
+/// The names of all objects of a kind that have to do with Spark or with the end-to-end tests.
+async fn of_spark<K>(scenario: &Scenario) -> Result<Vec<String>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + DeserializeOwned + std::fmt::Debug,
+{
+    let all = Api::<K>::namespaced(scenario.client.clone(), &scenario.namespace).list(&ListParams::default()).await?;
+    let names = all.items.iter().map(|object| format!("{} {}", K::kind(&()), object.name_any()));
+    Ok(names.filter(|name| name.contains("spark") || name.contains("e2e") || name.contains("pi-")).collect())
+}
+
+async fn until_nothing_is_left(scenario: &Scenario) -> Result<()> {
+    let mut left = Vec::new();
+    let gone = until_true(SOON, "all that was made to be gone", async || {
+        left = of_spark::<Pod>(scenario).await?;
+        left.extend(of_spark::<Job>(scenario).await?);
+        left.extend(of_spark::<Service>(scenario).await?);
+        left.extend(of_spark::<ConfigMap>(scenario).await?);
+        left.extend(of_spark::<ServiceAccount>(scenario).await?);
+        left.extend(of_spark::<Role>(scenario).await?);
+        left.extend(of_spark::<RoleBinding>(scenario).await?);
+        let ledgers: Vec<String> = scenario.redis.connection().await?.keys("exec-*:*").await?;
+        left.extend(ledgers);
+        Ok(left.is_empty())
+    });
+    gone.await.with_context(|| format!("left behind: {left:?}"))
+}
+
+#[tokio::test]
+async fn the_end_to_end_tests_pass_with_real_spark_and_leave_nothing() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
+    if !containers::allowed().await? {
+        return Ok(());
+    }
+    let (scenario, containers) = scenario("ratios").await?;
+    let Outcome { content, said } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
+    ensure!(content, "{said}\n{}", containers.last_words());
+    for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
+        assert!(said.contains(line), "{said}");
+    }
+    assert!(said.contains("all as asked"), "{said}");
+    until_nothing_is_left(&scenario).await?;
+    // A driver that is deleted after its executors makes others in their place.
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);
+    Ok(())
+}
+
+/// A job that is to compute so many partitions of pi on four executors.
+struct Pi<'a> {
+    scenario: &'a Scenario,
+    containers: &'a Containers,
+    driver: String,
+    /// Its id in the ledger.
+    id: String,
+}
+
+impl<'a> Pi<'a> {
+    async fn submit(scenario: &'a Scenario, containers: &'a Containers, partitions: u32) -> Result<Self> {
+        let partitions = partitions.to_string();
+        let settings = [
+            ("JOB", "pi"),
+            ("RATIO", "0.7"),
+            ("EXECUTORS", "4"),
+            ("PARTITIONS", partitions.as_str()),
+            ("SPARK_IMAGE", "docker.io/apache/spark:3.5.6"),
+            ("ratio_annotation", "workload/spot-ratio"),
+        ];
+        let Outcome { content, said } = end_to_end::run(scenario, "submit-spark", &settings).await?;
+        ensure!(content, "{said}");
+        let drivers = ListParams::default().labels("spark-role=driver");
+        let driver = until(STARTED, "the driver", async || Ok(scenario.pods().list(&drivers).await?.items.pop()));
+        let driver = driver.await.with_context(|| containers.last_words())?;
+        let id = driver.labels().get(APPLICATION).context("a driver without an id")?.clone();
+        Ok(Self { scenario, containers, driver: driver.name_any(), id })
+    }
+
+    /// The executors that finished tasks, by what the driver says.
+    fn finished(&self) -> Result<Vec<String>> {
+        let log = self.containers.log(&self.driver)?;
+        let lines = log.lines().filter(|line| line.contains("Finished task"));
+        let executor = |line: &str| Some(line.split_once("(executor ")?.1.split_once(')')?.0.to_owned());
+        Ok(lines.filter_map(executor).collect())
+    }
+
+    async fn until_succeeded(&self) -> Result<()> {
+        until_true(STARTED, "the driver to end", async || {
+            let status = self.scenario.pods().get(&self.driver).await?.status.unwrap_or_default();
+            Ok(status.phase.as_deref() == Some("Succeeded"))
+        })
+        .await
+    }
+}
+
+#[tokio::test]
+async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_empty_ledger() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
+    if !containers::allowed().await? {
+        return Ok(());
+    }
+    let (scenario, containers) = scenario("reclaim").await?;
+    let pi = Pi::submit(&scenario, &containers, 600).await?;
+    let computing = until_true(STARTED, "the executors to compute", async || Ok(!pi.finished()?.is_empty()));
+    computing.await.with_context(|| containers.last_words())?;
+    let asked = Counts { spot: 3, on_demand: 1 };
+    assert_eq!(scenario.until_ledger_is_true(&pi.id, REPAIRED).await?, asked);
+    scenario.ensure_bound_as_placed(&pi.id).await?;
+
+    let lost = scenario.some(&pi.id, "spot", 1).await?.pop().context("no executor")?;
+    containers.kill(&lost)?;
+    let replaced = until(SOON, "another executor in its place", async || {
+        let live = scenario.real(&pi.id).await?;
+        Ok((!live.contains_key(&lost) && live.len() == 4).then_some(live))
+    });
+    let replaced = replaced.await.with_context(|| containers.last_words())?;
+    assert!(replaced.keys().any(|name| name.ends_with("-exec-5")), "{replaced:?}");
+    // Spark may ask for it before the loss is in the ledger: no review tells of a process that ended.
+    let counts = scenario.until_ledger_is_true(&pi.id, REPAIRED).await?;
+    assert_eq!(counts.spot + counts.on_demand, 4);
+    counts.ensure_near(0.7, 1.0)?;
+
+    pi.until_succeeded().await.with_context(|| containers.last_words())?;
+    let log = containers.log(&pi.driver)?;
+    let result =
+        log.lines().find(|line| line.starts_with("Pi is roughly ")).with_context(|| containers.last_words())?;
+    assert!(result.starts_with("Pi is roughly 3.1"), "{result}");
+    until_true(SOON, "the executors to be gone", async || Ok(scenario.live(&pi.id).await?.is_empty())).await?;
+    assert_eq!(scenario.until_ledger_is_true(&pi.id, REPAIRED).await?, Counts::default());
+    let computed = pi.finished()?;
+    for id in ["1", "2", "3", "4"].into_iter().filter(|id| !lost.ends_with(&format!("-exec-{id}"))) {
+        assert!(computed.iter().any(|by| by == id), "executor {id} computed nothing: {computed:?}");
+    }
+    // The driver told its ratio when it was made: no executor had to wait for a look-up.
+    assert_eq!(scenario.metric("spot_balancer_policies_total", &[("source", "ledger")]).await?, 5.0);
+    Ok(())
+}
