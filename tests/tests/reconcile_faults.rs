@@ -80,7 +80,11 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
     assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, before);
     assert_eq!(scenario.policy(JOB).await?, (Some("0.7".to_owned()), Some("0".to_owned())));
     assert_eq!(scenario.policy("waiting").await?.0.as_deref(), Some("0.9"));
-    ensure!(scenario.reconcile_metric("resyncs_total", &[("cause", "store")]).await? >= 1.0, "by chance");
+    // Which may have begun before the ledgers were right, and ends after.
+    until_true(REPAIRED, "a round for this cause", async || {
+        Ok(scenario.reconcile_metric("resyncs_total", &[("cause", "store")]).await? >= 1.0)
+    })
+    .await?;
     scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
     assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
     Ok(())

@@ -14,10 +14,12 @@ use balancer_tests::registration::Registration;
 use balancer_tests::scenario::{Counts, Executors, GRACE, REPAIRED, Scenario, placed, strict};
 use balancer_tests::wait::{until, until_true};
 use balancer_tests::webhook::WebhookOptions;
-use balancer_tests::{need, nodes};
+use balancer_tests::{need, nodes, port};
+use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
 use kube::ResourceExt;
-use kube::api::{DeleteParams, EvictParams, ListParams};
+use kube::api::{Api, DeleteParams, EvictParams, ListParams, PostParams};
 use redis::AsyncCommands;
+use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
@@ -78,6 +80,42 @@ async fn executors_deleted_by_force_leave_the_ledger_with_and_without_the_deleti
         assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 18, on_demand: 12 });
         scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_executor_whose_deletion_is_refused_after_its_review_is_counted_again() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
+    let scenario = Scenario::reconciled("denied", 1, 1).await?;
+    let grown = scenario.grow(JOB, "0.5", 6).await?;
+    // A webhook beside ours that cannot be called, and has to be.
+    let name = format!("deny.{}.spot-balancer.test", scenario.namespace);
+    let other: ValidatingWebhookConfiguration = serde_json::from_value(json!({
+        "metadata": {"name": name},
+        "webhooks": [{
+            "name": name,
+            "admissionReviewVersions": ["v1"],
+            "clientConfig": {"url": format!("https://127.0.0.1:{}/", port::free()?)},
+            "rules": [{"operations": ["DELETE"], "apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"]}],
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": scenario.namespace}},
+            "sideEffects": "None",
+            "failurePolicy": "Fail",
+        }],
+    }))?;
+    let configurations = Api::<ValidatingWebhookConfiguration>::all(scenario.client.clone());
+    configurations.create(&PostParams::default(), &other).await?;
+    let spot = scenario.some(JOB, "spot", 1).await?.pop().context("no executor on spot")?;
+    until_true(SOON, "a deletion to be refused", async || {
+        let refused = scenario.pods().delete(&spot, &DeleteParams::default().dry_run()).await;
+        Ok(refused.is_err_and(|error| error.to_string().contains("deny.")))
+    })
+    .await?;
+    let released = scenario.metric("spot_balancer_admissions_total", &[("outcome", "released")]).await?;
+    ensure!(scenario.pods().delete(&spot, &DeleteParams::default()).await.is_err(), "it was deleted");
+    let now = scenario.metric("spot_balancer_admissions_total", &[("outcome", "released")]).await?;
+    assert_eq!(now, released + 1.0, "we were asked first, and released it");
+    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, grown);
+    configurations.delete(&name, &DeleteParams::default()).await?;
     Ok(())
 }
 

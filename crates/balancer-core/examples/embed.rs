@@ -39,7 +39,7 @@ fn admit(
         Work::Release(executor) if !subject.dry_run => {
             let job = (executor.job.namespace.to_owned(), executor.job.id.to_owned());
             if let Some(ledger) = ledgers.0.get_mut(&job) {
-                ledger.release(executor.key, executor.uid);
+                ledger.release(executor.key, executor.uid, now_ms);
             }
         }
         Work::Release(_) | Work::Learn(_) | Work::Leave(_) => {}

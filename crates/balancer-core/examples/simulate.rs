@@ -39,7 +39,7 @@ impl Simulation {
             .take(executors)
             .collect();
         for name in &gone {
-            self.ledger.release(name, None);
+            self.ledger.release(name, None, 0);
         }
         self.report(&format!("-{} spot", gone.len()));
     }

@@ -122,8 +122,9 @@ pub struct Mended {
     pub drift: Drift,
     /// The executors by capacity, those that wait for their pods included.
     pub counts: Counts,
-    /// In how many milliseconds the first placement that has no pod yet will have waited for the
-    /// grace; `None` where all have their pods.
+    /// In how many milliseconds the job is to be looked at again, since the first placement that has no
+    /// pod yet will then have waited for the grace, or the first released executor that still seems to live
+    /// will have had its time to go; `None` where there are none.
     pub waits: Option<Millis>,
 }
 
@@ -151,7 +152,7 @@ pub struct JobLedger {
     policy: Option<Policy>,
     counts: Counts,
     entries: HashMap<String, Entry>,
-    released: VecDeque<String>,
+    released: VecDeque<(String, Millis)>,
     term: Term,
 }
 
@@ -160,12 +161,17 @@ impl JobLedger {
     /// moments; this outlasts the reviews of several pods that end at once, and costs Redis little.
     pub const RELEASED_REMEMBERED: usize = 16;
 
+    /// This part of the grace is what a released executor has to show that it goes: 2 s of the default's
+    /// minute. A deletion is reviewed before the cluster shows it; one that is refused after its review has
+    /// to come back into the ledger.
+    pub const GOES_WITHIN: Millis = 30;
+
     /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
     /// are taken from the entries.
     pub fn from_parts(
         policy: Option<Policy>,
         entries: HashMap<String, Entry>,
-        released: impl IntoIterator<Item = String>,
+        released: impl IntoIterator<Item = (String, Millis)>,
         term: Term,
     ) -> Self {
         let released = released.into_iter().collect();
@@ -220,17 +226,17 @@ impl JobLedger {
     /// known under another uid stays, and so does one of unknown uid where this uid was released already.
     /// (One pod's deletion is reviewed several times, by several callers, and a review may come after
     /// the next pod's placement, whose uid is not known yet.)
-    pub fn release(&mut self, executor: &str, uid: Option<&str>) -> Option<Capacity> {
+    pub fn release(&mut self, executor: &str, uid: Option<&str>, now: Millis) -> Option<Capacity> {
         if let Some(uid) = uid {
             let known = self.entries.get(executor).and_then(|entry| entry.uid.as_deref());
-            let again = self.released.iter().any(|released| released == uid);
+            let again = self.released.iter().any(|(released, _)| released == uid);
             // A pod that was seen to live on after its release has to be released again.
             if known.map_or(again, |known| known != uid) {
                 return None;
             }
             if !again {
                 self.released.truncate(Self::RELEASED_REMEMBERED - 1);
-                self.released.push_front(uid.to_owned());
+                self.released.push_front((uid.to_owned(), now));
             }
         }
         let struck = self.entries.remove(executor).map(|entry| entry.capacity);
@@ -250,7 +256,8 @@ impl JobLedger {
     ///
     /// Struck are entries with no live executor: at once where the pod had been seen (its uid is
     /// known), else once the placement is `grace` old. Entered are live executors of known capacity
-    /// that are missing. Counts are taken anew from the entries.
+    /// that are missing, unless they were released so recently that they may still be seen to live. Counts
+    /// are taken anew from the entries.
     pub fn reconcile(&mut self, seen: &Observation<'_>, grace: Millis, term: Term, now: Millis) -> Reconciled {
         if self.term > term {
             return Reconciled::Superseded(self.term);
@@ -280,6 +287,13 @@ impl JobLedger {
                     entry.uid = Some(uid.to_owned());
                 }
                 (None, Some(capacity)) => {
+                    let released = self.released.iter().find(|(released, _)| released == uid);
+                    let left = released
+                        .map_or(0, |(_, at)| (grace / Self::GOES_WITHIN).saturating_sub(now.saturating_sub(*at)));
+                    if left > 0 {
+                        waits = Some(waits.unwrap_or(Millis::MAX).min(left));
+                        continue;
+                    }
                     let entry = Entry { capacity, uid: Some(uid.to_owned()), placed_at: now };
                     self.entries.insert(executor.to_owned(), entry);
                     drift.missing += 1;
@@ -321,9 +335,9 @@ impl JobLedger {
         self.policy
     }
 
-    /// The uids of the last releases, the newest first.
-    pub fn released(&self) -> impl Iterator<Item = &str> {
-        self.released.iter().map(String::as_str)
+    /// The uids of the last releases and when they were, the newest first.
+    pub fn released(&self) -> impl Iterator<Item = (&str, Millis)> {
+        self.released.iter().map(|(uid, at)| (uid.as_str(), *at))
     }
 
     /// The term in which it was last reconciled.
@@ -397,20 +411,20 @@ mod tests {
         let mut ledger = JobLedger::default();
         ledger.place(&placing("e1"), 0);
         mend(&mut ledger, &[LiveExecutor { executor: "e1", uid: "new", capacity: None }], 60_000, 1);
-        assert_eq!(ledger.release("e1", Some("old")), None);
-        assert_eq!(ledger.release("e1", Some("new")), Some(Capacity::OnDemand));
-        assert_eq!(ledger.release("e1", Some("new")), None);
+        assert_eq!(ledger.release("e1", Some("old"), 0), None);
+        assert_eq!(ledger.release("e1", Some("new"), 0), Some(Capacity::OnDemand));
+        assert_eq!(ledger.release("e1", Some("new"), 0), None);
     }
 
     #[test]
     fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing() {
         let mut ledger = JobLedger::default();
         ledger.place(&placing("e1"), 0);
-        assert_eq!(ledger.release("e1", Some("first")), Some(Capacity::OnDemand));
+        assert_eq!(ledger.release("e1", Some("first"), 0), Some(Capacity::OnDemand));
         ledger.place(&placing("e1"), 1);
-        assert_eq!(ledger.release("e1", Some("first")), None);
+        assert_eq!(ledger.release("e1", Some("first"), 0), None);
         assert_eq!(ledger.counts().total(), 1);
-        assert_eq!(ledger.release("e1", Some("second")), Some(Capacity::OnDemand));
+        assert_eq!(ledger.release("e1", Some("second"), 0), Some(Capacity::OnDemand));
     }
 
     #[test]
@@ -418,10 +432,10 @@ mod tests {
         let mut ledger = JobLedger::default();
         for i in 0..1000 {
             ledger.place(&placing("e1"), i);
-            ledger.release("e1", Some(&format!("uid-{i}")));
+            ledger.release("e1", Some(&format!("uid-{i}")), i);
         }
         assert_eq!(ledger.released().count(), JobLedger::RELEASED_REMEMBERED);
-        assert_eq!(ledger.released().next(), Some("uid-999"));
+        assert_eq!(ledger.released().next(), Some(("uid-999", 999)));
     }
 
     #[test]
@@ -436,6 +450,21 @@ mod tests {
         assert_eq!((drift, counts.total(), waits), (struck, 1, Some(1)));
         let Mended { drift, counts, waits } = mend(&mut ledger, &[], 100, 100);
         assert_eq!((drift, counts.total(), waits), (struck, 0, None));
+    }
+
+    #[test]
+    fn an_executor_that_was_just_released_has_its_time_to_go_and_comes_back_if_it_does_not() {
+        let mut ledger = JobLedger::default();
+        ledger.learn(POLICY);
+        let live = [LiveExecutor { executor: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
+        mend(&mut ledger, &live, 300, 0);
+        ledger.release("e1", Some("u1"), 100);
+        // A review that comes again changes nothing of it.
+        ledger.release("e1", Some("u1"), 105);
+        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 300, 109);
+        assert_eq!((drift, counts.total(), waits), (Drift::default(), 0, Some(1)));
+        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 300, 110);
+        assert_eq!((drift.missing, counts.total(), waits), (1, 1, None));
     }
 
     #[test]
@@ -489,8 +518,8 @@ mod tests {
                         ledger.place(&asked, now as Millis);
                         prop_assert_eq!(ledger.counts(), once);
                     }
-                    2 => { ledger.release(&name, None); }
-                    3 => { ledger.release(&name, Some("other")); }
+                    2 => { ledger.release(&name, None, now as Millis); }
+                    3 => { ledger.release(&name, Some("other"), now as Millis); }
                     4 => { mend(&mut ledger, &[LiveExecutor { executor: &name, uid: "u", capacity: pinned }], 5, now as Millis); }
                     _ => ledger.learn(POLICY),
                 }

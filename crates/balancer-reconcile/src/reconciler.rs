@@ -235,8 +235,8 @@ impl<L: Ledger> Working<'_, L> {
         self.uncounted |= !changed.is_empty();
         // Whoever comes to lead makes a round of all jobs first.
         if self.term.is_some() {
-            for job in changed {
-                self.schedule.changed(job, now);
+            for (job, change) in changed {
+                self.schedule.changed(job, change, now);
             }
         }
     }

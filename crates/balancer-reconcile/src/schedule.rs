@@ -8,8 +8,13 @@ use std::time::Duration;
 use balancer_core::JobKey;
 use tokio::time::Instant;
 
+use crate::view::Change;
+
 /// From a change to the repair: the changes that come with it are repaired together.
 const DEBOUNCE: Duration = Duration::from_millis(250);
+/// From a loss to the repair. Spark asks for another executor half a second after the loss or later, and
+/// that one is decided by what the ledger has then.
+const LOSS_DEBOUNCE: Duration = Duration::from_millis(20);
 /// How long a job rests after a repair, for each of its executors: the store is at each for some 6 µs, and
 /// one job may have a twentieth of its time.
 const REST: Duration = Duration::from_micros(120);
@@ -34,8 +39,12 @@ struct Waiting {
 
 impl Schedule {
     /// Something of the job has changed.
-    pub(crate) fn changed(&mut self, job: Arc<JobKey>, now: Instant) {
-        self.put(job, Waiting { due: now + DEBOUNCE, since: Some(now) });
+    pub(crate) fn changed(&mut self, job: Arc<JobKey>, change: Change, now: Instant) {
+        let debounce = match change {
+            Change::Other => DEBOUNCE,
+            Change::Loss => LOSS_DEBOUNCE,
+        };
+        self.put(job, Waiting { due: now + debounce, since: Some(now) });
     }
 
     /// The job is to be looked at then, if not earlier.
@@ -91,7 +100,7 @@ impl Schedule {
     pub(crate) fn repaired(&mut self, job: &Arc<JobKey>, executors: u64, now: Instant) {
         self.rests.retain(|_, rest| *rest > now);
         let rest = REST.saturating_mul(u32::try_from(executors).unwrap_or(u32::MAX)).min(MOST_REST);
-        if rest > DEBOUNCE {
+        if rest > LOSS_DEBOUNCE {
             self.rests.insert(Arc::clone(job), now + rest);
         }
     }
@@ -111,7 +120,7 @@ mod tests {
     fn changes_that_come_together_are_repaired_together_and_none_waits_for_the_last() {
         let (mut schedule, start) = (Schedule::default(), Instant::now());
         for i in 0..100 {
-            schedule.changed(job("a"), start + i * MS);
+            schedule.changed(job("a"), Change::Other, start + i * MS);
         }
         assert_eq!(schedule.next(), Some(start + DEBOUNCE));
         assert!(schedule.take_due(start + DEBOUNCE - MS, 9).is_empty());
@@ -123,11 +132,25 @@ mod tests {
     fn a_job_that_is_looked_after_later_is_repaired_soon_when_it_changes() {
         let (mut schedule, start) = (Schedule::default(), Instant::now());
         schedule.look_after(job("a"), start + 60_000 * MS);
-        schedule.changed(job("a"), start);
+        schedule.changed(job("a"), Change::Other, start);
         assert_eq!(schedule.next(), Some(start + DEBOUNCE));
         schedule.look_after(job("a"), start + 60_000 * MS);
         assert_eq!(schedule.take_due(start + DEBOUNCE, 9).len(), 1);
         assert_eq!(schedule.next(), None);
+    }
+
+    #[test]
+    fn a_loss_is_repaired_sooner_and_takes_the_other_changes_with_it() {
+        let (mut schedule, start) = (Schedule::default(), Instant::now());
+        schedule.changed(job("a"), Change::Other, start);
+        schedule.changed(job("a"), Change::Loss, start + 10 * MS);
+        schedule.changed(job("a"), Change::Other, start + 11 * MS);
+        assert_eq!(schedule.next(), Some(start + 10 * MS + LOSS_DEBOUNCE));
+        assert_eq!(schedule.take_due(start + 30 * MS, 9), [(job("a"), Some(start))]);
+        // 500 executors rest for 60 ms.
+        schedule.repaired(&job("a"), 500, start + 30 * MS);
+        schedule.changed(job("a"), Change::Loss, start + 31 * MS);
+        assert_eq!(schedule.next(), Some(start + 90 * MS));
     }
 
     #[test]
@@ -146,9 +169,9 @@ mod tests {
         schedule.repaired(&job("large"), 10_000, start);
         schedule.repaired(&job("larger"), 1_000_000, start);
         schedule.repaired(&job("small"), 100, start);
-        schedule.changed(job("large"), start);
+        schedule.changed(job("large"), Change::Other, start);
         schedule.look_after(job("larger"), start);
-        schedule.changed(job("small"), start);
+        schedule.changed(job("small"), Change::Other, start);
         assert_eq!(schedule.take_due(start + DEBOUNCE, 9), [(job("small"), Some(start))]);
         assert_eq!(schedule.next(), Some(start + 1_200 * MS));
         assert_eq!(schedule.take_due(start + MOST_REST, 9).len(), 2);

@@ -1,6 +1,6 @@
 //! What the cluster says of every job, kept by what the watches tell. Pure: no I/O and no clock.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::mem;
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ pub struct View {
     /// How many lists of each namespace's pods were begun; all namespaces count as `None`.
     pod_lists: HashMap<Option<Arc<str>>, u32>,
     node_lists: u32,
-    changed: HashSet<Arc<JobKey>>,
+    changed: HashMap<Arc<JobKey>, Change>,
     complaints: BTreeMap<(Arc<JobKey>, Arc<str>), Complaint>,
 }
 
@@ -64,6 +64,15 @@ struct Node {
     /// The jobs with executors bound to it, and how many.
     jobs: Vec<(Arc<JobKey>, u32)>,
     list: u32,
+}
+
+/// What has changed of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Change {
+    /// Something that the ledger may know already, or that can wait.
+    Other,
+    /// An executor is gone, so that Spark may ask for another at any moment.
+    Loss,
 }
 
 /// Live pods by what they are, for the gauges.
@@ -125,7 +134,7 @@ impl View {
             nodes: HashMap::new(),
             pod_lists: HashMap::new(),
             node_lists: 0,
-            changed: HashSet::new(),
+            changed: HashMap::new(),
             complaints: BTreeMap::new(),
         }
     }
@@ -174,6 +183,7 @@ impl View {
         }
         let Some(job) = self.jobs.get_mut(&key) else { return };
         let executor = job.executors.remove(&name);
+        let was_executor = executor.is_some();
         job.drivers.remove(&name);
         if job.executors.is_empty() && job.drivers.is_empty() {
             self.jobs.remove(&key);
@@ -182,7 +192,13 @@ impl View {
             self.unbind(&node, &key);
         }
         self.complaints.remove(&(Arc::clone(&key), name));
-        self.changed.insert(key);
+        self.note(key, if was_executor { Change::Loss } else { Change::Other });
+    }
+
+    /// Notes a change; the gravest of a job's counts.
+    fn note(&mut self, job: Arc<JobKey>, change: Change) {
+        let noted = self.changed.entry(job).or_insert(change);
+        *noted = change.max(*noted);
     }
 
     /// A list of the nodes begins.
@@ -206,7 +222,9 @@ impl View {
         let Some(node) = self.nodes.get_mut(&name) else { return };
         let capacity = label.map(Capacity::of_label);
         if node.capacity != capacity {
-            self.changed.extend(node.jobs.iter().map(|(job, _)| Arc::clone(job)));
+            for (job, _) in &node.jobs {
+                self.changed.entry(Arc::clone(job)).or_insert(Change::Other);
+            }
         }
         (node.capacity, node.exists, node.list) = (capacity, true, list);
     }
@@ -221,8 +239,8 @@ impl View {
         }
     }
 
-    /// The jobs of which something has changed since this was asked last.
-    pub fn take_changed(&mut self) -> HashSet<Arc<JobKey>> {
+    /// The jobs of which something has changed since this was asked last, and what.
+    pub fn take_changed(&mut self) -> HashMap<Arc<JobKey>, Change> {
         mem::take(&mut self.changed)
     }
 
@@ -293,7 +311,7 @@ impl View {
             }
         }
         if !same || as_a_driver {
-            self.changed.insert(job);
+            self.note(job, Change::Other);
         }
     }
 
@@ -332,7 +350,7 @@ impl View {
             self.unbind(&node, &job);
         }
         if !same {
-            self.changed.insert(job);
+            self.note(job, Change::Other);
         }
     }
 

@@ -137,9 +137,10 @@ impl World {
             }
             Step::Create { name, asked } => self.create(name, asked),
             Step::Delete { name, reviews, late } => {
+                let now = self.now;
                 if let Some(gone) = self.executors.remove(&name) {
                     for _ in 0..reviews {
-                        self.ledger(job_of(name)).release(&executor(name), Some(&gone.uid));
+                        self.ledger(job_of(name)).release(&executor(name), Some(&gone.uid), now);
                     }
                     self.late_reviews.extend((0..late).map(|_| (name, gone.uid.clone())));
                     self.pod_words.push_back(Word::PodGone { name });
@@ -148,9 +149,9 @@ impl World {
             Step::End { name, reviews } => {
                 let Some(ending) = self.executors.get_mut(&name) else { return };
                 ending.live = false;
-                let uid = ending.uid.clone();
+                let (uid, now) = (ending.uid.clone(), self.now);
                 for _ in 0..reviews {
-                    self.ledger(job_of(name)).release(&executor(name), Some(&uid));
+                    self.ledger(job_of(name)).release(&executor(name), Some(&uid), now);
                 }
                 self.say(name);
             }
@@ -167,7 +168,8 @@ impl World {
             Step::Review { which } => {
                 if !self.late_reviews.is_empty() {
                     let (name, uid) = self.late_reviews.remove(usize::from(which) % self.late_reviews.len());
-                    self.ledger(job_of(name)).release(&executor(name), Some(&uid));
+                    let now = self.now;
+                    self.ledger(job_of(name)).release(&executor(name), Some(&uid), now);
                 }
             }
             Step::Hear { nodes } => {
@@ -250,7 +252,7 @@ impl World {
     }
 
     fn note_changes(&mut self) {
-        for job in self.view.take_changed() {
+        for job in self.view.take_changed().into_keys() {
             self.changed.extend(JOBS.iter().filter(|known| **known == job.id));
         }
     }

@@ -57,6 +57,7 @@ macro_rules! contract {
             reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong,
             reconciling_a_right_ledger_finds_nothing,
             a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once,
+            a_released_executor_is_not_entered_again_while_it_may_be_going,
             a_live_executor_of_unknown_capacity_stays_but_is_not_entered,
             a_reconciled_policy_replaces_the_noted_one,
             each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none,
@@ -444,6 +445,23 @@ pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck
     let drift = Drift { stale: 1, ..Drift::default() };
     assert_eq!(none_left, Mended { drift, ..Mended::default() });
     assert_eq!(counts(ledger, job).await?, (0, 0));
+    Ok(())
+}
+
+/// A deletion is reviewed before the cluster shows it; one that was refused after that comes back.
+pub async fn a_released_executor_is_not_entered_again_while_it_may_be_going(ledger: &impl Ledger) -> Checked {
+    let job = job("going");
+    let now = [live("e1", "u 1", Some(Spot)), live("e2", "u2", Some(Spot))];
+    ledger.learn(job, all_spot()).await?;
+    mend(ledger, job, seen(&now), LONG).await?;
+    assert_eq!(ledger.release(job, "e1", Some("u 1")).await?, Some(Spot));
+    let Mended { drift, counts: one, waits } = mend(ledger, job, seen(&now), LONG).await?;
+    assert_eq!((drift, one), (Drift::default(), Counts { spot: 1, on_demand: 0 }));
+    let time_to_go = LONG.as_secs() * 1_000 / JobLedger::GOES_WITHIN;
+    assert!(waits.is_some_and(|waits| (time_to_go / 2..=time_to_go).contains(&waits)), "{waits:?}");
+    let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
+    let drift = Drift { missing: 1, ..Drift::default() };
+    assert_eq!(mended, Mended { drift, counts: Counts { spot: 2, on_demand: 0 }, waits: None });
     Ok(())
 }
 
@@ -849,7 +867,11 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
                 assert_eq!(ledger.peek(job, &ask.placing()).await?, reference.peek(&ask.placing()), "{step:?}");
             }
             Step::Release { executor, uid } => {
-                assert_eq!(ledger.release(job, executor, *uid).await?, reference.release(executor, *uid), "{step:?}");
+                assert_eq!(
+                    ledger.release(job, executor, *uid).await?,
+                    reference.release(executor, *uid, 0),
+                    "{step:?}"
+                );
             }
             Step::Learn(policy) => {
                 ledger.learn(job, *policy).await?;
@@ -863,7 +885,8 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
                 // No history takes as long as the one grace, nor less than the other: no clock matters.
                 let grace = if *patient { LONG } else { Duration::ZERO };
                 let seen = Observation { live, stated: *stated, ended: *ended };
-                let wanted = reference.reconcile(&seen, u64::from(*patient), *term, 0);
+                let millis = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+                let wanted = reference.reconcile(&seen, millis, *term, 0);
                 let reconciled = ledger.reconcile(job, &seen, grace, *term).await?;
                 assert_eq!(without_waits(reconciled), without_waits(wanted), "{step:?}");
             }
@@ -876,7 +899,7 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
 
 fn without_times(ledger: &JobLedger) -> JobLedger {
     let at_zero = |(name, entry): (&String, &Entry)| (name.clone(), Entry { placed_at: 0, ..entry.clone() });
-    let released = ledger.released().map(str::to_owned);
+    let released = ledger.released().map(|(uid, _)| (uid.to_owned(), 0));
     let entries = ledger.entries().iter().map(at_zero).collect();
     JobLedger::from_parts(ledger.policy(), entries, released, ledger.term())
 }

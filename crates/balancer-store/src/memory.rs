@@ -124,7 +124,7 @@ impl Ledger for MemoryLedger {
     }
 
     async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
-        Ok(self.change(job, |ledger, _| ledger.release(executor, uid)))
+        Ok(self.change(job, |ledger, now| ledger.release(executor, uid, now)))
     }
 
     async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {

@@ -10,8 +10,8 @@ use std::fmt;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobKey, JobLedger, LiveExecutor, Mended, Observation, Outcome, Placed,
-    Placing, Policy, Reconciled, Standing, Stated, Term,
+    Capacity, Counts, Drift, Entry, JobId, JobKey, JobLedger, LiveExecutor, Mended, Millis, Observation, Outcome,
+    Placed, Placing, Policy, Reconciled, Standing, Stated, Term,
 };
 use redis::{Cmd, RedisWrite, Value};
 
@@ -309,14 +309,15 @@ fn read_entry(text: &str) -> Option<Entry> {
     Some(Entry { capacity, placed_at, uid: (uid != "-").then(|| uid.to_owned()) })
 }
 
-/// Texts, each behind its length in bytes and a colon.
-fn read_released(value: &Value) -> Option<Vec<String>> {
+/// Times and uids, each of both behind its length in bytes and a colon.
+fn read_released(value: &Value) -> Option<Vec<(String, Millis)>> {
     let mut rest = read_text(value).unwrap_or_default();
     let mut released = Vec::new();
     while !rest.is_empty() {
         let (length, after) = rest.split_once(':')?;
-        let (uid, after) = after.split_at_checked(length.parse().ok()?)?;
-        released.push(uid.to_owned());
+        let (release, after) = after.split_at_checked(length.parse().ok()?)?;
+        let (at, uid) = release.split_once(' ')?;
+        released.push((uid.to_owned(), at.parse().ok()?));
         rest = after;
     }
     Some(released)

@@ -1,7 +1,7 @@
 -- Makes the ledger what the cluster says, unless it was reconciled in a later term. Struck are entries
 -- with no live executor: at once where the pod had been seen (its uid is known), else once the placement
--- is the grace old. Entered are live executors of known capacity that are missing. The counts are taken
--- anew.
+-- is the grace old. Entered are live executors of known capacity that are missing, unless they were
+-- released so recently that they may still be seen to live. The counts are taken anew.
 --
 -- KEYS, ARGV[1]: as at the top of shared.lua
 -- ARGV[2]  the grace, in ms
@@ -14,7 +14,8 @@
 --
 -- Returns  {missing ones entered, stale ones struck, wrong capacities corrected, the number on spot, the
 --          number on on-demand, in how many ms the first one that waits for its pod will have waited for
---          the grace; left out where none waits}; or, with nothing changed, the later term, as text
+--          the grace, or the first released one that still lives will have had its time to go; left out
+--          where none waits}; or, with nothing changed, the later term, as text
 
 -- Compared as texts, since a Lua number is exact up to 2^53 only. What is no whole number is no term.
 local term = ARGV[5]
@@ -34,6 +35,14 @@ local function waits_for(entry)
   local left = grace - math.max(0, tonumber(time) - tonumber(placed_at))
   return uid == '-' and left > 0 and left or nil
 end
+
+-- Of releases, how long each may still take to be seen; a thirtieth of the grace is given
+-- (JobLedger::GOES_WITHIN).
+local going = {}
+each_release(function(uid, at)
+  local left = math.floor(grace / 30) - math.max(0, tonumber(time) - at)
+  if left > 0 then going[uid] = left end
+end)
 
 local entries, strike, enter, waits = {}, {}, {}, nil
 local pods = call('HGETALL', KEYS[2])
@@ -57,6 +66,8 @@ for i = 7, #ARGV, 3 do
     if capacity == '' then capacity = known end
     if capacity ~= known then wrong_capacity = wrong_capacity + 1 end
     after = capacity .. ' ' .. rest_of(before) .. ' ' .. uid
+  elseif capacity ~= '' and going[uid] then
+    waits = math.min(going[uid], waits or going[uid])
   elseif capacity ~= '' then
     after = capacity .. ' ' .. time .. ' ' .. uid
     missing = missing + 1

@@ -10,23 +10,18 @@
 -- Returns  1 where it counted as spot, 0 as on-demand, nil where nothing was struck
 local uid = ARGV[3]
 
--- The uids remembered, with this one in front, or nothing where it is among them already. Each is
--- written behind its length, since a uid may hold any text.
+-- The releases remembered, with this one in front, or nothing where it is among them already.
 local function with_this_one()
-  local released = call('HGET', KEYS[1], 'released') or ''
-  local remembered, number, most, at = { #uid .. ':' .. uid }, 1, tonumber(ARGV[4]), 1
-  while true do
-    local length, first = string.match(released, '^(%d+):()', at)
-    if not length then break end
-    at = first + length
-    local before = string.sub(released, first, at - 1)
-    if before == uid then return nil end
+  local this = now() .. ' ' .. uid
+  local remembered, number, most = { #this .. ':' .. this }, 1, tonumber(ARGV[4])
+  local again = each_release(function(before, _, release)
+    if before == uid then return true end
     if number < most then
       number = number + 1
-      remembered[number] = #before .. ':' .. before
+      remembered[number] = #release .. ':' .. release
     end
-  end
-  return table.concat(remembered)
+  end)
+  return not again and table.concat(remembered) or nil
 end
 
 local entry = call('HGET', KEYS[2], ARGV[2])

@@ -1,7 +1,7 @@
 -- What the scripts of a job's ledger share; put in front of each of them.
 --
--- KEYS[1]  exec-count:{<namespace>:<job id>}, a hash: on-demand, spot, ratio, base; released, the uids
---          of the last releases, the newest first, each behind its length; and term, the one in which
+-- KEYS[1]  exec-count:{<namespace>:<job id>}, a hash: on-demand, spot, ratio, base; released, the last
+--          releases, the newest first, each "<at, ms> <uid>" behind its length; and term, the one in which
 --          it was last reconciled
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
 -- ARGV[1]  of every script but peek and show: how long both keys live after this touch, in ms
@@ -41,6 +41,22 @@ local function noted()
     on_demand = #entries - spot
   end
   return spot, on_demand, count[3], count[4], not right
+end
+
+-- Calls `see` with the uid and the time of each release that is remembered, and with all of it as it is
+-- written, until that answers something, and answers that. Each is behind its length, since a uid may hold
+-- any text.
+local function each_release(see)
+  local released, at = call('HGET', KEYS[1], 'released') or '', 1
+  while true do
+    local length, first = string.match(released, '^(%d+):()', at)
+    if not length then return nil end
+    at = first + length
+    local release = string.sub(released, first, at - 1)
+    local time, uid = string.match(release, '^(%d+) (.*)$')
+    local answer = time and see(uid, tonumber(time), release)
+    if answer then return answer end
+  end
 end
 
 -- Both keys live on together: one without the other would mean nothing.
