@@ -126,9 +126,15 @@ impl Scenario {
     /// A new namespace, nodes and a Redis, and nothing of ours.
     pub async fn bare(plane: Plane, purpose: &str) -> Result<Self> {
         let client = plane.client()?;
-        let namespace = plane.namespace(purpose).await?;
         nodes::ensure(&client, "spot", 2).await?;
         nodes::ensure(&client, "on-demand", 2).await?;
+        Self::without_nodes(plane, purpose).await
+    }
+
+    /// The same on nodes that the test has made.
+    pub async fn without_nodes(plane: Plane, purpose: &str) -> Result<Self> {
+        let client = plane.client()?;
+        let namespace = plane.namespace(purpose).await?;
         Ok(Self {
             kubelet: Some(Kubelet::start(client.clone(), &namespace)),
             redis: RedisServer::start().await?,

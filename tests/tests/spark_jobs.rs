@@ -8,9 +8,10 @@ use anyhow::{Context, Result, ensure};
 use balancer_tests::containers::{self, Containers};
 use balancer_tests::control_plane::{ControlPlane, Options, Plane};
 use balancer_tests::end_to_end::{self, Outcome};
-use balancer_tests::need;
+use balancer_tests::helm::repository;
 use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
 use balancer_tests::wait::{until, until_true};
+use balancer_tests::{need, nodes};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
@@ -29,9 +30,10 @@ const APPLICATION: &str = "spark-app-selector";
 /// A namespace in which real Spark runs, with one webhook and one reconciler.
 async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
     static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
-    let options = Options { scheduler: true, controller_manager: true };
+    let options = Options { scheduler: true, controller_manager: true, ..Options::default() };
     let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
-    let mut scenario = Scenario::bare(Plane::Shared(plane), purpose).await?;
+    nodes::of_the_shipped_pools(&plane.client()?).await?;
+    let mut scenario = Scenario::without_nodes(Plane::Shared(plane), purpose).await?;
     scenario.kubelet = None;
     scenario.job_id_label = APPLICATION;
     scenario.start_webhooks(1, strict()).await?;
@@ -98,12 +100,14 @@ struct Pi<'a> {
 
 impl<'a> Pi<'a> {
     async fn submit(scenario: &'a Scenario, containers: &'a Containers, partitions: u32) -> Result<Self> {
-        let partitions = partitions.to_string();
+        let (partitions, template) = (partitions.to_string(), repository("deploy/executor-template.yaml"));
+        let template = template.to_string_lossy();
         let settings = [
             ("JOB", "pi"),
             ("RATIO", "0.7"),
             ("EXECUTORS", "4"),
             ("PARTITIONS", partitions.as_str()),
+            ("TEMPLATE", &*template),
             ("SPARK_IMAGE", "docker.io/apache/spark:3.5.6"),
             ("ratio_annotation", "workload/spot-ratio"),
         ];
