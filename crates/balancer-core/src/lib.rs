@@ -32,6 +32,7 @@
 #![deny(missing_docs)]
 
 mod capacity;
+mod container;
 mod conventions;
 mod decide;
 mod ledger;

@@ -11,6 +11,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
+use crate::container::end_of_container;
 use crate::pod::Pairs;
 use crate::text::Text;
 
@@ -139,28 +140,16 @@ impl<'a> Skimmer<'a> {
     }
 
     fn pass_container(&mut self) -> Result<(), SkimError> {
-        let bytes = self.bytes;
-        let (mut at, mut depth) = (self.at, 0usize);
-        while let Some(byte) = bytes.get(at) {
-            at += 1;
-            match byte {
-                b'"' => match end_of_string(bytes, at) {
-                    Some(end) => at = end + 1,
-                    None => break,
-                },
-                b'{' | b'[' => depth += 1,
-                b'}' | b']' => {
-                    depth -= 1;
-                    if depth == 0 {
-                        self.at = at;
-                        return Ok(());
-                    }
-                }
-                _ => {}
+        match end_of_container(self.bytes, self.at) {
+            Some(end) => {
+                self.at = end;
+                Ok(())
+            }
+            None => {
+                self.at = self.bytes.len();
+                Err(self.error("the end of an object or array"))
             }
         }
-        self.at = bytes.len();
-        Err(self.error("the end of an object or array"))
     }
 
     /// The string whose opening quote was passed, as written; its closing quote is passed too.
