@@ -20,7 +20,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufReader, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Sleep, sleep, timeout};
@@ -33,6 +33,8 @@ use crate::tls::Certificate;
 const MOST_CONNECTIONS: usize = 1024;
 /// Admissions at once on one HTTP/2 connection; further ones wait for their turn.
 const MOST_STREAMS: u32 = 128;
+/// What is read of a connection at once: an executor's review, where TLS by itself would ask for 4 KiB.
+const READ_AT_ONCE: usize = 16 << 10;
 /// From the connection to the end of the TLS handshake.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// From a request's first byte to the end of its head; and from the handshake to the first byte.
@@ -149,6 +151,7 @@ impl<L: Ledger> Connections<L> {
             let _open = router.metrics().connected();
             // Small answers must not wait for more to send.
             let _ = stream.set_nodelay(true);
+            let stream = BufReader::with_capacity(READ_AT_ONCE, stream);
             let stream = match timeout(HANDSHAKE_LIMIT, acceptor.accept(stream)).await {
                 Ok(Ok(stream)) => stream,
                 Ok(Err(error)) => return tracing::debug!(%error, "no TLS handshake"),
