@@ -23,6 +23,7 @@
 //! [`JobLedger`]: balancer_core::JobLedger
 #![deny(missing_docs)]
 
+mod after_others;
 #[cfg(feature = "contract")]
 pub mod contract;
 mod error;
@@ -30,6 +31,7 @@ mod ledger;
 mod memory;
 mod redis;
 
+pub use self::after_others::after_others;
 pub use self::error::StoreError;
 pub use self::ledger::{Ledger, Page};
 pub use self::memory::MemoryLedger;

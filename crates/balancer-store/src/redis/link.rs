@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::address::Address;
 use super::scripts::Script;
 use super::tls;
-use crate::StoreError;
+use crate::{StoreError, after_others};
 
 /// The most that making a connection may take; no call waits for it.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -336,7 +336,8 @@ where
     let silent = RedisConnectionInfo::default().set_skip_set_lib_name();
     let (redis, driver) =
         MultiplexedConnection::new_with_config(&silent, stream, config).await.map_err(|error| store_error(&error))?;
-    Ok((redis, Driver(tokio::spawn(driver))))
+    // The calls that are ready go out together.
+    Ok((redis, Driver(tokio::spawn(after_others(driver)))))
 }
 
 fn store_error(error: &RedisError) -> StoreError {
