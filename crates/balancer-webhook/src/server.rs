@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use balancer_runtime::admin::{listen, pause_after_refused_accept};
 use balancer_runtime::shutdown::Leave;
-use balancer_store::Ledger;
+use balancer_store::{Ledger, after_others};
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Version};
 use hyper::body::Incoming;
@@ -182,8 +182,8 @@ impl<L: Ledger> Connections<L> {
                     .max_concurrent_streams(MOST_STREAMS)
                     .max_header_list_size(16 << 10)
                     .serve_connection(io, service);
-                // HTTP/2 says goodbye in words, so it need not linger.
-                watch_over(pin!(connection), phase, Phase::Lingering, &activity).await;
+                // HTTP/2 says goodbye in words, so it need not linger. The answers that are ready go together.
+                after_others(watch_over(pin!(connection), phase, Phase::Lingering, &activity)).await;
             } else {
                 let connection = http1::Builder::new()
                     // Ours tells an idle client from a slow one; hyper's does not.
@@ -396,7 +396,9 @@ impl<T: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Watched<T> {
         Pin::new(&mut self.stream).poll_write_vectored(cx, slices)
     }
 
+    /// Over HTTP/2 answers are put together in a buffer, which h2 does for small ones if it cannot send
+    /// several buffers in one write: one record and one system call then carry several answers.
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        !self.activity.http2 && self.stream.is_write_vectored()
     }
 }
