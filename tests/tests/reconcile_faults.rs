@@ -76,6 +76,11 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
     let scenario = Scenario::reconciled("flushed", 1, 1).await?;
     let before = scenario.grow(JOB, "0.7", 30).await?;
     scenario.driver("waiting", "0.9").await?.pod()?;
+    // By which a loss is told.
+    until_true(SOON, "a mark in the store", async || {
+        Ok(redis::cmd("EXISTS").arg("exec-reconciler").query_async(&mut scenario.redis.connection().await?).await?)
+    })
+    .await?;
     scenario.redis.flush().await?;
     assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, before);
     assert_eq!(scenario.policy(JOB).await?, (Some("0.7".to_owned()), Some("0".to_owned())));

@@ -161,10 +161,10 @@ impl JobLedger {
     /// moments; this outlasts the reviews of several pods that end at once, and costs Redis little.
     pub const RELEASED_REMEMBERED: usize = 16;
 
-    /// This part of the grace is what a released executor has to show that it goes: 2 s of the default's
-    /// minute. A deletion is reviewed before the cluster shows it; one that is refused after its review has
-    /// to come back into the ledger.
-    pub const GOES_WITHIN: Millis = 30;
+    /// How long a released executor has to show that it goes, in milliseconds; no longer than the grace. A
+    /// deletion is reviewed before the cluster shows it; one that is refused after its review has to come
+    /// back into the ledger.
+    pub const GOES_WITHIN: Millis = 2_000;
 
     /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
     /// are taken from the entries.
@@ -230,14 +230,14 @@ impl JobLedger {
         if let Some(uid) = uid {
             let known = self.entries.get(executor).and_then(|entry| entry.uid.as_deref());
             let again = self.released.iter().any(|(released, _)| released == uid);
-            // A pod that was seen to live on after its release has to be released again.
+            // A pod that was seen to live on after its release has to be released again, and its time to go
+            // begins anew.
             if known.map_or(again, |known| known != uid) {
                 return None;
             }
-            if !again {
-                self.released.truncate(Self::RELEASED_REMEMBERED - 1);
-                self.released.push_front((uid.to_owned(), now));
-            }
+            self.released.retain(|(released, _)| released != uid);
+            self.released.truncate(Self::RELEASED_REMEMBERED - 1);
+            self.released.push_front((uid.to_owned(), now));
         }
         let struck = self.entries.remove(executor).map(|entry| entry.capacity);
         if let Some(capacity) = struck {
@@ -256,8 +256,8 @@ impl JobLedger {
     ///
     /// Struck are entries with no live executor: at once where the pod had been seen (its uid is
     /// known), else once the placement is `grace` old. Entered are live executors of known capacity
-    /// that are missing, unless they were released so recently that they may still be seen to live. Counts
-    /// are taken anew from the entries.
+    /// that are missing, unless they were released so recently that they may still be seen to live; nor does
+    /// such a one become the pod of an entry that waits for its own. Counts are taken anew from the entries.
     pub fn reconcile(&mut self, seen: &Observation<'_>, grace: Millis, term: Term, now: Millis) -> Reconciled {
         if self.term > term {
             return Reconciled::Superseded(self.term);
@@ -278,6 +278,11 @@ impl JobLedger {
             keep
         });
         for &LiveExecutor { executor, uid, capacity } in live {
+            let seen = self.entries.get(executor).is_some_and(|entry| entry.uid.is_some());
+            if let Some(left) = self.time_to_go(uid, grace, now).filter(|_| !seen) {
+                waits = Some(waits.unwrap_or(Millis::MAX).min(left));
+                continue;
+            }
             match (self.entries.get_mut(executor), capacity) {
                 (Some(entry), capacity) => {
                     if let Some(capacity) = capacity.filter(|capacity| *capacity != entry.capacity) {
@@ -287,13 +292,6 @@ impl JobLedger {
                     entry.uid = Some(uid.to_owned());
                 }
                 (None, Some(capacity)) => {
-                    let released = self.released.iter().find(|(released, _)| released == uid);
-                    let left = released
-                        .map_or(0, |(_, at)| (grace / Self::GOES_WITHIN).saturating_sub(now.saturating_sub(*at)));
-                    if left > 0 {
-                        waits = Some(waits.unwrap_or(Millis::MAX).min(left));
-                        continue;
-                    }
                     let entry = Entry { capacity, uid: Some(uid.to_owned()), placed_at: now };
                     self.entries.insert(executor.to_owned(), entry);
                     drift.missing += 1;
@@ -309,6 +307,13 @@ impl JobLedger {
         }
         self.forget_if_empty();
         Reconciled::Done(Mended { drift, counts: self.counts, waits })
+    }
+
+    /// How long a pod that was released may still be seen to live; `None` where it was not, or long ago, or,
+    /// by a clock that went back, is yet to be.
+    fn time_to_go(&self, uid: &str, grace: Millis, now: Millis) -> Option<Millis> {
+        let (_, at) = self.released.iter().find(|(released, _)| released == uid)?;
+        Self::GOES_WITHIN.min(grace).checked_sub(now.checked_sub(*at)?).filter(|left| *left > 0)
     }
 
     /// Without policy and executors there is no ledger, and no store keeps one.
@@ -457,14 +462,33 @@ mod tests {
         let mut ledger = JobLedger::default();
         ledger.learn(POLICY);
         let live = [LiveExecutor { executor: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
-        mend(&mut ledger, &live, 300, 0);
-        ledger.release("e1", Some("u1"), 100);
-        // A review that comes again changes nothing of it.
-        ledger.release("e1", Some("u1"), 105);
-        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 300, 109);
-        assert_eq!((drift, counts.total(), waits), (Drift::default(), 0, Some(1)));
-        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 300, 110);
-        assert_eq!((drift.missing, counts.total(), waits), (1, 1, None));
+        mend(&mut ledger, &live, 10, 0);
+        for released in [100, 200] {
+            ledger.release("e1", Some("u1"), released);
+            // A review that comes again changes nothing of it.
+            ledger.release("e1", Some("u1"), released + 5);
+            let Mended { drift, counts, waits } = mend(&mut ledger, &live, 10, released + 9);
+            assert_eq!((drift, counts.total(), waits), (Drift::default(), 0, Some(1)));
+            let Mended { drift, counts, waits } = mend(&mut ledger, &live, 10, released + 10);
+            assert_eq!((drift.missing, counts.total(), waits), (1, 1, None));
+        }
+        ledger.release("e1", Some("u1"), 300);
+        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 300).waits, Some(JobLedger::GOES_WITHIN));
+        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 299).drift.missing, 1, "the clock went back");
+    }
+
+    #[test]
+    fn a_pod_that_is_going_is_not_taken_for_the_next_one_of_its_name() {
+        let mut ledger = JobLedger::default();
+        ledger.place(&placing("e1"), 0);
+        let live = [LiveExecutor { executor: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
+        mend(&mut ledger, &live, 100, 1);
+        ledger.release("e1", Some("u1"), 2);
+        ledger.place(&placing("e1"), 3);
+        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 100, 4);
+        assert_eq!((drift, counts, waits), (Drift::default(), Counts { spot: 0, on_demand: 1 }, Some(98)));
+        // The old one is gone, and the new one is yet to be seen.
+        assert_eq!(mend(&mut ledger, &[], 100, 5).counts.total(), 1);
     }
 
     #[test]

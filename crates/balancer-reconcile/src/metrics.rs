@@ -99,8 +99,8 @@ impl Metrics {
         let metrics = Self {
             drift: Family::default(),
             repairs: Family::default(),
-            // From 50 ms, less than the debounce, to 102 s.
-            lag_seconds: Histogram::new(exponential_buckets(0.05, 2.0, 12)),
+            // From 10 ms, less than a loss waits, to 82 s.
+            lag_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 14)),
             resyncs: Family::default(),
             // From 10 ms, a handful of jobs, to 82 s.
             resync_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 14)),

@@ -42,6 +42,9 @@ const PAUSE_FIRST: Duration = Duration::from_millis(200);
 const PAUSE_LAST: Duration = Duration::from_secs(2);
 /// A watch that goes on after a break first tells what has happened meanwhile. So long that takes, at most.
 const CATCH_UP: Duration = Duration::from_secs(1);
+/// How long lists that cannot be had are tried again while others can: a namespace that is not there, or is
+/// forbidden, is no reason to leave the others.
+const PATIENCE: Duration = Duration::from_secs(10);
 /// How often an outage is told while it lasts.
 pub(crate) const TELL_EVERY: Duration = Duration::from_secs(30);
 /// Words that wait to be heard; the watches wait for those.
@@ -104,6 +107,8 @@ pub(crate) struct Watches {
     /// Whose lists were never complete yet.
     unlisted: HashSet<Source>,
     blind: HashMap<Source, Blind>,
+    /// Since when some of it is seen.
+    sees_since: Option<Instant>,
     tasks: JoinSet<()>,
 }
 
@@ -148,7 +153,7 @@ impl Sources {
             };
             tasks.spawn(pods.run());
         }
-        Watches { words, unlisted, blind: HashMap::new(), tasks }
+        Watches { words, unlisted, blind: HashMap::new(), sees_since: None, tasks }
     }
 
     /// Whether the namespace's pods are watched.
@@ -178,10 +183,21 @@ impl Watches {
         self.unlisted.is_empty()
     }
 
-    /// Whether each list is complete, or cannot be had now.
-    pub(crate) fn settled(&self) -> bool {
+    /// Whether each list is complete, or could not be had at the last attempt.
+    fn settled(&self) -> bool {
         let broken = |source| self.blind.get(source).is_some_and(|blind: &Blind| blind.until.is_none());
         self.unlisted.iter().all(broken)
+    }
+
+    /// Whether the lists that are missing cannot be had, and the others have to do: some of what is watched
+    /// has been seen for a while, and the rest was tried again and again meanwhile.
+    pub(crate) fn can_do_without(&mut self, watched: &[Arc<str>], now: Instant) -> bool {
+        let sees = self.sight(now).sees_any(watched);
+        let since = *self.sees_since.get_or_insert(now);
+        if !sees {
+            self.sees_since = None;
+        }
+        sees && now.duration_since(since) > PATIENCE && self.settled()
     }
 
     /// Whether the list of nodes was complete at least once.
@@ -206,7 +222,11 @@ impl Watches {
                 let of = namespace.as_ref();
                 match news {
                     News::ListBegins => view.begin_pods(of),
-                    News::Listed(pod) | News::Now(pod) => view.see_pod(&pod.pod, of),
+                    News::Listed(pod) => {
+                        view.see_pod(&pod.pod, of);
+                        self.note_listing(&Source::Pods(namespace));
+                    }
+                    News::Now(pod) => view.see_pod(&pod.pod, of),
                     News::Gone(pod) => view.forget_pod(&pod.namespace().unwrap_or_default(), &pod.name_any()),
                     News::ListEnds => {
                         view.end_pods(of);
@@ -229,6 +249,13 @@ impl Watches {
                 News::Broken(why) => self.note_broken(Source::Nodes, &why),
                 News::Mended => self.note_mended(&Source::Nodes),
             },
+        }
+    }
+
+    /// A first list is underway: it can be had, though it is not seen yet.
+    fn note_listing(&mut self, source: &Source) {
+        if self.unlisted.contains(source) {
+            self.blind.remove(source);
         }
     }
 
@@ -443,6 +470,7 @@ mod tests {
             words,
             unlisted: pods.chain([Source::Nodes]).collect(),
             blind: HashMap::new(),
+            sees_since: None,
             tasks: JoinSet::new(),
         };
         let view = View::new(Arc::new(Conventions::default()), Defaults::default());
@@ -463,6 +491,11 @@ mod tests {
         }
     }
 
+    fn pod(namespace: &str) -> WatchedPod {
+        let pod = serde_json::json!({"metadata": {"name": "e1", "namespace": namespace}});
+        serde_json::from_value(pod).expect("a pod")
+    }
+
     fn broken<K>() -> News<K> {
         News::Broken(Ended::Silent(BEGIN_LIMIT))
     }
@@ -480,6 +513,27 @@ mod tests {
         assert!(bench.watches.settled() && !bench.watches.listed());
         bench.pods("ml", News::ListEnds);
         assert!(bench.sees("ml", now) && bench.watches.listed());
+    }
+
+    #[test]
+    fn what_cannot_be_had_is_done_without_once_the_others_were_seen_for_a_while() {
+        let (mut bench, start) = (bench(&["etl", "ml"]), Instant::now());
+        let watched: [Arc<str>; 2] = ["etl".into(), "ml".into()];
+        let can = |bench: &mut Bench, after: Duration| bench.watches.can_do_without(&watched, start + after);
+        bench.nodes(News::ListEnds);
+        bench.pods("ml", broken());
+        bench.pods("etl", broken());
+        assert!(!can(&mut bench, 5 * PATIENCE), "nothing is seen");
+        bench.pods("etl", News::ListEnds);
+        assert!(!can(&mut bench, 6 * PATIENCE), "it is seen only now");
+        assert!(!can(&mut bench, 7 * PATIENCE));
+        assert!(can(&mut bench, 8 * PATIENCE));
+        bench.pods("ml", News::ListBegins);
+        bench.pods("ml", News::Listed(pod("ml")));
+        assert!(!can(&mut bench, 9 * PATIENCE), "it is being listed");
+        assert!(!bench.sees("ml", start), "half a list is no sight");
+        bench.pods("ml", broken());
+        assert!(can(&mut bench, 9 * PATIENCE));
     }
 
     #[test]

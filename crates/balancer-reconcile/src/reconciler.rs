@@ -1,6 +1,7 @@
 //! The loop: what the watches tell becomes the view, what has changed in the view becomes repairs of
 //! the ledgers. Nothing ends it but being told to leave.
 
+use std::collections::HashSet;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
@@ -37,9 +38,6 @@ const BEAT: Duration = Duration::from_secs(1);
 const MOST_UNSEEN: Duration = Duration::from_secs(10);
 /// A placement's grace is looked after a little later than it ends: the store's clock is not ours.
 const AFTER_THE_GRACE: Duration = Duration::from_millis(100);
-/// Lists that cannot be had are waited for, from the start on, and then those that can have to do: a namespace
-/// that is not there, or is forbidden, is no reason to leave the others.
-const PATIENCE: Duration = Duration::from_secs(10);
 /// The most words of the watches that are heard before anything else has its turn.
 const MOST_WORDS: usize = 1024;
 
@@ -81,6 +79,8 @@ impl<L: Ledger> Reconciler<L> {
     /// Reconciles until `leave`. When it returns, nothing is written any more.
     pub async fn run(self: Arc<Self>, progress: watch::Sender<Progress>, leave: impl Future<Output = ()>) {
         let mut leave = pin!(leave);
+        // Whoever ran before may have shown what lives.
+        self.metrics.live(Totals::default());
         let reports = Reports::start(self.sources.client.clone(), Arc::clone(&self.sources.conventions));
         let mut working = Working {
             view: View::new(Arc::clone(&self.sources.conventions), self.defaults),
@@ -90,6 +90,7 @@ impl<L: Ledger> Reconciler<L> {
             sight: Sight::default(),
             new_term: false,
             round: None,
+            skipped: HashSet::new(),
             term: None,
             beaten: None,
             last_mark: None,
@@ -145,6 +146,8 @@ struct Working<'a, L> {
     /// Whether this term has had no list of its own yet.
     new_term: bool,
     round: Option<Round>,
+    /// Namespaces that a round had to leave out, since they were not seen.
+    skipped: HashSet<Box<str>>,
     /// The term that we write in; `None` where another leads.
     term: Option<Term>,
     /// The term of ours that was found to be over, though we were not told yet.
@@ -174,7 +177,7 @@ impl<L: Ledger> Working<'_, L> {
             tokio::select! {
                 word = watches.next() => {
                     self.hear(&mut watches, word);
-                    if listing && (watches.listed() || self.can_do_without(&mut watches, began)) {
+                    if listing && (watches.listed() || self.can_do_without(&mut watches)) {
                         listing = false;
                         self.listed(began);
                     }
@@ -205,6 +208,9 @@ impl<L: Ledger> Working<'_, L> {
             }
             self.sight = watches.sight(Instant::now());
             let sees = self.sight.sees_any(&reconciler.sources.namespaces);
+            if self.round.is_none() && self.skipped.iter().any(|namespace| self.sight.covers(namespace)) {
+                self.round = Some(Round { cause: Cause::Interval, listing: None });
+            }
             if let Some(round) = self.round.filter(|_| sees && self.may_write()) {
                 self.make(round).await;
             }
@@ -213,11 +219,9 @@ impl<L: Ledger> Working<'_, L> {
 
     /// Whether the lists that are missing cannot be had now, and the others have to do. Not at the start
     /// without the nodes: executors would count as what they were meant for.
-    fn can_do_without(&self, watches: &mut Watches, began: Instant) -> bool {
-        let sees = |watches: &mut Watches| {
-            watches.knows_nodes() && watches.sight(Instant::now()).sees_any(&self.reconciler.sources.namespaces)
-        };
-        watches.settled() && (self.listed || began.elapsed() > PATIENCE && sees(watches))
+    fn can_do_without(&self, watches: &mut Watches) -> bool {
+        let namespaces = &self.reconciler.sources.namespaces;
+        (self.listed || watches.knows_nodes()) && watches.can_do_without(namespaces, Instant::now())
     }
 
     /// Takes in all that the watches have to tell now.
@@ -302,6 +306,7 @@ impl<L: Ledger> Working<'_, L> {
             }
         }
         let (mut from, mut ended) = (Some(0), 0);
+        self.skipped.clear();
         while let Some(page) = from {
             let page = match self.reconciler.ledger.jobs(page).await {
                 Ok(page) => page,
@@ -318,8 +323,14 @@ impl<L: Ledger> Working<'_, L> {
             let gone: Vec<_> = page
                 .jobs
                 .into_iter()
-                .filter(|job| self.reconciler.sources.covers(&job.namespace) && self.sight.covers(&job.namespace))
-                .filter(|job| !self.view.knows(job))
+                .filter(|job| self.reconciler.sources.covers(&job.namespace) && !self.view.knows(job))
+                .filter(|job| {
+                    let seen = self.sight.covers(&job.namespace);
+                    if !seen {
+                        self.skipped.insert(job.namespace.as_str().into());
+                    }
+                    seen
+                })
                 .map(|job| (Arc::new(job), None))
                 .collect();
             ended += gone.len();

@@ -52,8 +52,9 @@ impl Schedule {
         self.put(job, Waiting { due, since: None });
     }
 
-    /// A look came to nothing: the job is to be looked at again then, and its change waits on.
+    /// A look came to nothing: the job is to be looked at again then and not before, and its change waits on.
     pub(crate) fn put_back(&mut self, job: Arc<JobKey>, since: Option<Instant>, due: Instant) {
+        self.rests.insert(Arc::clone(&job), due);
         self.put(job, Waiting { due, since });
     }
 
@@ -151,6 +152,15 @@ mod tests {
         schedule.repaired(&job("a"), 500, start + 30 * MS);
         schedule.changed(job("a"), Change::Loss, start + 31 * MS);
         assert_eq!(schedule.next(), Some(start + 90 * MS));
+    }
+
+    #[test]
+    fn a_look_that_came_to_nothing_is_not_hurried_by_what_comes_after() {
+        let (mut schedule, start) = (Schedule::default(), Instant::now());
+        schedule.put_back(job("a"), Some(start), start + 2_000 * MS);
+        schedule.changed(job("a"), Change::Loss, start + MS);
+        assert_eq!(schedule.next(), Some(start + 2_000 * MS));
+        assert_eq!(schedule.take_due(start + 2_000 * MS, 9), [(job("a"), Some(start))]);
     }
 
     #[test]

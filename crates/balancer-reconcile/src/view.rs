@@ -346,6 +346,9 @@ impl View {
             self.complaints.insert(about, complaint);
         }
         known.drivers.insert(name, Driver { uid: uid.into(), created: created.into(), stated, invalid, list });
+        if as_an_executor.is_some() {
+            self.note(Arc::clone(&job), Change::Loss);
+        }
         if let Some(node) = as_an_executor.and_then(|executor| executor.node) {
             self.unbind(&node, &job);
         }

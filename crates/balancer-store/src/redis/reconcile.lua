@@ -1,7 +1,8 @@
 -- Makes the ledger what the cluster says, unless it was reconciled in a later term. Struck are entries
 -- with no live executor: at once where the pod had been seen (its uid is known), else once the placement
 -- is the grace old. Entered are live executors of known capacity that are missing, unless they were
--- released so recently that they may still be seen to live. The counts are taken anew.
+-- released so recently that they may still be seen to live; nor does such a one become the pod of an entry
+-- that waits for its own. The counts are taken anew.
 --
 -- KEYS, ARGV[1]: as at the top of shared.lua
 -- ARGV[2]  the grace, in ms
@@ -36,12 +37,13 @@ local function waits_for(entry)
   return uid == '-' and left > 0 and left or nil
 end
 
--- Of releases, how long each may still take to be seen; a thirtieth of the grace is given
--- (JobLedger::GOES_WITHIN).
+-- Of releases, how long the pods may still be seen to live (JobLedger::GOES_WITHIN). One that is yet to be,
+-- by a clock that went back, is no reason to wait.
 local going = {}
 each_release(function(uid, at)
-  local left = math.floor(grace / 30) - math.max(0, tonumber(time) - at)
-  if left > 0 then going[uid] = left end
+  local age = tonumber(time) - at
+  local left = math.min(2000, grace) - age
+  if age >= 0 and left > 0 then going[uid] = left end
 end)
 
 local entries, strike, enter, waits = {}, {}, {}, nil
@@ -61,13 +63,15 @@ end
 for i = 7, #ARGV, 3 do
   local executor, uid, capacity = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   local before, after = entries[executor], nil
-  if before then
+  local seen = before and select(2, rest_of(before)) ~= '-'
+  if going[uid] and not seen then
+    waits = math.min(going[uid], waits or going[uid])
+    after = before
+  elseif before then
     local known = capacity_of(before)
     if capacity == '' then capacity = known end
     if capacity ~= known then wrong_capacity = wrong_capacity + 1 end
     after = capacity .. ' ' .. rest_of(before) .. ' ' .. uid
-  elseif capacity ~= '' and going[uid] then
-    waits = math.min(going[uid], waits or going[uid])
   elseif capacity ~= '' then
     after = capacity .. ' ' .. time .. ' ' .. uid
     missing = missing + 1

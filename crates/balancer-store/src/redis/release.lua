@@ -10,27 +10,29 @@
 -- Returns  1 where it counted as spot, 0 as on-demand, nil where nothing was struck
 local uid = ARGV[3]
 
--- The releases remembered, with this one in front, or nothing where it is among them already.
+-- The releases remembered, with this one in front, and whether it was among them already.
 local function with_this_one()
   local this = now() .. ' ' .. uid
-  local remembered, number, most = { #this .. ':' .. this }, 1, tonumber(ARGV[4])
-  local again = each_release(function(before, _, release)
-    if before == uid then return true end
-    if number < most then
+  local remembered, number, most, again = { #this .. ':' .. this }, 1, tonumber(ARGV[4]), false
+  each_release(function(before, _, release)
+    if before == uid then
+      again = true
+    elseif number < most then
       number = number + 1
       remembered[number] = #release .. ':' .. release
     end
   end)
-  return not again and table.concat(remembered) or nil
+  return table.concat(remembered), again
 end
 
 local entry = call('HGET', KEYS[2], ARGV[2])
 local known = '-'
 if entry then local _, seen = rest_of(entry) known = seen end
 
-local released = uid and with_this_one()
+local released, again
+if uid then released, again = with_this_one() end
 local struck
-if not uid or known == uid or known == '-' and released then
+if not uid or known == uid or known == '-' and not again then
   local spot, on_demand, ratio, base = noted()
   local left = spot + on_demand
   if entry then

@@ -44,18 +44,16 @@ local function noted()
 end
 
 -- Calls `see` with the uid and the time of each release that is remembered, and with all of it as it is
--- written, until that answers something, and answers that. Each is behind its length, since a uid may hold
--- any text.
+-- written. Each is behind its length, since a uid may hold any text.
 local function each_release(see)
   local released, at = call('HGET', KEYS[1], 'released') or '', 1
   while true do
     local length, first = string.match(released, '^(%d+):()', at)
-    if not length then return nil end
+    if not length then return end
     at = first + length
     local release = string.sub(released, first, at - 1)
     local time, uid = string.match(release, '^(%d+) (.*)$')
-    local answer = time and see(uid, tonumber(time), release)
-    if answer then return answer end
+    if time then see(uid, tonumber(time), release) end
   end
 end
 
