@@ -78,8 +78,6 @@ pub fn every_option() -> Value {
         "certificates": {
             "certManager": {"issuerRef": {"name": "company", "kind": "ClusterIssuer"}},
             "mountPath": "/certificate",
-            "certificateKey": "chain.pem",
-            "privateKeyKey": "key.pem",
         },
         "admission": {"timeoutSeconds": 15},
         "webhook": {

@@ -27,7 +27,9 @@ fn variants() -> Vec<(&'static str, Value)> {
         ("certificates by Helm", json!({"certificates": {"source": "helm"}})),
         (
             "certificates of one's own",
-            json!({"certificates": {"source": "secret", "secret": {"name": "own", "caBundle": PEM}}}),
+            json!({"certificates": {
+                "source": "secret", "secret": {"name": "own", "caBundle": PEM}, "certificateKey": "chain.pem", "privateKeyKey": "yes",
+            }}),
         ),
         ("namespaces by label", json!({"namespaces": {"selector": {"matchLabels": {"spark": "true"}}}})),
         ("a PodMonitor", json!({"monitoring": {"podMonitor": {"enabled": true}}})),
@@ -44,7 +46,22 @@ fn variants() -> Vec<(&'static str, Value)> {
                 "app.kubernetes.io/part-of": "platform", "app.kubernetes.io/component": "mine",
             }}),
         ),
-        ("the network of nodes", json!({"webhook": {"hostNetwork": true}})),
+        ("the network of nodes", json!({"webhook": {"hostNetwork": true}, "networkPolicy": {"enabled": false}})),
+        (
+            "one label from two sides",
+            json!({
+                "commonLabels": {"release": "prometheus"},
+                "monitoring": {
+                    "serviceMonitor": {"enabled": true, "labels": {"release": "prometheus"}},
+                    "prometheusRule": {"enabled": true, "labels": {"release": "other"}},
+                    "dashboard": {"enabled": true, "labels": {"release": "prometheus"}},
+                },
+            }),
+        ),
+        (
+            "times in seconds",
+            json!({"certificates": {"certManager": {"duration": "7776000s", "renewBefore": "0720h"}}}),
+        ),
         ("a part of another chart", json!({"enabled": true, "global": {"a": "b"}, "namespaces": {"names": null}})),
         ("other names", json!({"nameOverride": "mix", "fullnameOverride": "spark-mix"})),
     ]
@@ -139,6 +156,9 @@ async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
         (json!({"webhook": {"replicas": 0}}), "minimum: got 0, want 1"),
         (json!({"webhook": {"service": {"port": 8080}}}), "the Service has both: they have to differ"),
         (json!({"certificates": {"certManager": {"duration": "24h"}}}), "the certificate is valid for 24h"),
+        (json!({"certificates": {"certManager": {"issuerRef": {"kind": "ClusterIssuer"}}}}), "issuerRef has no name"),
+        (json!({"certificates": {"certificateKey": "chain.pem"}}), "have the keys tls.crt and tls.key"),
+        (json!({"webhook": {"hostNetwork": true}}), "the small Redis would admit none of them"),
         (json!({"webhook": {"port": 80}}), "minimum: got 80, want 1,024"),
         (json!({"webhook": {"port": 8080}}), "they have to differ"),
         (json!({"webhook": {"autoscaling": {"minReplicas": 9}}}), "minReplicas is 9, more than maxReplicas, 6"),

@@ -22,15 +22,19 @@ app.kubernetes.io/instance: {{ $root.Release.Name | quote }}
 app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
-{{/* The user's labels win over ours, but for those that objects are told by. */}}
+{{/*
+(list $ "webhook"), and where there are some, an object's own labels. The user's win over ours, but for those that
+objects are told by.
+*/}}
 {{- define "spot-balancer.labels" -}}
 {{- $root := index . 0 -}}
+{{- $own := gt (len .) 2 | ternary (last .) dict -}}
 {{- $ours := dict
   "app.kubernetes.io/part-of" "spot-balancer"
   "app.kubernetes.io/version" $root.Chart.AppVersion
   "app.kubernetes.io/managed-by" $root.Release.Service
   "helm.sh/chart" (printf "%s-%s" $root.Chart.Name ($root.Chart.Version | replace "+" "_")) -}}
-{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
+{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $own) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
 {{/* Of pods: nothing that a new version of the chart changes by itself. */}}
@@ -40,13 +44,13 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
-{{/* metadata of an object of this namespace: (list $ "webhook" "the object's name") */}}
+{{/* metadata of an object of this namespace: (list $ "webhook" "the object's name"), and its own labels */}}
 {{- define "spot-balancer.metadata" -}}
 {{- $root := index . 0 -}}
 name: {{ index . 2 | quote }}
 namespace: {{ $root.Release.Namespace | quote }}
 labels:
-  {{- include "spot-balancer.labels" (list $root (index . 1)) | nindent 2 }}
+  {{- include "spot-balancer.labels" (list $root (index . 1) (gt (len .) 3 | ternary (last .) dict)) | nindent 2 }}
 {{- end }}
 
 {{/* and of one of the whole cluster */}}
@@ -100,9 +104,11 @@ labels:
 {{- end }}
 {{- end }}
 
-{{/* Whole minutes of a duration such as 2160h or 1h30m. */}}
-{{- define "spot-balancer.minutes" -}}
-{{- add (mul 60 (regexFind "[0-9]+h" . | trimSuffix "h" | int)) (regexFind "[0-9]+m" . | trimSuffix "m" | int) }}
+{{/* The seconds of a duration such as 2160h or 1h30m. */}}
+{{- define "spot-balancer.seconds" -}}
+{{- $hours := regexFind "[0-9]+h" . | trimSuffix "h" | atoi -}}
+{{- $minutes := regexFind "[0-9]+m" . | trimSuffix "m" | atoi -}}
+{{- add (mul 3600 $hours) (mul 60 $minutes) (regexFind "[0-9]+s" . | trimSuffix "s" | atoi) }}
 {{- end }}
 
 {{/* Settings that webhook and reconciler share. */}}
