@@ -9,7 +9,7 @@ use anyhow::{Result, ensure};
 const BITS: u32 = 12;
 
 /// An address that nobody else in this process is given, nor most probably in another test process.
-pub(crate) fn free() -> Result<Ipv4Addr> {
+pub fn free() -> Result<Ipv4Addr> {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     ensure!(number < 1 << BITS, "no loopback address is left");

@@ -1,12 +1,14 @@
 //! Certificates for servers on this machine, all signed by one authority of this test process.
 
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use anyhow::{Result, anyhow};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd};
-use rustls::pki_types::CertificateDer;
+use rustls::ServerConfig;
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use crate::process::scratch_path;
 
@@ -84,6 +86,16 @@ pub struct ServerCertificate {
 }
 
 impl ServerCertificate {
+    /// What a server serves it by.
+    pub fn config(&self) -> Result<ServerConfig> {
+        let chain = CertificateDer::pem_file_iter(&self.path)?.collect::<Result<Vec<_>, _>>()?;
+        let key = PrivateKeyDer::from_pem_file(&self.key_path)?;
+        Ok(ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(chain, key)?)
+    }
+
     /// The certificate that the file holds now, DER: what a client is shown.
     pub fn der(&self) -> Result<Vec<u8>> {
         Ok(CertificateDer::from_pem_file(&self.path)?.to_vec())

@@ -24,8 +24,11 @@ pub async fn run(scenario: &Scenario, name: &str, settings: &[(&str, &str)]) -> 
     let kubectl = program("kubectl")?;
     let kubectl = kubectl.parent().map(Path::to_owned).context("kubectl is in no folder")?;
     let path = std::env::join_paths([kubectl, "/usr/bin".into(), "/bin".into()])?;
-    let mut command = Command::new(repository("deploy/e2e").join(name));
+    // It ends in any case, whatever hangs.
+    let mut command = Command::new("timeout");
     command
+        .args(["--kill-after=10", "500"])
+        .arg(repository("deploy/e2e").join(name))
         .env_clear()
         .env("PATH", path)
         .env("HOME", scratch_path("e2e")?)

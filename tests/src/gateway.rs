@@ -16,8 +16,6 @@ use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
 use kube::Client;
 use kube::client::Body;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::Value;
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
@@ -29,7 +27,7 @@ use crate::endpoint::https;
 
 const APPLY: &[u8] = b"application/apply-patch+yaml";
 
-/// Dropping it ends it and its connections.
+/// Dropping it ends it and its connections, but for the WebSockets, which end with the test.
 #[derive(Debug)]
 pub(crate) struct Gateway(JoinHandle<()>);
 
@@ -37,14 +35,7 @@ impl Gateway {
     /// Starts it at an address before the apiserver on this port, on the current runtime.
     pub(crate) async fn start(address: SocketAddrV4, apiserver: u16, certificate: &ServerCertificate) -> Result<Self> {
         let listener = TcpListener::bind(address).await?;
-        let chain = vec![CertificateDer::from_pem_file(&certificate.path)?];
-        let key = PrivateKeyDer::from_pem_file(&certificate.key_path)?;
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ServerConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)?;
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = TlsAcceptor::from(Arc::new(certificate.config()?));
         // Without a time for reading: a watch may be silent for long.
         let mut config = kube::Config::new(https(apiserver).parse()?);
         config.root_cert = Some(vec![authority()?.der.clone()]);
@@ -52,7 +43,9 @@ impl Gateway {
         let client = Client::try_from(config)?;
         Ok(Self(tokio::spawn(async move {
             let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
+            loop {
+                // A caller that went away at once is no reason to be there for no other.
+                let Ok((stream, _)) = listener.accept().await else { continue };
                 connections.spawn(serve(stream, acceptor.clone(), client.clone()));
                 while connections.try_join_next().is_some() {}
             }

@@ -32,7 +32,7 @@
 #![allow(clippy::indexing_slicing, reason = "JSON is read and built by index; a panic here fails a test, as it should")]
 
 pub mod account;
-mod address;
+pub mod address;
 pub mod balance;
 pub mod certificate;
 pub mod containers;

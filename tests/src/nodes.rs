@@ -36,19 +36,19 @@ pub async fn of_pool(client: &Client, pool: &str, capacity: &str) -> Result<Stri
     Ok(name)
 }
 
-/// Makes nodes as the pools of `deploy/node-pools.yaml` have them: one of each capacity for executors alone, and
-/// one for all that does not tolerate their taint.
-pub async fn of_the_shipped_pools(client: &Client) -> Result<()> {
+/// Makes nodes as the executor pool of `deploy/node-pools.yaml` has them, one of each capacity, for executors
+/// alone; and an open one for drivers and all else.
+pub async fn of_the_executor_pool(client: &Client) -> Result<()> {
     let taint = json!([{"key": "spark-role", "value": "executor", "effect": "NoSchedule"}]);
     for capacity in ["spot", "on-demand"] {
         let name = format!("executors-{capacity}");
         apply(client, &name, &labels(&name, capacity), &taint).await?;
     }
-    let mut other = labels("tooling", "on-demand");
+    let mut other = labels("open", "on-demand");
     if let Some(labels) = other.as_object_mut() {
         labels.remove("spark-role");
     }
-    apply(client, "tooling", &other, &json!([])).await
+    apply(client, "open", &other, &json!([])).await
 }
 
 /// Takes a node away; the pods on it stay for whoever clears them up.

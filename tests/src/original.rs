@@ -17,10 +17,6 @@ use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, 
 use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
 use kube::Client;
 use kube::api::{Api, PostParams};
-use rustls::ServerConfig;
-use rustls::crypto::ring;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
@@ -51,13 +47,7 @@ impl Original {
     /// Starts it on a free port.
     pub async fn start(ratio: f64) -> Result<Self> {
         let certificate = authority()?.issue()?;
-        let chain = CertificateDer::pem_file_iter(&certificate.path)?.collect::<Result<Vec<_>, _>>()?;
-        let key = PrivateKeyDer::from_pem_file(&certificate.key_path)?;
-        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
-            .with_single_cert(chain, key)?;
-        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let acceptor = TlsAcceptor::from(Arc::new(certificate.config()?));
         let listener = TcpListener::bind(("127.0.0.1", 0)).await?;
         let port = listener.local_addr()?.port();
         let counts = Arc::new(Mutex::new(Counts { ratio, ..Counts::default() }));
@@ -65,8 +55,10 @@ impl Original {
         let seen = Arc::clone(&counts);
         serving.spawn(async move {
             let mut connections = JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
+            loop {
+                let Ok((stream, _)) = listener.accept().await else { continue };
                 connections.spawn(serve(acceptor.clone(), stream, Arc::clone(&seen)));
+                while connections.try_join_next().is_some() {}
             }
         });
         Ok(Self { port, counts, _serving: serving })

@@ -48,7 +48,6 @@ impl Provision {
         let empty = scratch_path("resolv.conf")?;
         std::fs::write(&empty, "")?;
         let mut mounts = vec![
-            (spark_image::spark()?, spark_image::SPARK_HOME.to_owned()),
             (hosts, "/etc/hosts".to_owned()),
             // Whoever is not in there is not asked for elsewhere.
             (empty, "/etc/resolv.conf".to_owned()),
@@ -74,6 +73,7 @@ impl Provision {
         variables::add(&mut variables, container.env.as_deref().unwrap_or_default(), &known)?;
         Ok(Sandbox {
             host_name: pod.name_any(),
+            image: (spark_image::spark()?, spark_image::SPARK_HOME),
             mounts,
             command: command(container, &variables)?,
             variables,

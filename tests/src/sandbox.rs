@@ -13,19 +13,22 @@ use crate::variables::Variables;
 use crate::{parts, wait};
 
 /// As its first process: makes the file system, then becomes the container. Arguments: an empty folder, the host
-/// name, pairs of source and target to mount, `--`, where to start, and the command.
+/// name, the image's folder and where it is to be, pairs of source and target to mount, `--`, where to start, and
+/// the command.
 ///
 /// A target is resolved before it is put under the new root: a link such as `/var/run` would lead out of it.
 const SETUP: &str = r#"
     set -e
     root=$1/merged
     mount -t tmpfs pod "$1"
-    mkdir "$1/upper" "$1/work" "$root"
+    mkdir "$1/upper" "$1/work" "$1/image" "$1/image-work" "$root"
     mount -t overlay pod -o "lowerdir=/,upperdir=$1/upper,workdir=$1/work" "$root"
     mount --rbind /dev "$root/dev"
     mount -t proc proc "$root/proc"
     hostname "$2"
-    shift 2
+    mkdir -p "$root$4"
+    mount -t overlay image -o "lowerdir=$3,upperdir=$1/image,workdir=$1/image-work" "$root$4"
+    shift 4
     while [ "$1" != -- ]; do
         target=$root$(realpath -m "$2")
         if [ -d "$1" ]; then mkdir -p "$target"; else mkdir -p "${target%/*}" && : >>"$target"; fi
@@ -43,6 +46,8 @@ const SOON: std::time::Duration = std::time::Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct Sandbox {
     pub(crate) host_name: String,
+    /// What the image has of its own, and where; what is written there goes with the container too.
+    pub(crate) image: (PathBuf, &'static str),
     /// What is mounted where, the outer ones first.
     pub(crate) mounts: Vec<(PathBuf, String)>,
     pub(crate) variables: Variables,
@@ -59,7 +64,9 @@ impl Sandbox {
             command
                 .args(["--mount", "--uts", "--pid", "--fork", "--kill-child", "sh", "-c", SETUP, "sh"])
                 .arg(folder)
-                .arg(self.host_name.get(..HOST_NAME).unwrap_or(&self.host_name));
+                .arg(self.host_name.get(..HOST_NAME).unwrap_or(&self.host_name))
+                .arg(&self.image.0)
+                .arg(self.image.1);
             for (source, target) in &self.mounts {
                 command.arg(source).arg(target);
             }
@@ -91,6 +98,7 @@ async fn attempt() -> Result<()> {
     let variables = Variables::from([("PATH".to_owned(), "/usr/sbin:/usr/bin:/sbin:/bin".to_owned())]);
     let nothing = Sandbox {
         host_name: "attempt".to_owned(),
+        image: (PathBuf::from("/usr"), "/opt/attempt"),
         mounts: Vec::new(),
         variables,
         work_dir: "/",

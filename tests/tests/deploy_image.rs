@@ -1,7 +1,6 @@
 //! What goes into the image, without anything that builds images.
 
 use std::collections::BTreeSet;
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -13,11 +12,9 @@ use balancer_tests::metrics::Metrics;
 use balancer_tests::parts::program;
 use balancer_tests::process::{Process, scratch_path};
 use balancer_tests::redis::RedisServer;
-use balancer_tests::{endpoint, need, port, reviews};
+use balancer_tests::{address, endpoint, need, port, reviews};
 
 const START: Duration = Duration::from_secs(30);
-/// Loopback addresses have no other server on port 53 but the machine's own.
-const DNS: &str = "127.83.66.53";
 
 fn files(folder: &Path, root: &Path, found: &mut BTreeSet<String>) -> Result<()> {
     for entry in std::fs::read_dir(folder)? {
@@ -85,8 +82,7 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
 #[tokio::test]
 async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hosts() -> Result<()> {
     need!(Webhook, Reconciler, Redis, Dns);
-    let dns = TcpListener::bind((DNS, 53)).with_context(|| format!("port 53 of {DNS} is taken"))?;
-    drop(dns);
+    let dns = address::free()?;
     let _dns = Process::start(&program("dnsmasq")?, |command| {
         command.args([
             "--keep-in-foreground",
@@ -95,7 +91,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
             "--no-hosts",
             "--bind-interfaces",
         ]);
-        command.arg(format!("--listen-address={DNS}")).arg("--user=root").arg("--pid-file");
+        command.arg(format!("--listen-address={dns}")).arg("--user=root").arg("--pid-file");
         // Other names of the cluster do not exist, and it knows of no one to ask.
         command.args([
             "--local=/cluster.local/",
@@ -106,7 +102,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
     let root = image()?;
     // What the kubelet mounts into a pod.
     let resolve = format!(
-        "search spot-balancer.svc.cluster.local svc.cluster.local cluster.local\nnameserver {DNS}\noptions ndots:5\n"
+        "search spot-balancer.svc.cluster.local svc.cluster.local cluster.local\nnameserver {dns}\noptions ndots:5\n"
     );
     std::fs::write(root.join("etc/resolv.conf"), resolve)?;
     std::fs::write(root.join("etc/hosts"), "127.0.0.1 localhost redis.example\n")?;

@@ -84,8 +84,8 @@ impl Migration {
         let kubectl = program("kubectl")?;
         let folder = kubectl.parent().context("kubectl is in no folder")?;
         let path = std::env::join_paths([folder, "/usr/bin".as_ref(), "/bin".as_ref()])?;
-        let mut command = Command::new("bash");
-        command.args(["-euo", "pipefail", "-c", &block.replace("spark-jobs", &self.scenario.namespace)]);
+        let mut command = Command::new("timeout");
+        command.args(["60", "bash", "-euo", "pipefail", "-c", &block.replace("spark-jobs", &self.scenario.namespace)]);
         command.env_clear().env("PATH", path).env("HOME", scratch_path("migrate")?);
         let output = command.env("KUBECONFIG", self.scenario.plane.kubeconfig()).output()?;
         ensure!(output.status.success(), "{block}{}", String::from_utf8_lossy(&output.stderr));

@@ -32,7 +32,7 @@ async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
     static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
     let options = Options { scheduler: true, controller_manager: true, ..Options::default() };
     let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
-    nodes::of_the_shipped_pools(&plane.client()?).await?;
+    nodes::of_the_executor_pool(&plane.client()?).await?;
     let mut scenario = Scenario::without_nodes(Plane::Shared(plane), purpose).await?;
     scenario.kubelet = None;
     scenario.job_id_label = APPLICATION;

@@ -6,6 +6,7 @@ use std::env;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use balancer_tests::certificate::ServerCertificate;
 use http::{Request, Response};
 use http_body_util::{BodyExt, Full};
 use hyper::body::{Bytes, Incoming};
@@ -13,10 +14,6 @@ use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use redis::aio::MultiplexedConnection;
-use rustls::ServerConfig;
-use rustls::crypto::ring;
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 
@@ -26,12 +23,8 @@ const REPLY: &[u8] = &[b' '; 420];
 #[tokio::main]
 async fn main() -> Result<()> {
     let path = |name| env::var(name).with_context(|| format!("{name} is not set"));
-    let chain = CertificateDer::pem_file_iter(path("TLS_CERT_PATH")?)?.collect::<Result<Vec<_>, _>>()?;
-    let key = PrivateKeyDer::from_pem_file(path("TLS_KEY_PATH")?)?;
-    let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_no_client_auth()
-        .with_single_cert(chain, key)?;
+    let (certificate, key) = (path("TLS_CERT_PATH")?.into(), path("TLS_KEY_PATH")?.into());
+    let mut config = ServerCertificate { path: certificate, key_path: key }.config()?;
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let store = match env::var("REDIS_URL") {
