@@ -42,6 +42,7 @@ pub mod end_to_end;
 pub mod endpoint;
 pub mod figures;
 mod gateway;
+pub mod guide;
 pub mod helm;
 mod hosts;
 pub mod kubelet;

@@ -21,7 +21,7 @@ use balancer_tests::redis::RedisServer;
 use balancer_tests::release::Options as Settings;
 use balancer_tests::wait::until_true;
 use balancer_tests::webhook::Webhook;
-use balancer_tests::{endpoint, need, pods, reviews, stand_ins};
+use balancer_tests::{endpoint, guide, need, pods, reviews, stand_ins};
 use futures::{TryStreamExt, stream};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
@@ -232,7 +232,7 @@ async fn helm_4_does_the_same_by_applying_on_the_servers_side() -> Result<()> {
 
 #[tokio::test]
 async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
-    need!(Helm, ControlPlane, Redis, Webhook, Reconciler);
+    need!(Helm, ControlPlane, Redis, Webhook, Reconciler, Kubectl);
     let (plane, mut helm) = cluster(Options::default(), &[JOBS]).await?;
     let client = plane.client()?;
     helm.install(&in_sandbox()).await?;
@@ -245,6 +245,13 @@ async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
     // A driver that is older than the webhook: its ratio has to be looked up.
     pods::driver("old").annotation("workload/spot-ratio", "0").post(&client, JOBS).await?.pod()?;
     point(&plane, webhook.port, "works").await?;
+    // How to verify it, as the guide and as Helm's notes say.
+    let notes = helm.notes().await?;
+    let noted = notes.lines().find(|line| line.contains("spot-balancer-check")).context("no check in the notes")?;
+    let guided = guide::block("docs/install.md", "spot-balancer-check")?;
+    for check in [noted, &format!("JOBS={JOBS}\n{guided}")] {
+        assert_eq!(guide::run(&plane, check)?, "{\"workload/capacity-type\":\"spot\"}\n", "{check}");
+    }
     pods::driver("etl").annotation("workload/spot-ratio", "0.8").post(&client, JOBS).await?.pod()?;
     for id in 1..=10 {
         for job in ["old", "etl"] {

@@ -3,23 +3,20 @@
 
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::{Options, Plane};
 use balancer_tests::deployed::{RECONCILER, WEBHOOK, as_deployed, lead, prepare};
-use balancer_tests::helm::{Helm, repository};
-use balancer_tests::need;
+use balancer_tests::helm::Helm;
 use balancer_tests::nodes::CAPACITY;
 use balancer_tests::original::Original;
-use balancer_tests::parts::program;
 use balancer_tests::pods::{Posted, executor};
-use balancer_tests::process::scratch_path;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{REPAIRED, Scenario};
 use balancer_tests::wait::until_true;
 use balancer_tests::webhook::Webhook;
+use balancer_tests::{guide, need};
 use k8s_openapi::api::core::v1::Namespace;
 use kube::api::{Api, Patch, PatchParams};
 use serde_json::{Value, json};
@@ -30,12 +27,7 @@ const SOON: Duration = Duration::from_secs(30);
 
 /// The one block of commands in the guide that has `part` in it.
 fn documented(part: &str) -> Result<String> {
-    let guide = std::fs::read_to_string(repository("docs/migrate.md"))?;
-    let blocks = guide.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
-    let mut found = blocks.filter(|block| block.contains(part));
-    let block = found.next().with_context(|| format!("docs/migrate.md has no command with {part:?}"))?;
-    ensure!(found.next().is_none(), "docs/migrate.md has more than one block with {part:?}");
-    Ok(block.to_owned())
+    guide::block("docs/migrate.md", part)
 }
 
 /// A cluster in which the original places the executors of a job that runs.
@@ -81,15 +73,7 @@ impl Migration {
 
     /// Runs a block of the guide for this cluster.
     fn run(&self, block: &str) -> Result<()> {
-        let kubectl = program("kubectl")?;
-        let folder = kubectl.parent().context("kubectl is in no folder")?;
-        let path = std::env::join_paths([folder, "/usr/bin".as_ref(), "/bin".as_ref()])?;
-        let mut command = Command::new("timeout");
-        command.args(["60", "bash", "-euo", "pipefail", "-c", &block.replace("spark-jobs", &self.scenario.namespace)]);
-        command.env_clear().env("PATH", path).env("HOME", scratch_path("migrate")?);
-        let output = command.env("KUBECONFIG", self.scenario.plane.kubeconfig()).output()?;
-        ensure!(output.status.success(), "{block}{}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
+        guide::run(&self.scenario.plane, &block.replace("spark-jobs", &self.scenario.namespace)).map(drop)
     }
 
     /// Installs ours as the guide says, with processes in the place of its pods.

@@ -1,0 +1,34 @@
+//! The commands that the guides tell people to type, run as they are written.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::control_plane::ControlPlane;
+use crate::helm::repository;
+use crate::parts::program;
+use crate::process::scratch_path;
+
+/// The one block of commands in a guide that has `part` in it.
+pub fn block(guide: &str, part: &str) -> Result<String> {
+    let text = std::fs::read_to_string(repository(guide))?;
+    let blocks = text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
+    let mut found = blocks.filter(|block| block.contains(part));
+    let block = found.next().with_context(|| format!("{guide} has no command with {part:?}"))?;
+    ensure!(found.next().is_none(), "{guide} has more than one block with {part:?}");
+    Ok(block.to_owned())
+}
+
+/// Runs commands as the administrator of a cluster, and answers what they print.
+pub fn run(plane: &ControlPlane, commands: &str) -> Result<String> {
+    let kubectl = program("kubectl")?;
+    let folder = kubectl.parent().context("kubectl is in no folder")?;
+    let path = std::env::join_paths([folder, "/usr/bin".as_ref(), "/bin".as_ref()])?;
+    // They end in any case, whatever hangs.
+    let mut command = Command::new("timeout");
+    command.args(["60", "bash", "-euo", "pipefail", "-c", commands]);
+    command.env_clear().env("PATH", path).env("HOME", scratch_path("guide")?).env("KUBECONFIG", plane.kubeconfig());
+    let output = command.output()?;
+    ensure!(output.status.success(), "{commands}{}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
