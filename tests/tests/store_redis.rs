@@ -416,6 +416,33 @@ async fn the_first_of_those_that_wait_is_told_by_the_servers_clock() -> Result<(
 }
 
 #[tokio::test]
+async fn the_time_to_go_goes_by_the_servers_clock_and_a_release_of_the_future_has_none() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
+    // One will have been released within the last moments once its second has begun; another was long ago, and
+    // one will be in an hour.
+    for (executor, age, entered) in [("now", -1, false), ("past", 5, true), ("future", -3_600, true)] {
+        // Its name is its uid too.
+        let release = format!("{} {executor}", (seconds - age) * 1_000);
+        let release = format!("{}:{release}", release.len());
+        bench.ask::<()>(cmd("HSET").arg(COUNT).arg("released").arg(&release)).await?;
+        if age == -1 {
+            wait::until_true(Duration::from_secs(5), "the release to be past", async || {
+                let (now, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
+                Ok(now > seconds)
+            })
+            .await?;
+        }
+        let live = [LiveExecutor { executor, uid: executor, capacity: Some(Capacity::Spot) }];
+        let mended = bench.mend(&live, Some(policy("0.5", 0)?), DAY).await?;
+        assert_eq!(mended.drift.missing, u64::from(entered), "{executor}");
+        assert_eq!(mended.waits.is_some(), !entered, "{executor}");
+    }
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_superseded_reconcile_writes_nothing_and_prolongs_no_life() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
