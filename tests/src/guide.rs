@@ -19,16 +19,21 @@ pub fn block(guide: &str, part: &str) -> Result<String> {
     Ok(block.to_owned())
 }
 
-/// Runs commands as the administrator of a cluster, and answers what they print.
-pub fn run(plane: &ControlPlane, commands: &str) -> Result<String> {
+/// A command that has kubectl and is the administrator of a cluster; its arguments are yet to come. After so
+/// many seconds it ends, whatever hangs.
+pub(crate) fn administrator(plane: &ControlPlane, seconds: u32) -> Result<Command> {
     let kubectl = program("kubectl")?;
     let folder = kubectl.parent().context("kubectl is in no folder")?;
     let path = std::env::join_paths([folder, "/usr/bin".as_ref(), "/bin".as_ref()])?;
-    // They end in any case, whatever hangs.
     let mut command = Command::new("timeout");
-    command.args(["60", "bash", "-euo", "pipefail", "-c", commands]);
+    command.args(["--kill-after=10", &seconds.to_string()]);
     command.env_clear().env("PATH", path).env("HOME", scratch_path("guide")?).env("KUBECONFIG", plane.kubeconfig());
-    let output = command.output()?;
+    Ok(command)
+}
+
+/// Runs commands as the administrator of a cluster, and answers what they print.
+pub fn run(plane: &ControlPlane, commands: &str) -> Result<String> {
+    let output = administrator(plane, 60)?.args(["bash", "-euo", "pipefail", "-c", commands]).output()?;
     ensure!(output.status.success(), "{commands}{}", String::from_utf8_lossy(&output.stderr));
     Ok(String::from_utf8(output.stdout)?)
 }

@@ -6,13 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
+use balancer_tests::deployed::{RECONCILER, WEBHOOK};
 use balancer_tests::helm::{Helm, every_option, object, objects, repository};
 use balancer_tests::need;
 use balancer_tests::parts::program;
 use serde_json::{Value, json};
 
-const WEBHOOK: &str = "spot-balancer-webhook";
-const RECONCILER: &str = "spot-balancer-reconciler";
 const PEM: &str = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n";
 
 /// Values that render different objects.

@@ -277,13 +277,18 @@ impl JobLedger {
             drift.stale += u64::from(!keep);
             keep
         });
+        // How long pods that were released may still be seen to live. One that is yet to be released, by a clock
+        // that went back, is no reason to wait.
+        let left = |at: Millis| Self::GOES_WITHIN.min(grace).checked_sub(now.checked_sub(at)?).filter(|left| *left > 0);
+        let going: HashMap<&str, Millis> =
+            self.released.iter().filter_map(|(uid, at)| Some((uid.as_str(), left(*at)?))).collect();
         for &LiveExecutor { executor, uid, capacity } in live {
-            let seen = self.entries.get(executor).is_some_and(|entry| entry.uid.is_some());
-            if let Some(left) = self.time_to_go(uid, grace, now).filter(|_| !seen) {
-                waits = Some(waits.unwrap_or(Millis::MAX).min(left));
+            let entry = self.entries.get_mut(executor);
+            if let Some(left) = going.get(uid).filter(|_| entry.as_ref().is_none_or(|entry| entry.uid.is_none())) {
+                waits = Some(waits.unwrap_or(Millis::MAX).min(*left));
                 continue;
             }
-            match (self.entries.get_mut(executor), capacity) {
+            match (entry, capacity) {
                 (Some(entry), capacity) => {
                     if let Some(capacity) = capacity.filter(|capacity| *capacity != entry.capacity) {
                         entry.capacity = capacity;
@@ -307,13 +312,6 @@ impl JobLedger {
         }
         self.forget_if_empty();
         Reconciled::Done(Mended { drift, counts: self.counts, waits })
-    }
-
-    /// How long a pod that was released may still be seen to live; `None` where it was not, or long ago, or,
-    /// by a clock that went back, is yet to be.
-    fn time_to_go(&self, uid: &str, grace: Millis, now: Millis) -> Option<Millis> {
-        let (_, at) = self.released.iter().find(|(released, _)| released == uid)?;
-        Self::GOES_WITHIN.min(grace).checked_sub(now.checked_sub(*at)?).filter(|left| *left > 0)
     }
 
     /// Without policy and executors there is no ledger, and no store keeps one.

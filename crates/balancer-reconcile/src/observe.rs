@@ -192,12 +192,12 @@ impl Watches {
     /// Whether the lists that are missing cannot be had, and the others have to do: some of what is watched
     /// has been seen for a while, and the rest was tried again and again meanwhile.
     pub(crate) fn can_do_without(&mut self, watched: &[Arc<str>], now: Instant) -> bool {
-        let sees = self.sight(now).sees_any(watched);
-        let since = *self.sees_since.get_or_insert(now);
-        if !sees {
+        if !self.sight(now).sees_any(watched) {
             self.sees_since = None;
+            return false;
         }
-        sees && now.duration_since(since) > PATIENCE && self.settled()
+        let since = *self.sees_since.get_or_insert(now);
+        now.duration_since(since) > PATIENCE && self.settled()
     }
 
     /// Whether the list of nodes was complete at least once.

@@ -123,6 +123,12 @@ impl Observed<'_> {
     }
 }
 
+/// Notes a change; the gravest of a job's counts.
+fn note(changed: &mut HashMap<Arc<JobKey>, Change>, job: Arc<JobKey>, change: Change) {
+    let noted = changed.entry(job).or_insert(change);
+    *noted = change.max(*noted);
+}
+
 impl View {
     /// Of a cluster of which nothing is known yet.
     pub fn new(conventions: Arc<Conventions>, defaults: Defaults) -> Self {
@@ -192,13 +198,7 @@ impl View {
             self.unbind(&node, &key);
         }
         self.complaints.remove(&(Arc::clone(&key), name));
-        self.note(key, if was_executor { Change::Loss } else { Change::Other });
-    }
-
-    /// Notes a change; the gravest of a job's counts.
-    fn note(&mut self, job: Arc<JobKey>, change: Change) {
-        let noted = self.changed.entry(job).or_insert(change);
-        *noted = change.max(*noted);
+        note(&mut self.changed, key, if was_executor { Change::Loss } else { Change::Other });
     }
 
     /// A list of the nodes begins.
@@ -223,7 +223,7 @@ impl View {
         let capacity = label.map(Capacity::of_label);
         if node.capacity != capacity {
             for (job, _) in &node.jobs {
-                self.changed.entry(Arc::clone(job)).or_insert(Change::Other);
+                note(&mut self.changed, Arc::clone(job), Change::Other);
             }
         }
         (node.capacity, node.exists, node.list) = (capacity, true, list);
@@ -311,7 +311,7 @@ impl View {
             }
         }
         if !same || as_a_driver {
-            self.note(job, Change::Other);
+            note(&mut self.changed, job, Change::Other);
         }
     }
 
@@ -347,13 +347,13 @@ impl View {
         }
         known.drivers.insert(name, Driver { uid: uid.into(), created: created.into(), stated, invalid, list });
         if as_an_executor.is_some() {
-            self.note(Arc::clone(&job), Change::Loss);
+            note(&mut self.changed, Arc::clone(&job), Change::Loss);
         }
         if let Some(node) = as_an_executor.and_then(|executor| executor.node) {
             self.unbind(&node, &job);
         }
         if !same {
-            self.note(job, Change::Other);
+            note(&mut self.changed, job, Change::Other);
         }
     }
 
