@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{JobId, Placing, Policy, Stated};
+use balancer_core::{JobRef, PlaceRequest, Policy, PolicyOverrides};
 use balancer_store::{Ledger, RedisLedger, RedisOptions};
 use balancer_tests::account::Account;
 use balancer_tests::control_plane::Plane;
@@ -323,10 +323,11 @@ async fn the_ledger_of_a_job_that_only_runs_lives_on() -> Result<()> {
 }
 
 /// Enters a placement of an executor that has no pod.
-async fn enter(ledger: &RedisLedger, job: JobId<'_>) -> Result<()> {
+async fn enter(ledger: &RedisLedger, job: JobRef<'_>) -> Result<()> {
     let policy = Policy { ratio: "0.5".parse()?, base: 0 };
-    let placing = Placing { executor: "nobody", pinned: None, stated: Stated::default(), policy: Some(policy) };
-    ledger.place(job, &placing).await?;
+    let request =
+        PlaceRequest { key: "nobody", required: None, overrides: PolicyOverrides::default(), policy: Some(policy) };
+    ledger.place(job, &request).await?;
     Ok(())
 }
 
@@ -337,13 +338,13 @@ async fn a_reconciler_leaves_alone_what_is_in_other_namespaces_unless_it_follows
     let (ours, theirs) = (scenario.namespace.clone(), scenario.plane.namespace("theirs").await?);
     let options = RedisOptions { timeout: Duration::from_secs(10), ttl: Duration::from_secs(86_400) };
     let ledger = RedisLedger::connect(&scenario.redis.url(), options).await?;
-    let pinned = |id| executor(JOB, id).node_selector("karpenter.sh/capacity-type", "spot");
+    let required = |id| executor(JOB, id).node_selector("karpenter.sh/capacity-type", "spot");
     for namespace in [&ours, &theirs] {
-        enter(&ledger, JobId { namespace, id: "gone" }).await?;
-        pinned(1).post(&scenario.client, namespace).await?.pod()?;
+        enter(&ledger, JobRef { namespace, app_id: "gone" }).await?;
+        required(1).post(&scenario.client, namespace).await?.pod()?;
     }
     let told = async |namespace: &str, id| {
-        let ledger = ledger.show(JobId { namespace, id }).await?;
+        let ledger = ledger.get(JobRef { namespace, app_id: id }).await?;
         anyhow::Ok(ledger.map(|ledger| (ledger.counts().spot, ledger.counts().on_demand)))
     };
     let options = scenario.reconciler_options().await?.env("RECONCILE_INTERVAL_SECONDS", "10");
@@ -363,7 +364,7 @@ async fn a_reconciler_leaves_alone_what_is_in_other_namespaces_unless_it_follows
     let options = scenario.reconciling(&account.kubeconfig).redis(&scenario.redis)?.env("WATCH_NAMESPACES", "");
     scenario.reconcilers.push(Reconciler::start(options).await?);
     for namespace in [&ours, &theirs] {
-        pinned(2).post(&scenario.client, namespace).await?.pod()?;
+        required(2).post(&scenario.client, namespace).await?.pod()?;
         until_true(REPAIRED, "it to be entered", async || Ok(told(namespace, JOB).await? == Some((2, 0)))).await?;
     }
     until_true(GRACE + REPAIRED, "what is gone to be dropped", async || Ok(told(&theirs, "gone").await?.is_none()))

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use balancer_core::{
-    Capacity, JobId, LiveExecutor, Observation, Outcome, Placing, Policy, Ratio, Reconciled, Stated, Term,
+    Capacity, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio,
+    ReconcileOutcome, Term,
 };
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::certificate::authority;
@@ -19,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-const JOB: JobId<'_> = JobId { namespace: "etl", id: "spark-1" };
+const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
 const DAY: Duration = Duration::from_secs(86_400);
 /// What a call may take beyond its timeout on a busy machine.
 const TOLERANCE: Duration = Duration::from_millis(500);
@@ -30,9 +31,11 @@ async fn connect(url: &str, timeout: Duration) -> Result<RedisLedger> {
     Ok(RedisLedger::connect(url, RedisOptions { timeout, ttl: DAY }).await?)
 }
 
-async fn place(ledger: &RedisLedger, executor: &str) -> Result<Outcome, StoreError> {
+async fn place(ledger: &RedisLedger, executor: &str) -> Result<PlaceOutcome, StoreError> {
     let policy = Some(Policy { ratio: Ratio::ONE, base: 0 });
-    ledger.place(JOB, &Placing { executor, pinned: None, stated: Stated::default(), policy }).await
+    ledger
+        .place(JOB, &PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy })
+        .await
 }
 
 async fn ask<T: FromRedisValue>(server: &RedisServer, command: &Cmd) -> Result<T> {
@@ -91,7 +94,7 @@ async fn a_server_that_stops_makes_calls_fail_at_once_and_one_that_comes_back_em
         fails_fast(&ledger).await?;
         server.start_again_empty().await?;
         recovered(&ledger).await?;
-        let shown = ledger.show(JOB).await?.context("nothing was written")?;
+        let shown = ledger.get(JOB).await?.context("nothing was written")?;
         assert!(!shown.entries().contains_key("e1"));
     }
     Ok(())
@@ -147,7 +150,7 @@ async fn while_the_server_is_frozen_every_call_ends_in_time_and_soon_at_once() -
     for number in 0..200 {
         place(&ledger, &format!("e{number}")).await?;
     }
-    let shown = ledger.show(JOB).await?.context("nothing was written")?;
+    let shown = ledger.get(JOB).await?.context("nothing was written")?;
     assert_eq!((shown.counts().total(), shown.entries().len()), (201, 201));
     Ok(())
 }
@@ -159,9 +162,9 @@ async fn a_large_reconcile_has_more_time_and_no_other_call_breaks_its_connection
     let server = RedisServer::start().await?;
     let ledger = connect(&server.url(), timeout).await?;
     // One and the same, so that the server is soon done with them.
-    let live = vec![LiveExecutor { executor: "e1", uid: "u", capacity: Some(Capacity::Spot) }; 50_000];
+    let live = vec![LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot) }; 50_000];
     let longer = Duration::from_secs(1);
-    let seen = Observation { live: &live, ..Observation::default() };
+    let seen = JobState { live: &live, ..JobState::default() };
     let reconcile = async || ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await;
 
     server.freeze()?;
@@ -175,7 +178,7 @@ async fn a_large_reconcile_has_more_time_and_no_other_call_breaks_its_connection
     };
     let (reconciled, others) = tokio::join!(reconcile(), others);
     others?;
-    assert!(matches!(reconciled?, Reconciled::Done(mended) if mended.drift.missing == 1));
+    assert!(matches!(reconciled?, ReconcileOutcome::Done(mended) if mended.drift.missing == 1));
 
     // Several wait for one another, and no longer.
     server.freeze()?;
@@ -295,25 +298,30 @@ async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_th
     let ledger = connect(&url, Duration::from_secs(10)).await?;
     for _ in 0..2 {
         place(&ledger, "e1").await?;
-        let live = |executor| LiveExecutor { executor, uid: "u", capacity: Some(Capacity::Spot) };
+        let live = |executor| LiveExecutor { key: executor, uid: "u", capacity: Some(Capacity::Spot) };
         let live = [live("e1"), live("e2")];
-        let seen = Observation { live: &live, ..Observation::default() };
+        let seen = JobState { live: &live, ..JobState::default() };
         ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await?;
         ledger.learn(JOB, Policy { ratio: Ratio::ZERO, base: 1 }).await?;
         ledger.release(JOB, "e2", Some("u")).await?;
-        assert_eq!(ledger.show(JOB).await?.context("nothing was written")?.counts().total(), 1);
-        assert_eq!(ledger.tally(JOB).await?.context("nothing was written")?.total(), 1);
-        assert_eq!(ledger.jobs(0).await?.jobs, [JOB.to_key()]);
-        ledger.mark(1).await?;
+        assert_eq!(ledger.get(JOB).await?.context("nothing was written")?.counts().total(), 1);
+        assert_eq!(ledger.counts(JOB).await?.context("nothing was written")?.total(), 1);
+        assert_eq!(ledger.list_jobs(0).await?.jobs, [JOB.to_job_id()]);
+        ledger.heartbeat(1).await?;
 
         // Both ways in which a ledger ends.
-        let other = JobId { id: "spark-2", ..JOB };
-        let pinned = Placing { executor: "e1", pinned: Some(Capacity::Spot), stated: Stated::default(), policy: None };
-        ledger.place(other, &pinned).await?;
+        let other = JobRef { app_id: "spark-2", ..JOB };
+        let required = PlaceRequest {
+            key: "e1",
+            required: Some(Capacity::Spot),
+            overrides: PolicyOverrides::default(),
+            policy: None,
+        };
+        ledger.place(other, &required).await?;
         ledger.release(other, "e1", None).await?;
-        ledger.place(other, &pinned).await?;
-        ledger.reconcile(other, &Observation::default(), Duration::ZERO, Term(1)).await?;
-        assert_eq!(ledger.show(other).await?, None);
+        ledger.place(other, &required).await?;
+        ledger.reconcile(other, &JobState::default(), Duration::ZERO, Term(1)).await?;
+        assert_eq!(ledger.get(other).await?, None);
 
         // Then the entries are counted anew.
         ask::<()>(&server, cmd("HINCRBY").arg("exec-count:{etl:spark-1}").arg("spot").arg(1)).await?;
@@ -388,6 +396,6 @@ async fn over_tls_it_trusts_whom_the_system_trusts_and_nobody_else() -> Result<(
 async fn trusting_the_tests_authority() -> Result<()> {
     let ledger = connect(&std::env::var("TEST_REDIS_URL")?, Duration::from_secs(10)).await?;
     place(&ledger, "e1").await?;
-    assert_eq!(ledger.show(JOB).await?.context("nothing was written")?.counts().total(), 1);
+    assert_eq!(ledger.get(JOB).await?.context("nothing was written")?.counts().total(), 1);
     Ok(())
 }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use balancer_core::{
-    Capacity, Counts, Drift, JobId, JobKey, LiveExecutor, Mended, Observation, Outcome, Placing, Policy, Reconciled,
-    Stated, Term,
+    Capacity, Counts, Drift, JobId, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy,
+    PolicyOverrides, ReconcileOutcome, ReconcileSummary, Term,
 };
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::need;
@@ -17,7 +17,7 @@ use redis::{Cmd, FromRedisValue, cmd};
 use tokio::sync::OnceCell;
 
 const DAY: Duration = Duration::from_secs(86_400);
-const JOB: JobId<'_> = JobId { namespace: "etl", id: "spark-1" };
+const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
 const COUNT: &str = "exec-count:{etl:spark-1}";
 const PODS: &str = "exec-pods:{etl:spark-1}";
 const MARK: &str = "exec-reconciler";
@@ -105,12 +105,18 @@ impl Bench {
     }
 
     /// A reconcile in the first term.
-    async fn mend(&self, live: &[LiveExecutor<'_>], policy: Option<Policy>, grace: Duration) -> Result<Mended> {
-        let stated = Stated { ratio: policy.map(|policy| policy.ratio), base: policy.map(|policy| policy.base) };
-        let seen = Observation { live, stated, ended: false };
+    async fn mend(
+        &self,
+        live: &[LiveExecutor<'_>],
+        policy: Option<Policy>,
+        grace: Duration,
+    ) -> Result<ReconcileSummary> {
+        let overrides =
+            PolicyOverrides { ratio: policy.map(|policy| policy.ratio), base: policy.map(|policy| policy.base) };
+        let seen = JobState { live, overrides, ended: false };
         match self.ledger.reconcile(JOB, &seen, grace, Term(1)).await? {
-            Reconciled::Done(mended) => Ok(mended),
-            Reconciled::Superseded(by) => anyhow::bail!("superseded by {by}"),
+            ReconcileOutcome::Done(mended) => Ok(mended),
+            ReconcileOutcome::Superseded(by) => anyhow::bail!("superseded by {by}"),
         }
     }
 
@@ -126,18 +132,18 @@ fn policy(ratio: &str, base: u32) -> Result<Policy> {
     Ok(Policy { ratio: ratio.parse()?, base })
 }
 
-fn placing(executor: &str) -> Placing<'_> {
-    Placing { executor, pinned: None, stated: Stated::default(), policy: None }
+fn request(executor: &str) -> PlaceRequest<'_> {
+    PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: None }
 }
 
 fn live(executor: &str, capacity: Option<Capacity>) -> LiveExecutor<'_> {
-    LiveExecutor { executor, uid: "9f1c", capacity }
+    LiveExecutor { key: executor, uid: "9f1c", capacity }
 }
 
-fn counts(outcome: Outcome) -> Option<(u64, u64)> {
+fn counts(outcome: PlaceOutcome) -> Option<(u64, u64)> {
     match outcome {
-        Outcome::Placed(placed) => Some((placed.counts.spot, placed.counts.on_demand)),
-        Outcome::NeedPolicy => None,
+        PlaceOutcome::Placed(placed) => Some((placed.counts.spot, placed.counts.on_demand)),
+        PlaceOutcome::NeedPolicy => None,
     }
 }
 
@@ -147,7 +153,7 @@ async fn a_person_can_read_the_two_keys_of_a_job() -> Result<()> {
     let mut bench = Bench::start().await?;
     bench.ledger.learn(JOB, policy("0.7", 1)?).await?;
     for executor in ["a", "b", "c"] {
-        bench.ledger.place(JOB, &placing(executor)).await?;
+        bench.ledger.place(JOB, &request(executor)).await?;
     }
     bench.mend(&[live("a", None)], None, DAY).await?;
     let fields = [("base", "1"), ("on-demand", "2"), ("ratio", "0.7"), ("spot", "1"), ("term", "1")];
@@ -173,13 +179,15 @@ async fn peeking_and_showing_write_nothing_and_prolong_no_life() -> Result<()> {
     bench.fill(3).await?;
     bench.shorten_lives().await?;
     let before = bench.dump().await?;
-    let looked_up = Placing { policy: Some(policy("1", 0)?), ..placing("new") };
-    for job in [JOB, JobId { namespace: "etl", id: "unknown" }] {
-        for asked in [placing("e1"), placing("new"), looked_up, Placing { pinned: Some(Capacity::Spot), ..looked_up }] {
+    let looked_up = PlaceRequest { policy: Some(policy("1", 0)?), ..request("new") };
+    for job in [JOB, JobRef { namespace: "etl", app_id: "unknown" }] {
+        for asked in
+            [request("e1"), request("new"), looked_up, PlaceRequest { required: Some(Capacity::Spot), ..looked_up }]
+        {
             bench.ledger.peek(job, &asked).await?;
         }
-        bench.ledger.show(job).await?;
-        bench.ledger.jobs(0).await?;
+        bench.ledger.get(job).await?;
+        bench.ledger.list_jobs(0).await?;
     }
     assert_eq!(bench.dump().await?, before);
     let (count, pods) = bench.lives().await?;
@@ -195,12 +203,12 @@ async fn every_touch_prolongs_the_life_of_both_keys() -> Result<()> {
     for touch in 0..7 {
         bench.shorten_lives().await?;
         match touch {
-            0 => drop(bench.ledger.place(JOB, &placing("new")).await?),
-            1 => drop(bench.ledger.place(JOB, &placing("e1")).await?),
+            0 => drop(bench.ledger.place(JOB, &request("new")).await?),
+            1 => drop(bench.ledger.place(JOB, &request("e1")).await?),
             2 => drop(bench.ledger.release(JOB, "e1", None).await?),
             3 => drop(bench.ledger.release(JOB, "unknown", None).await?),
             4 => bench.ledger.learn(JOB, policy("0.1", 0)?).await?,
-            5 => drop(bench.ledger.tally(JOB).await?),
+            5 => drop(bench.ledger.counts(JOB).await?),
             _ => drop(bench.mend(&[live("e2", None)], None, DAY).await?),
         }
         let (count, pods) = bench.lives().await?;
@@ -216,14 +224,14 @@ async fn a_ledger_is_gone_the_ttl_after_its_last_touch() -> Result<()> {
     let mut bench = Bench::start().await?;
     bench.ledger = connect(&bench.server, ttl).await?;
     bench.ledger.learn(JOB, policy("0.5", 0)?).await?;
-    bench.ledger.mark(1).await?;
+    bench.ledger.heartbeat(1).await?;
     let begin = Instant::now();
-    bench.ledger.place(JOB, &placing("e1")).await?;
+    bench.ledger.place(JOB, &request("e1")).await?;
     let ledger = &bench.ledger;
-    wait::until_true(Duration::from_secs(10), "the ledger to go", async || Ok(ledger.show(JOB).await?.is_none()))
+    wait::until_true(Duration::from_secs(10), "the ledger to go", async || Ok(ledger.get(JOB).await?.is_none()))
         .await?;
     assert!(begin.elapsed() >= ttl, "gone after {:?}", begin.elapsed());
-    assert_eq!((bench.ledger.tally(JOB).await?, told(&bench.ledger).await?.0), (None, Vec::new()));
+    assert_eq!((bench.ledger.counts(JOB).await?, told(&bench.ledger).await?.0), (None, Vec::new()));
     assert_eq!(bench.ask::<u64>(cmd("EXISTS").arg(MARK)).await?, 0);
     assert_eq!(bench.ask::<u64>(&cmd("DBSIZE")).await?, 0);
     Ok(())
@@ -233,10 +241,10 @@ async fn a_ledger_is_gone_the_ttl_after_its_last_touch() -> Result<()> {
 async fn a_job_of_which_nothing_is_known_leaves_no_key() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
-    bench.ledger.place(JOB, &placing("e1")).await?;
+    bench.ledger.place(JOB, &request("e1")).await?;
     bench.ledger.release(JOB, "e1", Some("u")).await?;
     bench.mend(&[live("e1", None)], None, Duration::ZERO).await?;
-    bench.ledger.tally(JOB).await?;
+    bench.ledger.counts(JOB).await?;
     assert_eq!(bench.ask::<u64>(&cmd("DBSIZE")).await?, 0);
     Ok(())
 }
@@ -246,7 +254,7 @@ async fn a_job_of_which_nothing_is_left_leaves_no_key() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let seen = [live("e1", Some(Capacity::Spot)), live("e2", Some(Capacity::OnDemand))];
-    let ended = Observation { ended: true, ..Observation::default() };
+    let ended = JobState { ended: true, ..JobState::default() };
     for way in 0..4 {
         bench.mend(&seen, None, DAY).await?;
         bench.ledger.release(JOB, "e1", Some("9f1c")).await?;
@@ -269,20 +277,20 @@ async fn the_noted_counts_are_those_of_the_entries_after_every_change() -> Resul
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.ledger.learn(JOB, policy("0.5", 1)?).await?;
-    let pinned = |executor, capacity| Placing { pinned: Some(capacity), ..placing(executor) };
+    let required = |executor, capacity| PlaceRequest { required: Some(capacity), ..request(executor) };
     for step in 0..9 {
         match step {
-            0 => drop(bench.ledger.place(JOB, &placing("a")).await?),
-            1 => drop(bench.ledger.place(JOB, &placing("b")).await?),
-            2 => drop(bench.ledger.place(JOB, &placing("a")).await?),
-            3 => drop(bench.ledger.place(JOB, &pinned("a", Capacity::Spot)).await?),
-            4 => drop(bench.ledger.place(JOB, &pinned("c", Capacity::OnDemand)).await?),
+            0 => drop(bench.ledger.place(JOB, &request("a")).await?),
+            1 => drop(bench.ledger.place(JOB, &request("b")).await?),
+            2 => drop(bench.ledger.place(JOB, &request("a")).await?),
+            3 => drop(bench.ledger.place(JOB, &required("a", Capacity::Spot)).await?),
+            4 => drop(bench.ledger.place(JOB, &required("c", Capacity::OnDemand)).await?),
             5 => drop(bench.ledger.release(JOB, "c", None).await?),
             6 => drop(bench.ledger.release(JOB, "b", None).await?),
             7 => drop(bench.mend(&[live("x", Some(Capacity::OnDemand))], None, DAY).await?),
             _ => drop(bench.mend(&[], None, Duration::ZERO).await?),
         }
-        let counts = bench.ledger.show(JOB).await?.context("the job is gone")?.counts();
+        let counts = bench.ledger.get(JOB).await?.context("the job is gone")?.counts();
         let noted = bench.noted().await?;
         assert_eq!(noted, (counts.spot.to_string(), counts.on_demand.to_string()), "after step {step}");
     }
@@ -304,7 +312,7 @@ async fn counts_that_were_lost_or_edited_are_taken_anew_from_the_entries() -> Re
     ];
     for edit in edits {
         for (executor, expected) in [("e1", (7, 1)), ("new", (8, 1))] {
-            let asked = Placing { policy: Some(policy("1", 0)?), ..placing(executor) };
+            let asked = PlaceRequest { policy: Some(policy("1", 0)?), ..request(executor) };
             bench.ask::<()>(&cmd("FLUSHALL")).await?;
             bench.mend(&all, Some(policy("1", 0)?), DAY).await?;
             bench.ask::<()>(&edit).await?;
@@ -316,7 +324,7 @@ async fn counts_that_were_lost_or_edited_are_taken_anew_from_the_entries() -> Re
         bench.ledger.release(JOB, "e2", None).await?;
         assert_eq!(bench.noted().await?, ("7".to_owned(), "1".to_owned()), "{edit:?}");
         bench.ask::<()>(&edit).await?;
-        assert_eq!(bench.ledger.tally(JOB).await?, Some(Counts { spot: 7, on_demand: 1 }), "{edit:?}");
+        assert_eq!(bench.ledger.counts(JOB).await?, Some(Counts { spot: 7, on_demand: 1 }), "{edit:?}");
         assert_eq!(bench.noted().await?, ("7".to_owned(), "1".to_owned()), "{edit:?}");
     }
     Ok(())
@@ -328,9 +336,9 @@ async fn entries_that_were_lost_are_no_longer_counted() -> Result<()> {
     let mut bench = Bench::start().await?;
     bench.fill(9).await?;
     bench.ask::<()>(cmd("DEL").arg(PODS)).await?;
-    assert_eq!(counts(bench.ledger.place(JOB, &placing("e1")).await?), Some((1, 0)));
+    assert_eq!(counts(bench.ledger.place(JOB, &request("e1")).await?), Some((1, 0)));
     assert_eq!(bench.ledger.release(JOB, "e2", None).await?, None);
-    let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+    let shown = bench.ledger.get(JOB).await?.context("the job is gone")?;
     assert_eq!((shown.counts(), shown.policy()), (Counts { spot: 1, on_demand: 0 }, Some(policy("0.5", 0)?)));
     Ok(())
 }
@@ -349,10 +357,10 @@ async fn a_lost_policy_is_asked_for_again() -> Result<()> {
         bench.ask::<()>(&cmd("FLUSHALL")).await?;
         bench.fill(4).await?;
         bench.ask::<()>(&change).await?;
-        assert_eq!(bench.ledger.place(JOB, &placing("new")).await?, Outcome::NeedPolicy, "{change:?}");
-        let looked_up = Placing { policy: Some(policy("0.25", 2)?), ..placing("new") };
+        assert_eq!(bench.ledger.place(JOB, &request("new")).await?, PlaceOutcome::NeedPolicy, "{change:?}");
+        let looked_up = PlaceRequest { policy: Some(policy("0.25", 2)?), ..request("new") };
         assert_eq!(counts(bench.ledger.place(JOB, &looked_up).await?), Some((4, 1)), "{change:?}");
-        let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+        let shown = bench.ledger.get(JOB).await?.context("the job is gone")?;
         assert_eq!(shown.policy(), looked_up.policy, "{change:?}");
     }
     Ok(())
@@ -364,12 +372,12 @@ async fn an_entry_that_nobody_can_read_counts_as_on_demand_until_the_next_reconc
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
     bench.ask::<()>(cmd("HSET").arg(PODS).arg("x").arg("rubbish").arg("y").arg("").arg("z").arg("spot\0 1 -")).await?;
-    assert_eq!(counts(bench.ledger.place(JOB, &placing("y")).await?), Some((1, 3)));
-    let error = bench.ledger.show(JOB).await.err().context("rubbish was read")?;
+    assert_eq!(counts(bench.ledger.place(JOB, &request("y")).await?), Some((1, 3)));
+    let error = bench.ledger.get(JOB).await.err().context("rubbish was read")?;
     assert_eq!(error.kind(), "unreadable");
     let drift = bench.mend(&[live("e0", None), live("x", Some(Capacity::Spot))], None, DAY).await?.drift;
     assert_eq!(drift, Drift { missing: 0, stale: 1, wrong_capacity: 1 });
-    let shown = bench.ledger.show(JOB).await?.context("the job is gone")?;
+    let shown = bench.ledger.get(JOB).await?.context("the job is gone")?;
     assert_eq!(shown.counts(), Counts { spot: 2, on_demand: 1 });
     Ok(())
 }
@@ -406,12 +414,12 @@ async fn the_first_of_those_that_wait_is_told_by_the_servers_clock() -> Result<(
     bench.ask::<()>(cmd("HSET").arg(PODS).arg(&entries)).await?;
     let mended = bench.mend(&[live("live", None)], None, DAY).await?;
     assert_eq!((mended.drift.stale, mended.counts), (2, Counts { spot: 4, on_demand: 0 }));
-    let waits = mended.waits.context("none waits")?;
-    assert!((6_300_000..=6_401_000).contains(&waits), "{waits} ms");
+    let recheck_after = mended.recheck_after.context("none recheck_after")?;
+    assert!((6_300_000..=6_401_000).contains(&recheck_after), "{recheck_after} ms");
 
     bench.ask::<()>(cmd("HDEL").arg(PODS).arg("first").arg("late")).await?;
     // One that was placed in the future, as the clock goes, was placed just now.
-    assert_eq!(bench.mend(&[], None, DAY).await?.waits, Some(86_400_000));
+    assert_eq!(bench.mend(&[], None, DAY).await?.recheck_after, Some(86_400_000));
     Ok(())
 }
 
@@ -434,10 +442,10 @@ async fn the_time_to_go_goes_by_the_servers_clock_and_a_release_of_the_future_ha
             })
             .await?;
         }
-        let live = [LiveExecutor { executor, uid: executor, capacity: Some(Capacity::Spot) }];
+        let live = [LiveExecutor { key: executor, uid: executor, capacity: Some(Capacity::Spot) }];
         let mended = bench.mend(&live, Some(policy("0.5", 0)?), DAY).await?;
         assert_eq!(mended.drift.missing, u64::from(entered), "{executor}");
-        assert_eq!(mended.waits.is_some(), !entered, "{executor}");
+        assert_eq!(mended.recheck_after.is_some(), !entered, "{executor}");
     }
     Ok(())
 }
@@ -449,9 +457,9 @@ async fn a_superseded_reconcile_writes_nothing_and_prolongs_no_life() -> Result<
     bench.fill(3).await?;
     bench.shorten_lives().await?;
     let before = bench.dump().await?;
-    let seen = Observation { live: &[live("e1", Some(Capacity::OnDemand))], ..Observation::default() };
+    let seen = JobState { live: &[live("e1", Some(Capacity::OnDemand))], ..JobState::default() };
     let reconciled = bench.ledger.reconcile(JOB, &seen, Duration::ZERO, Term(0)).await?;
-    assert_eq!(reconciled, Reconciled::Superseded(Term(1)));
+    assert_eq!(reconciled, ReconcileOutcome::Superseded(Term(1)));
     assert_eq!(bench.dump().await?, before);
     let (count, pods) = bench.lives().await?;
     assert!(count <= 1_000 && pods <= 1_000, "{count} s and {pods} s");
@@ -476,23 +484,23 @@ async fn a_mark_is_told_until_the_data_is_lost() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     for _ in 0..2 {
-        assert_eq!(bench.ledger.mark(1).await?, None);
-        assert_eq!(bench.ledger.mark(2).await?, Some(1));
+        assert_eq!(bench.ledger.heartbeat(1).await?, None);
+        assert_eq!(bench.ledger.heartbeat(2).await?, Some(1));
         bench.server.flush().await?;
     }
     for edited in ["", "many", "-1", "18446744073709551616"] {
         bench.ask::<()>(cmd("SET").arg(MARK).arg(edited)).await?;
-        assert_eq!(bench.ledger.mark(3).await?, None, "{edited:?}");
-        assert_eq!(bench.ledger.mark(3).await?, Some(3));
+        assert_eq!(bench.ledger.heartbeat(3).await?, None, "{edited:?}");
+        assert_eq!(bench.ledger.heartbeat(3).await?, Some(3));
     }
     Ok(())
 }
 
 /// The jobs that are told, and in how many pages.
-async fn told(ledger: &RedisLedger) -> Result<(Vec<JobKey>, usize)> {
+async fn told(ledger: &RedisLedger) -> Result<(Vec<JobId>, usize)> {
     let (mut jobs, mut from, mut pages) = (BTreeSet::new(), Some(0), 0);
     while let Some(page) = from {
-        let page = ledger.jobs(page).await?;
+        let page = ledger.list_jobs(page).await?;
         anyhow::ensure!(page.jobs.len() < 1_000, "{} jobs in a page", page.jobs.len());
         jobs.extend(page.jobs);
         from = page.next;
@@ -506,7 +514,7 @@ async fn keys_that_are_no_jobs_are_passed_over() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
-    let odd = JobId { namespace: "etl", id: "}:{a:b}:" };
+    let odd = JobRef { namespace: "etl", app_id: "}:{a:b}:" };
     bench.ledger.learn(odd, policy("0.5", 0)?).await?;
     let hashes: [&[u8]; 9] = [
         b"exec-count:etl:a",
@@ -524,7 +532,7 @@ async fn keys_that_are_no_jobs_are_passed_over() -> Result<()> {
     }
     bench.ask::<()>(cmd("SET").arg("exec-count:{etl:text}").arg(1)).await?;
     bench.ask::<()>(cmd("RPUSH").arg("exec-count:{etl:list}").arg(1)).await?;
-    assert_eq!(told(&bench.ledger).await?.0, [JOB.to_key(), odd.to_key()]);
+    assert_eq!(told(&bench.ledger).await?.0, [JOB.to_job_id(), odd.to_job_id()]);
     Ok(())
 }
 
@@ -535,7 +543,7 @@ async fn jobs_are_told_in_pages_that_cost_the_server_little() -> Result<()> {
     const JOBS: usize = 3_000;
     for number in 0..JOBS {
         let id = format!("spark-{number}");
-        bench.ledger.learn(JobId { namespace: "etl", id: &id }, policy("0.5", 0)?).await?;
+        bench.ledger.learn(JobRef { namespace: "etl", app_id: &id }, policy("0.5", 0)?).await?;
     }
     // Others have keys there too.
     for number in 0..20 {
@@ -557,14 +565,14 @@ async fn scripts_that_the_server_forgot_are_loaded_again() -> Result<()> {
     bench.fill(2).await?;
     for _ in 0..2 {
         bench.ask::<()>(cmd("SCRIPT").arg("FLUSH")).await?;
-        assert!(counts(bench.ledger.place(JOB, &placing("e1")).await?).is_some());
-        bench.ledger.peek(JOB, &placing("e1")).await?;
+        assert!(counts(bench.ledger.place(JOB, &request("e1")).await?).is_some());
+        bench.ledger.peek(JOB, &request("e1")).await?;
         bench.ledger.learn(JOB, policy("0.5", 0)?).await?;
         bench.mend(&[live("e1", None)], None, DAY).await?;
         bench.ledger.release(JOB, "unknown", None).await?;
-        assert!(bench.ledger.tally(JOB).await?.is_some());
-        bench.ledger.mark(1).await?;
-        assert!(bench.ledger.show(JOB).await?.is_some());
+        assert!(bench.ledger.counts(JOB).await?.is_some());
+        bench.ledger.heartbeat(1).await?;
+        assert!(bench.ledger.get(JOB).await?.is_some());
     }
     Ok(())
 }
@@ -575,11 +583,11 @@ async fn one_call_is_one_command_to_the_server_however_large_the_job() -> Result
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
     // So that the server knows the scripts.
-    bench.ledger.place(JOB, &placing("new")).await?;
-    bench.ledger.peek(JOB, &placing("new")).await?;
+    bench.ledger.place(JOB, &request("new")).await?;
+    bench.ledger.peek(JOB, &request("new")).await?;
     bench.ledger.release(JOB, "new", None).await?;
-    bench.ledger.tally(JOB).await?;
-    bench.ledger.mark(1).await?;
+    bench.ledger.counts(JOB).await?;
+    bench.ledger.heartbeat(1).await?;
     for executors in [10, 10_000] {
         bench.ask::<()>(cmd("DEL").arg(COUNT).arg(PODS)).await?;
         bench.fill(executors).await?;
@@ -596,11 +604,11 @@ async fn one_call_is_one_command_to_the_server_however_large_the_job() -> Result
         for (number, (what, commands)) in expected.iter().enumerate() {
             bench.forget_commands().await?;
             match number {
-                0 | 1 => drop(bench.ledger.place(JOB, &placing("new")).await?),
-                2 => drop(bench.ledger.peek(JOB, &placing("new")).await?),
+                0 | 1 => drop(bench.ledger.place(JOB, &request("new")).await?),
+                2 => drop(bench.ledger.peek(JOB, &request("new")).await?),
                 3 => drop(bench.ledger.release(JOB, "new", None).await?),
-                4 => drop(bench.ledger.tally(JOB).await?),
-                _ => drop(bench.ledger.mark(1).await?),
+                4 => drop(bench.ledger.counts(JOB).await?),
+                _ => drop(bench.ledger.heartbeat(1).await?),
             }
             let ran = bench.commands().await?;
             let ran: Vec<&str> =
@@ -618,14 +626,14 @@ async fn a_server_without_memory_refuses_and_nothing_is_half_done() -> Result<()
     bench.fill(2).await?;
     let before = bench.dump().await?;
     bench.ask::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(1)).await?;
-    let error = bench.ledger.place(JOB, &placing("new")).await.err().context("there was memory")?;
+    let error = bench.ledger.place(JOB, &request("new")).await.err().context("there was memory")?;
     assert!(
         matches!(&error, StoreError::Refused { code, detail } if format!("{code} {detail}").contains("OOM")),
         "{error}"
     );
     bench.ask::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(0)).await?;
     assert_eq!(bench.dump().await?, before);
-    assert_eq!(counts(bench.ledger.place(JOB, &placing("new")).await?), Some((2, 1)));
+    assert_eq!(counts(bench.ledger.place(JOB, &request("new")).await?), Some((2, 1)));
     Ok(())
 }
 
@@ -636,7 +644,7 @@ async fn a_key_of_another_type_refuses_and_nothing_is_half_done() -> Result<()> 
     for (text, whole) in [(COUNT, PODS), (PODS, COUNT)] {
         bench.ask::<()>(&cmd("FLUSHALL")).await?;
         bench.ask::<()>(cmd("SET").arg(text).arg("12")).await?;
-        let looked_up = Placing { policy: Some(policy("1", 0)?), ..placing("new") };
+        let looked_up = PlaceRequest { policy: Some(policy("1", 0)?), ..request("new") };
         let error = bench.ledger.place(JOB, &looked_up).await.err().context("a string was read as a hash")?;
         assert_eq!(error.kind(), "refused");
         assert!(error.to_string().contains("WRONGTYPE"), "{error}");
@@ -658,7 +666,7 @@ async fn thousands_of_calls_at_once_share_one_connection() -> Result<()> {
     let mut calls = tokio::task::JoinSet::new();
     for number in 0..3_000 {
         let ledger = std::sync::Arc::clone(&ledger);
-        calls.spawn(async move { ledger.place(JOB, &placing(&format!("e{number}"))).await });
+        calls.spawn(async move { ledger.place(JOB, &request(&format!("e{number}"))).await });
     }
     for outcome in calls.join_all().await {
         outcome?;

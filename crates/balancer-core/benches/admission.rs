@@ -1,6 +1,6 @@
 //! What the pure part of an admission costs: reading a real review, deciding, writing the reply.
 
-use balancer_core::{Capacity, Conventions, Counts, Policy, Ratio, Reply, Review, Subject, Work, decide};
+use balancer_core::{Action, Capacity, Conventions, Counts, Policy, Ratio, Reply, Review, decide};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
@@ -22,7 +22,7 @@ fn admission(c: &mut Criterion) {
         b.iter(|| {
             let Ok(review) = Review::decode(black_box(&wire)) else { return Vec::new() };
             let mut reply = Reply::allow(review.uid());
-            if let Work::Place(executor) = Subject::of(&review, &conventions).work {
+            if let Action::Place(executor) = Action::of(&review, &conventions) {
                 reply.patch = conventions.patch(&executor, Capacity::OnDemand);
             }
             reply.encode()

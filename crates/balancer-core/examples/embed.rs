@@ -1,4 +1,4 @@
-//! Placing inside another admission tool: from the bytes of a review to the bytes of its reply, with
+//! PlaceRequest inside another admission tool: from the bytes of a review to the bytes of its reply, with
 //! a ledger of one's own (here a map).
 //!
 //! ```sh
@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 
 use balancer_core::{
-    Conventions, Defaults, JobLedger, Outcome, Placing, Policy, Reply, Review, ReviewError, Subject, Work,
+    Action, Conventions, Defaults, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError,
 };
 
 /// A ledger of every job, in a map. Yours may be a table, or a field of something that you keep anyway.
@@ -26,23 +26,24 @@ fn admit(
 ) -> Result<Vec<u8>, ReviewError> {
     let review = Review::decode(bytes)?;
     let mut reply = Reply::allow(review.uid());
-    let subject = Subject::of(&review, conventions);
-    match &subject.work {
-        Work::Place(executor) => {
-            let ledger = ledgers.0.entry((executor.job.namespace.to_owned(), executor.job.id.to_owned())).or_default();
-            let placing = Placing { policy: Some(policy), ..Placing::of(executor) };
-            let outcome = if subject.dry_run { ledger.peek(&placing) } else { ledger.place(&placing, now_ms) };
-            if let Outcome::Placed(placed) = outcome {
+    let dry_run = review.is_dry_run();
+    match &Action::of(&review, conventions) {
+        Action::Place(executor) => {
+            let ledger =
+                ledgers.0.entry((executor.job.namespace.to_owned(), executor.job.app_id.to_owned())).or_default();
+            let request = PlaceRequest { policy: Some(policy), ..PlaceRequest::of(executor) };
+            let outcome = if dry_run { ledger.peek(&request) } else { ledger.place(&request, now_ms) };
+            if let PlaceOutcome::Placed(placed) = outcome {
                 reply.patch = conventions.patch(executor, placed.capacity);
             }
         }
-        Work::Release(executor) if !subject.dry_run => {
-            let job = (executor.job.namespace.to_owned(), executor.job.id.to_owned());
+        Action::Release(executor) if !dry_run => {
+            let job = (executor.job.namespace.to_owned(), executor.job.app_id.to_owned());
             if let Some(ledger) = ledgers.0.get_mut(&job) {
                 ledger.release(executor.key, executor.uid, now_ms);
             }
         }
-        Work::Release(_) | Work::Learn(_) | Work::Leave(_) => {}
+        Action::Release(_) | Action::Learn(_) | Action::Ignore(_) => {}
     }
     Ok(reply.encode())
 }

@@ -5,7 +5,9 @@
 //! cargo run --example simulate -- 0.7 2    # ratio, on-demand base
 //! ```
 
-use balancer_core::{BaseError, Capacity, Counts, Invalid, JobLedger, Outcome, Placing, Policy, Ratio, Stated};
+use balancer_core::{
+    BaseError, Capacity, Counts, Invalid, JobLedger, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio,
+};
 
 struct Simulation {
     ledger: JobLedger,
@@ -18,9 +20,13 @@ impl Simulation {
     fn add(&mut self, executors: u64) {
         for number in self.next..self.next + executors {
             let name = format!("etl-exec-{number}");
-            let placing =
-                Placing { executor: &name, pinned: None, stated: Stated::default(), policy: Some(self.policy) };
-            if let Outcome::Placed(placed) = self.ledger.place(&placing, number) {
+            let request = PlaceRequest {
+                key: &name,
+                required: None,
+                overrides: PolicyOverrides::default(),
+                policy: Some(self.policy),
+            };
+            if let PlaceOutcome::Placed(placed) = self.ledger.place(&request, number) {
                 print!("{}", if placed.capacity == Capacity::Spot { 's' } else { 'D' });
             }
         }
@@ -57,11 +63,11 @@ fn main() -> Result<(), Invalid> {
     let mut arguments = std::env::args().skip(1);
     let (ratio, base) =
         (arguments.next().unwrap_or_else(|| "0.7".into()), arguments.next().unwrap_or_else(|| "0".into()));
-    let (stated, invalid) = Stated::read(Some(&ratio), Some(&base));
+    let (overrides, invalid) = PolicyOverrides::read(Some(&ratio), Some(&base));
     if let Some(invalid) = invalid.into_iter().next() {
         return Err(invalid);
     }
-    let policy = stated.completed_by(Policy { ratio: Ratio::ONE, base: 0 });
+    let policy = overrides.or_default(Policy { ratio: Ratio::ONE, base: 0 });
     println!("ratio {}, on-demand base {} (of at most {})\n", policy.ratio, policy.base, BaseError::MOST);
     let mut job = Simulation { ledger: JobLedger::default(), policy, next: 1 };
     job.add(40);

@@ -3,15 +3,15 @@
 
 use std::str::FromStr;
 
+use crate::action::Executor;
 use crate::capacity::Capacity;
 use crate::patch::Patch;
 use crate::policy::Invalid;
-use crate::subject::Executor;
 use crate::text::shorten;
 
 /// How firmly a spot executor is held to spot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preference {
+pub enum SpotPreference {
     /// Spot executors are pinned to spot and wait for it.
     Strict,
     /// Spot executors get no selector: Karpenter prefers spot by itself and falls back.
@@ -19,18 +19,18 @@ pub enum Preference {
     BestEffort,
 }
 
-/// A text that is no [`Preference`].
+/// A text that is no [`SpotPreference`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a preference; accepted: STRICT or BEST_EFFORT")]
-pub struct PreferenceError(String);
+#[error("{0:?} is not a spot_preference; accepted: STRICT or BEST_EFFORT")]
+pub struct SpotPreferenceError(String);
 
-impl FromStr for Preference {
-    type Err = PreferenceError;
-    fn from_str(text: &str) -> Result<Self, PreferenceError> {
+impl FromStr for SpotPreference {
+    type Err = SpotPreferenceError;
+    fn from_str(text: &str) -> Result<Self, SpotPreferenceError> {
         match text.trim() {
             name if name.eq_ignore_ascii_case("STRICT") => Ok(Self::Strict),
             name if name.eq_ignore_ascii_case("BEST_EFFORT") => Ok(Self::BestEffort),
-            other => Err(PreferenceError(shorten(other))),
+            other => Err(SpotPreferenceError(shorten(other))),
         }
     }
 }
@@ -40,21 +40,21 @@ impl FromStr for Preference {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conventions {
     /// `SPOT_PREFERENCE`.
-    pub preference: Preference,
+    pub spot_preference: SpotPreference,
     /// `CAPACITY_TYPE_LABEL`: node label and nodeSelector key.
-    pub capacity_label: String,
+    pub capacity_type_label: String,
     /// `WORKLOAD_ROLE_LABEL`: the pod label that tells the role.
-    pub role_label: String,
+    pub workload_role_label: String,
     /// `DRIVER_ROLE_VALUE`.
-    pub driver_role: String,
+    pub driver_role_value: String,
     /// `EXECUTOR_ROLE_VALUE`.
-    pub executor_role: String,
+    pub executor_role_value: String,
     /// `JOB_ID_LABEL`: the first one present on the pod is the job id.
-    pub job_id_labels: Vec<String>,
+    pub job_id_label: Vec<String>,
     /// `SPOT_RATIO_ANNOTATION`.
-    pub ratio_annotation: String,
+    pub spot_ratio_annotation: String,
     /// `ON_DEMAND_BASE_ANNOTATION`.
-    pub base_annotation: String,
+    pub on_demand_base_annotation: String,
     /// `DECISION_ANNOTATION`; `None` writes none.
     pub decision_annotation: Option<String>,
     /// `NODE_ROLE_SELECTOR`: whether a pinned executor is also held to nodes labelled for executors.
@@ -64,14 +64,14 @@ pub struct Conventions {
 impl Default for Conventions {
     fn default() -> Self {
         Self {
-            preference: Preference::default(),
-            capacity_label: "karpenter.sh/capacity-type".into(),
-            role_label: "spark-role".into(),
-            driver_role: "driver".into(),
-            executor_role: "executor".into(),
-            job_id_labels: vec!["emr-containers.amazonaws.com/job.id".into(), "spark-app-selector".into()],
-            ratio_annotation: "workload/spot-ratio".into(),
-            base_annotation: "workload/on-demand-base".into(),
+            spot_preference: SpotPreference::default(),
+            capacity_type_label: "karpenter.sh/capacity-type".into(),
+            workload_role_label: "spark-role".into(),
+            driver_role_value: "driver".into(),
+            executor_role_value: "executor".into(),
+            job_id_label: vec!["emr-containers.amazonaws.com/job.id".into(), "spark-app-selector".into()],
+            spot_ratio_annotation: "workload/spot-ratio".into(),
+            on_demand_base_annotation: "workload/on-demand-base".into(),
             decision_annotation: Some("workload/capacity-type".into()),
             node_role_selector: true,
         }
@@ -82,8 +82,8 @@ impl Conventions {
     /// The annotation that could not be read.
     pub fn annotation(&self, invalid: &Invalid) -> &str {
         match invalid {
-            Invalid::Ratio(_) => &self.ratio_annotation,
-            Invalid::Base(_) => &self.base_annotation,
+            Invalid::Ratio(_) => &self.spot_ratio_annotation,
+            Invalid::Base(_) => &self.on_demand_base_annotation,
         }
     }
 
@@ -92,16 +92,16 @@ impl Conventions {
     pub fn patch(&self, executor: &Executor<'_>, capacity: Capacity) -> Patch {
         let mut patch = Patch::default();
         let spec = executor.pod.spec.as_ref();
-        let pins = match (capacity, self.preference) {
-            (Capacity::OnDemand, _) | (Capacity::Spot, Preference::Strict) => true,
-            (Capacity::Spot, Preference::BestEffort) => false,
+        let pins = match (capacity, self.spot_preference) {
+            (Capacity::OnDemand, _) | (Capacity::Spot, SpotPreference::Strict) => true,
+            (Capacity::Spot, SpotPreference::BestEffort) => false,
         };
-        if pins && executor.pinned.is_none() {
+        if pins && executor.required.is_none() {
             let own = spec.and_then(|spec| spec.node_selector.as_ref());
-            let mut wanted = vec![(self.capacity_label.as_str(), capacity.as_str())];
+            let mut wanted = vec![(self.capacity_type_label.as_str(), capacity.as_str())];
             // The pod's own value of the role key stays: nothing of the pod's own is lost.
-            if self.node_role_selector && own.is_none_or(|own| own.get(&self.role_label).is_none()) {
-                wanted.push((&self.role_label, &self.executor_role));
+            if self.node_role_selector && own.is_none_or(|own| own.get(&self.workload_role_label).is_none()) {
+                wanted.push((&self.workload_role_label, &self.executor_role_value));
             }
             if spec.is_none() {
                 patch.add_parent(&["spec"]);
@@ -109,9 +109,9 @@ impl Conventions {
             patch.merge(&["spec", "nodeSelector"], own.is_some(), &wanted);
         }
         if let Some(key) = self.decision_annotation.as_deref()
-            && (executor.pinned.is_none() || executor.stamp.is_some())
+            && (executor.required.is_none() || executor.placeholder.is_some())
         {
-            let decision = match executor.stamp {
+            let decision = match executor.placeholder {
                 Some(id) => format!("{capacity}/{id}"),
                 None => capacity.as_str().to_owned(),
             };

@@ -4,10 +4,10 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
 
+use crate::action::Executor;
 use crate::capacity::{Capacity, Counts};
 use crate::decide::decide;
-use crate::policy::{Policy, Stated};
-use crate::subject::Executor;
+use crate::policy::{Policy, PolicyOverrides};
 
 /// How often the leadership of the reconcilers has changed hands. A ledger that was reconciled in one
 /// term takes no reconciling of an earlier one: a leader that was stopped for a while, and does not know
@@ -26,27 +26,27 @@ pub type Millis = u64;
 
 /// A request to place one executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Placing<'a> {
+pub struct PlaceRequest<'a> {
     /// The executor's key in the ledger: its name, or the id stamped on a pod without one.
-    pub executor: &'a str,
+    pub key: &'a str,
     /// The capacity that the pod itself asks for; it is counted as that, whatever the ratio.
-    pub pinned: Option<Capacity>,
+    pub required: Option<Capacity>,
     /// What the executor itself states; it wins over the job's policy, for this executor alone.
-    pub stated: Stated,
+    pub overrides: PolicyOverrides,
     /// The job's policy, if the caller has looked it up; noted where the ledger knows none.
     pub policy: Option<Policy>,
 }
 
-impl<'a> Placing<'a> {
+impl<'a> PlaceRequest<'a> {
     /// A placing of this executor, with no policy looked up.
     pub fn of(executor: &'a Executor<'_>) -> Self {
-        Self { executor: executor.key, pinned: executor.pinned, stated: executor.stated, policy: None }
+        Self { key: executor.key, required: executor.required, overrides: executor.overrides, policy: None }
     }
 }
 
-/// The answer to a [`Placing`].
+/// The answer to a [`PlaceRequest`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum PlaceOutcome {
     /// The executor is in the ledger.
     Placed(Placed),
     /// Neither the request nor the ledger knows the job's policy: look the driver up and ask again.
@@ -58,19 +58,10 @@ pub enum Outcome {
 pub struct Placed {
     /// Its capacity.
     pub capacity: Capacity,
-    /// Whether this request entered it.
-    pub standing: Standing,
+    /// Whether this request added it; `false` if it was in the ledger already, and counts once.
+    pub is_new: bool,
     /// The job's executors with this one.
     pub counts: Counts,
-}
-
-/// Whether an executor stood in the ledger already.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// Entered by this request.
-    New,
-    /// Known by its name: the same answer as before, counted once.
-    Known,
 }
 
 /// One executor in the ledger.
@@ -88,7 +79,7 @@ pub struct Entry {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LiveExecutor<'a> {
     /// Its key in the ledger.
-    pub executor: &'a str,
+    pub key: &'a str,
     /// The pod's uid.
     pub uid: &'a str,
     /// Where it runs or must run; `None` while nothing tells.
@@ -97,27 +88,27 @@ pub struct LiveExecutor<'a> {
 
 /// What the cluster says of one job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Observation<'a> {
+pub struct JobState<'a> {
     /// Its live executors, each once.
     pub live: &'a [LiveExecutor<'a>],
     /// What its driver asks for, as far as that is known; each part replaces the noted one.
-    pub stated: Stated,
+    pub overrides: PolicyOverrides,
     /// Whether neither a driver nor an executor of it is left: its policy then goes with its last entry.
     pub ended: bool,
 }
 
 /// What a reconcile came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reconciled {
+pub enum ReconcileOutcome {
     /// The ledger is what was observed.
-    Done(Mended),
+    Done(ReconcileSummary),
     /// Nothing was changed: the ledger was reconciled in this later term.
     Superseded(Term),
 }
 
 /// A ledger that is what was observed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Mended {
+pub struct ReconcileSummary {
     /// What had to be changed.
     pub drift: Drift,
     /// The executors by capacity, those that wait for their pods included.
@@ -125,7 +116,7 @@ pub struct Mended {
     /// In how many milliseconds the job is to be looked at again, since the first placement that has no
     /// pod yet will then have waited for the grace, or the first released executor that still seems to live
     /// will have had its time to go; `None` where there are none.
-    pub waits: Option<Millis>,
+    pub recheck_after: Option<Millis>,
 }
 
 /// What a reconcile found wrong, and mended.
@@ -164,7 +155,7 @@ impl JobLedger {
     /// How long a released executor has to show that it goes, in milliseconds; no longer than the grace. A
     /// deletion is reviewed before the cluster shows it; one that is refused after its review has to come
     /// back into the ledger.
-    pub const GOES_WITHIN: Millis = 2_000;
+    pub const RELEASE_GRACE: Millis = 2_000;
 
     /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
     /// are taken from the entries.
@@ -182,42 +173,41 @@ impl JobLedger {
 
     /// Decides and enters, in one step. Asked again for the same executor it gives the same answer
     /// and counts once.
-    pub fn place(&mut self, placing: &Placing<'_>, now: Millis) -> Outcome {
-        let outcome = self.peek(placing);
-        self.policy = self.policy.or(placing.policy);
-        if let Outcome::Placed(placed) = outcome {
+    pub fn place(&mut self, request: &PlaceRequest<'_>, now: Millis) -> PlaceOutcome {
+        let outcome = self.peek(request);
+        self.policy = self.policy.or(request.policy);
+        if let PlaceOutcome::Placed(placed) = outcome {
             // A known name may be a new pod by that name: its uid is again unknown.
             let entry = Entry { capacity: placed.capacity, uid: None, placed_at: now };
-            self.entries.insert(placing.executor.to_owned(), entry);
+            self.entries.insert(request.key.to_owned(), entry);
             self.counts = placed.counts;
         }
         outcome
     }
 
     /// What [`JobLedger::place`] would answer, with nothing entered: for a dry run.
-    pub fn peek(&self, placing: &Placing<'_>) -> Outcome {
-        let Placing { executor, pinned, stated, policy } = *placing;
-        let known = self.entries.get(executor).map(|entry| entry.capacity);
+    pub fn peek(&self, request: &PlaceRequest<'_>) -> PlaceOutcome {
+        let PlaceRequest { key, required, overrides, policy } = *request;
+        let known = self.entries.get(key).map(|entry| entry.capacity);
         let mut counts = self.counts;
-        let capacity = match (known, pinned) {
+        let capacity = match (known, required) {
             (Some(known), None) => known,
-            (Some(known), Some(pinned)) => {
+            (Some(known), Some(required)) => {
                 counts.remove(known);
-                counts.add(pinned);
-                pinned
+                counts.add(required);
+                required
             }
-            (None, pinned) => {
-                let capacity = match (pinned, stated.over(self.policy.or(policy))) {
-                    (Some(pinned), _) => pinned,
+            (None, required) => {
+                let capacity = match (required, overrides.or(self.policy.or(policy))) {
+                    (Some(required), _) => required,
                     (None, Some(policy)) => decide(counts, policy),
-                    (None, None) => return Outcome::NeedPolicy,
+                    (None, None) => return PlaceOutcome::NeedPolicy,
                 };
                 counts.add(capacity);
                 capacity
             }
         };
-        let standing = if known.is_some() { Standing::Known } else { Standing::New };
-        Outcome::Placed(Placed { capacity, standing, counts })
+        PlaceOutcome::Placed(Placed { capacity, is_new: known.is_none(), counts })
     }
 
     /// Strikes an executor; answers what it counted as, or `None` where nothing was struck.
@@ -258,13 +248,13 @@ impl JobLedger {
     /// known), else once the placement is `grace` old. Entered are live executors of known capacity
     /// that are missing, unless they were released so recently that they may still be seen to live; nor does
     /// such a one become the pod of an entry that waits for its own. Counts are taken anew from the entries.
-    pub fn reconcile(&mut self, seen: &Observation<'_>, grace: Millis, term: Term, now: Millis) -> Reconciled {
+    pub fn reconcile(&mut self, seen: &JobState<'_>, grace: Millis, term: Term, now: Millis) -> ReconcileOutcome {
         if self.term > term {
-            return Reconciled::Superseded(self.term);
+            return ReconcileOutcome::Superseded(self.term);
         }
-        let Observation { live, stated, ended } = *seen;
-        let (mut drift, mut waits) = (Drift::default(), None::<Millis>);
-        let names: HashSet<&str> = live.iter().map(|executor| executor.executor).collect();
+        let JobState { live, overrides, ended } = *seen;
+        let (mut drift, mut recheck_after) = (Drift::default(), None::<Millis>);
+        let names: HashSet<&str> = live.iter().map(|executor| executor.key).collect();
         self.entries.retain(|name, entry| {
             if names.contains(name.as_str()) {
                 return true;
@@ -272,20 +262,21 @@ impl JobLedger {
             let age = now.saturating_sub(entry.placed_at);
             let keep = entry.uid.is_none() && age < grace;
             if keep {
-                waits = Some(waits.unwrap_or(Millis::MAX).min(grace - age));
+                recheck_after = Some(recheck_after.unwrap_or(Millis::MAX).min(grace - age));
             }
             drift.stale += u64::from(!keep);
             keep
         });
         // How long pods that were released may still be seen to live. One that is yet to be released, by a clock
         // that went back, is no reason to wait.
-        let left = |at: Millis| Self::GOES_WITHIN.min(grace).checked_sub(now.checked_sub(at)?).filter(|left| *left > 0);
+        let left =
+            |at: Millis| Self::RELEASE_GRACE.min(grace).checked_sub(now.checked_sub(at)?).filter(|left| *left > 0);
         let going: HashMap<&str, Millis> =
             self.released.iter().filter_map(|(uid, at)| Some((uid.as_str(), left(*at)?))).collect();
-        for &LiveExecutor { executor, uid, capacity } in live {
+        for &LiveExecutor { key: executor, uid, capacity } in live {
             let entry = self.entries.get_mut(executor);
             if let Some(left) = going.get(uid).filter(|_| entry.as_ref().is_none_or(|entry| entry.uid.is_none())) {
-                waits = Some(waits.unwrap_or(Millis::MAX).min(*left));
+                recheck_after = Some(recheck_after.unwrap_or(Millis::MAX).min(*left));
                 continue;
             }
             match (entry, capacity) {
@@ -306,12 +297,12 @@ impl JobLedger {
         }
         self.recount();
         self.term = term;
-        self.policy = stated.over(self.policy).or(self.policy);
+        self.policy = overrides.or(self.policy).or(self.policy);
         if ended && self.entries.is_empty() {
             self.policy = None;
         }
         self.forget_if_empty();
-        Reconciled::Done(Mended { drift, counts: self.counts, waits })
+        ReconcileOutcome::Done(ReconcileSummary { drift, counts: self.counts, recheck_after })
     }
 
     /// Without policy and executors there is no ledger, and no store keeps one.
@@ -362,32 +353,32 @@ mod tests {
 
     const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 1 };
 
-    fn placing(executor: &str) -> Placing<'_> {
-        Placing { executor, pinned: None, stated: Stated::default(), policy: Some(POLICY) }
+    fn request(executor: &str) -> PlaceRequest<'_> {
+        PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: Some(POLICY) }
     }
 
-    fn mend(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> Mended {
-        match ledger.reconcile(&Observation { live, ..Observation::default() }, grace, Term(1), now) {
-            Reconciled::Done(mended) => mended,
-            Reconciled::Superseded(by) => panic!("superseded by {by}"),
+    fn mend(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> ReconcileSummary {
+        match ledger.reconcile(&JobState { live, ..JobState::default() }, grace, Term(1), now) {
+            ReconcileOutcome::Done(mended) => mended,
+            ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }
     }
 
     #[test]
     fn without_any_policy_it_asks_for_one_and_enters_nothing() {
         let mut ledger = JobLedger::default();
-        assert_eq!(ledger.place(&Placing { policy: None, ..placing("e1") }, 0), Outcome::NeedPolicy);
+        assert_eq!(ledger.place(&PlaceRequest { policy: None, ..request("e1") }, 0), PlaceOutcome::NeedPolicy);
         assert_eq!(ledger, JobLedger::default());
     }
 
     #[test]
     fn an_executors_own_ratio_needs_the_jobs_base_and_is_not_noted_for_the_job() {
         let mut ledger = JobLedger::default();
-        let own = Stated { ratio: Some(Ratio::ZERO), base: None };
-        let asking = Placing { stated: own, policy: None, ..placing("e1") };
-        assert_eq!(ledger.place(&asking, 0), Outcome::NeedPolicy);
+        let own = PolicyOverrides { ratio: Some(Ratio::ZERO), base: None };
+        let asking = PlaceRequest { overrides: own, policy: None, ..request("e1") };
+        assert_eq!(ledger.place(&asking, 0), PlaceOutcome::NeedPolicy);
         ledger.learn(Policy { ratio: Ratio::ONE, base: 0 });
-        assert!(matches!(ledger.place(&asking, 0), Outcome::Placed(Placed { capacity: Capacity::OnDemand, .. })));
+        assert!(matches!(ledger.place(&asking, 0), PlaceOutcome::Placed(Placed { capacity: Capacity::OnDemand, .. })));
         assert_eq!(ledger.policy().map(|p| p.ratio), Some(Ratio::ONE));
     }
 
@@ -395,7 +386,7 @@ mod tests {
     fn a_looked_up_policy_does_not_replace_the_one_that_a_driver_taught() {
         let mut ledger = JobLedger::default();
         ledger.learn(Policy { ratio: Ratio::ZERO, base: 0 });
-        ledger.place(&placing("e1"), 0);
+        ledger.place(&request("e1"), 0);
         assert_eq!(ledger.policy(), Some(Policy { ratio: Ratio::ZERO, base: 0 }));
         assert_eq!(ledger.counts(), Counts { spot: 0, on_demand: 1 });
     }
@@ -403,17 +394,17 @@ mod tests {
     #[test]
     fn a_pinned_executor_counts_as_what_it_asks_for_even_if_it_was_known_as_the_other() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
-        let pinned = Placing { pinned: Some(Capacity::Spot), ..placing("e1") };
-        ledger.place(&pinned, 0);
+        ledger.place(&request("e1"), 0);
+        let required = PlaceRequest { required: Some(Capacity::Spot), ..request("e1") };
+        ledger.place(&required, 0);
         assert_eq!(ledger.counts(), Counts { spot: 1, on_demand: 0 });
     }
 
     #[test]
     fn a_release_for_an_older_pod_of_the_same_name_strikes_nothing() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
-        mend(&mut ledger, &[LiveExecutor { executor: "e1", uid: "new", capacity: None }], 60_000, 1);
+        ledger.place(&request("e1"), 0);
+        mend(&mut ledger, &[LiveExecutor { key: "e1", uid: "new", capacity: None }], 60_000, 1);
         assert_eq!(ledger.release("e1", Some("old"), 0), None);
         assert_eq!(ledger.release("e1", Some("new"), 0), Some(Capacity::OnDemand));
         assert_eq!(ledger.release("e1", Some("new"), 0), None);
@@ -422,9 +413,9 @@ mod tests {
     #[test]
     fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
+        ledger.place(&request("e1"), 0);
         assert_eq!(ledger.release("e1", Some("first"), 0), Some(Capacity::OnDemand));
-        ledger.place(&placing("e1"), 1);
+        ledger.place(&request("e1"), 1);
         assert_eq!(ledger.release("e1", Some("first"), 0), None);
         assert_eq!(ledger.counts().total(), 1);
         assert_eq!(ledger.release("e1", Some("second"), 0), Some(Capacity::OnDemand));
@@ -434,7 +425,7 @@ mod tests {
     fn released_uids_are_remembered_up_to_a_bound() {
         let mut ledger = JobLedger::default();
         for i in 0..1000 {
-            ledger.place(&placing("e1"), i);
+            ledger.place(&request("e1"), i);
             ledger.release("e1", Some(&format!("uid-{i}")), i);
         }
         assert_eq!(ledger.released().count(), JobLedger::RELEASED_REMEMBERED);
@@ -444,47 +435,47 @@ mod tests {
     #[test]
     fn a_placement_waits_for_its_pod_for_the_grace_but_a_seen_pod_that_is_gone_is_struck_at_once() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("seen"), 0);
-        ledger.place(&placing("waiting"), 0);
-        let seen = [LiveExecutor { executor: "seen", uid: "u", capacity: None }];
-        assert_eq!(mend(&mut ledger, &seen, 100, 10).waits, Some(90));
+        ledger.place(&request("seen"), 0);
+        ledger.place(&request("waiting"), 0);
+        let seen = [LiveExecutor { key: "seen", uid: "u", capacity: None }];
+        assert_eq!(mend(&mut ledger, &seen, 100, 10).recheck_after, Some(90));
         let struck = Drift { stale: 1, ..Drift::default() };
-        let Mended { drift, counts, waits } = mend(&mut ledger, &[], 100, 99);
-        assert_eq!((drift, counts.total(), waits), (struck, 1, Some(1)));
-        let Mended { drift, counts, waits } = mend(&mut ledger, &[], 100, 100);
-        assert_eq!((drift, counts.total(), waits), (struck, 0, None));
+        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &[], 100, 99);
+        assert_eq!((drift, counts.total(), recheck_after), (struck, 1, Some(1)));
+        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &[], 100, 100);
+        assert_eq!((drift, counts.total(), recheck_after), (struck, 0, None));
     }
 
     #[test]
     fn an_executor_that_was_just_released_has_its_time_to_go_and_comes_back_if_it_does_not() {
         let mut ledger = JobLedger::default();
         ledger.learn(POLICY);
-        let live = [LiveExecutor { executor: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
+        let live = [LiveExecutor { key: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
         mend(&mut ledger, &live, 10, 0);
         for released in [100, 200] {
             ledger.release("e1", Some("u1"), released);
             // A review that comes again changes nothing of it.
             ledger.release("e1", Some("u1"), released + 5);
-            let Mended { drift, counts, waits } = mend(&mut ledger, &live, 10, released + 9);
-            assert_eq!((drift, counts.total(), waits), (Drift::default(), 0, Some(1)));
-            let Mended { drift, counts, waits } = mend(&mut ledger, &live, 10, released + 10);
-            assert_eq!((drift.missing, counts.total(), waits), (1, 1, None));
+            let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 10, released + 9);
+            assert_eq!((drift, counts.total(), recheck_after), (Drift::default(), 0, Some(1)));
+            let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 10, released + 10);
+            assert_eq!((drift.missing, counts.total(), recheck_after), (1, 1, None));
         }
         ledger.release("e1", Some("u1"), 300);
-        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 300).waits, Some(JobLedger::GOES_WITHIN));
+        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 300).recheck_after, Some(JobLedger::RELEASE_GRACE));
         assert_eq!(mend(&mut ledger, &live, Millis::MAX, 299).drift.missing, 1, "the clock went back");
     }
 
     #[test]
     fn a_pod_that_is_going_is_not_taken_for_the_next_one_of_its_name() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
-        let live = [LiveExecutor { executor: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
+        ledger.place(&request("e1"), 0);
+        let live = [LiveExecutor { key: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
         mend(&mut ledger, &live, 100, 1);
         ledger.release("e1", Some("u1"), 2);
-        ledger.place(&placing("e1"), 3);
-        let Mended { drift, counts, waits } = mend(&mut ledger, &live, 100, 4);
-        assert_eq!((drift, counts, waits), (Drift::default(), Counts { spot: 0, on_demand: 1 }, Some(98)));
+        ledger.place(&request("e1"), 3);
+        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 100, 4);
+        assert_eq!((drift, counts, recheck_after), (Drift::default(), Counts { spot: 0, on_demand: 1 }, Some(98)));
         // The old one is gone, and the new one is yet to be seen.
         assert_eq!(mend(&mut ledger, &[], 100, 5).counts.total(), 1);
     }
@@ -492,18 +483,19 @@ mod tests {
     #[test]
     fn what_an_earlier_term_saw_changes_nothing() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
-        let nothing = Observation::default();
-        assert!(matches!(ledger.reconcile(&nothing, 100, Term(3), 0), Reconciled::Done(_)));
+        ledger.place(&request("e1"), 0);
+        let nothing = JobState::default();
+        assert!(matches!(ledger.reconcile(&nothing, 100, Term(3), 0), ReconcileOutcome::Done(_)));
         let before = ledger.clone();
-        assert_eq!(ledger.reconcile(&nothing, 0, Term(2), 0), Reconciled::Superseded(Term(3)));
+        assert_eq!(ledger.reconcile(&nothing, 0, Term(2), 0), ReconcileOutcome::Superseded(Term(3)));
         assert_eq!(ledger, before);
     }
 
     #[test]
     fn each_part_of_a_policy_that_is_observed_replaces_the_noted_one() {
         let mut ledger = JobLedger::default();
-        let ratio = |ratio| Observation { stated: Stated { ratio: Some(ratio), base: None }, ..Observation::default() };
+        let ratio =
+            |ratio| JobState { overrides: PolicyOverrides { ratio: Some(ratio), base: None }, ..JobState::default() };
         ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
         assert_eq!(ledger, JobLedger::default(), "half of a policy is none");
         ledger.learn(POLICY);
@@ -514,8 +506,8 @@ mod tests {
     #[test]
     fn the_policy_of_an_ended_job_goes_with_its_last_entry() {
         let mut ledger = JobLedger::default();
-        ledger.place(&placing("e1"), 0);
-        let ended = Observation { ended: true, ..Observation::default() };
+        ledger.place(&request("e1"), 0);
+        let ended = JobState { ended: true, ..JobState::default() };
         ledger.reconcile(&ended, 100, Term(1), 99);
         assert_eq!(ledger.policy(), Some(POLICY));
         ledger.reconcile(&ended, 100, Term(1), 100);
@@ -528,9 +520,9 @@ mod tests {
             let mut ledger = JobLedger::default();
             for (now, (step, executor, flag)) in steps.into_iter().enumerate() {
                 let name = format!("e{executor}");
-                let pinned = flag.then_some(Capacity::Spot);
+                let required = flag.then_some(Capacity::Spot);
                 let before = ledger.clone();
-                let asked = Placing { pinned: pinned.filter(|_| step == 1), ..placing(&name) };
+                let asked = PlaceRequest { required: required.filter(|_| step == 1), ..request(&name) };
                 match step {
                     0 | 1 => {
                         let peeked = ledger.peek(&asked);
@@ -542,7 +534,7 @@ mod tests {
                     }
                     2 => { ledger.release(&name, None, now as Millis); }
                     3 => { ledger.release(&name, Some("other"), now as Millis); }
-                    4 => { mend(&mut ledger, &[LiveExecutor { executor: &name, uid: "u", capacity: pinned }], 5, now as Millis); }
+                    4 => { mend(&mut ledger, &[LiveExecutor { key: &name, uid: "u", capacity: required }], 5, now as Millis); }
                     _ => ledger.learn(POLICY),
                 }
                 let mut counts = Counts::default();

@@ -4,7 +4,7 @@
 //! the bytes of its reply with this crate and a ledger of its own:
 //!
 //! ```
-//! use balancer_core::{Conventions, Outcome, Review, Reply, JobLedger, Placing, Subject, Work, Defaults};
+//! use balancer_core::{Conventions, PlaceOutcome, Review, Reply, JobLedger, PlaceRequest, Action, Defaults};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let bytes = br#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{
@@ -14,11 +14,11 @@
 //! let conventions = Conventions::default();
 //! let review = Review::decode(bytes)?;
 //! let mut reply = Reply::allow(review.uid());
-//! if let Work::Place(executor) = Subject::of(&review, &conventions).work {
+//! if let Action::Place(executor) = Action::of(&review, &conventions) {
 //!     let mut ledger = JobLedger::default();
-//!     let mut placing = Placing::of(&executor);
+//!     let mut placing = PlaceRequest::of(&executor);
 //!     placing.policy = Some(Defaults::default().policy());
-//!     if let Outcome::Placed(placed) = ledger.place(&placing, 0) {
+//!     if let PlaceOutcome::Placed(placed) = ledger.place(&placing, 0) {
 //!         reply.patch = conventions.patch(&executor, placed.capacity);
 //!     }
 //! }
@@ -31,10 +31,12 @@
 //! → [`Reply`] → bytes. `examples/embed.rs` walks it whole; `examples/simulate.rs` plays a job's life.
 #![deny(missing_docs)]
 
+mod action;
 mod capacity;
 mod container;
 mod conventions;
 mod decide;
+mod job_pod;
 mod ledger;
 mod patch;
 mod pin;
@@ -43,25 +45,23 @@ mod policy;
 mod ratio;
 mod reply;
 mod review;
-mod sighting;
 mod skim;
-mod subject;
 mod text;
 
+pub use action::{Action, Driver, Executor, IgnoreReason, JobId, JobRef};
 pub use capacity::{Capacity, Counts};
-pub use conventions::{Conventions, Preference, PreferenceError};
+pub use conventions::{Conventions, SpotPreference, SpotPreferenceError};
 pub use decide::{Ordinal, decide, decide_without_ledger};
+pub use job_pod::{DriverPod, ExecutorPod, JobPod};
 pub use ledger::{
-    Drift, Entry, JobLedger, LiveExecutor, Mended, Millis, Observation, Outcome, Placed, Placing, Reconciled, Standing,
-    Term,
+    Drift, Entry, JobLedger, JobState, LiveExecutor, Millis, PlaceOutcome, PlaceRequest, Placed, ReconcileOutcome,
+    ReconcileSummary, Term,
 };
 pub use patch::Patch;
 pub use pod::{Affinity, Metadata, Pairs, Pod, PodSpec, PodStatus};
-pub use policy::{BaseError, Defaults, Invalid, Policy, Stated};
+pub use policy::{BaseError, Defaults, Invalid, Policy, PolicyOverrides};
 pub use ratio::{Ratio, RatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
-pub use sighting::{SeenDriver, SeenExecutor, Sighting};
 pub use skim::SkimError;
-pub use subject::{Driver, Executor, JobId, JobKey, Leave, Subject, Work};
 pub use text::Text;

@@ -7,8 +7,8 @@ use crate::pod::{Affinity, NodeSelectorRequirement, PodSpec};
 ///
 /// What permits spot but not on-demand counts as spot. What permits no spot counts as on-demand,
 /// also where it asks for another lasting capacity such as `reserved`.
-pub(crate) fn pinned(spec: &PodSpec<'_>, capacity_label: &str) -> Option<Capacity> {
-    if let Some(value) = spec.node_selector.as_ref().and_then(|own| own.get(capacity_label)) {
+pub(crate) fn required(spec: &PodSpec<'_>, capacity_type_label: &str) -> Option<Capacity> {
+    if let Some(value) = spec.node_selector.as_ref().and_then(|own| own.get(capacity_type_label)) {
         return Some(Capacity::of_label(value));
     }
     let required = spec.affinity.as_ref().and_then(Affinity::required)?;
@@ -18,7 +18,7 @@ pub(crate) fn pinned(spec: &PodSpec<'_>, capacity_label: &str) -> Option<Capacit
             term.match_expressions
                 .iter()
                 .flatten()
-                .filter(|requirement| requirement.key.as_str() == capacity_label)
+                .filter(|requirement| requirement.key.as_str() == capacity_type_label)
                 .all(|requirement| permits(requirement, capacity))
         })
     };

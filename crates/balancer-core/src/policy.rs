@@ -34,23 +34,23 @@ impl Defaults {
     }
 
     /// The policy of a job whose driver states `stated`.
-    pub fn complete(self, stated: &Stated) -> Policy {
-        stated.completed_by(self.policy())
+    pub fn complete(self, overrides: &PolicyOverrides) -> Policy {
+        overrides.or_default(self.policy())
     }
 }
 
 /// What the annotations of one pod validly state of a policy; each part by itself.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stated {
+pub struct PolicyOverrides {
     /// The ratio, where the pod states a valid one.
     pub ratio: Option<Ratio>,
     /// The on-demand base, where the pod states a valid one.
     pub base: Option<u32>,
 }
 
-impl Stated {
+impl PolicyOverrides {
     /// The policy, if both parts of it are known: each from here, else from `rest`.
-    pub fn over(self, rest: Option<Policy>) -> Option<Policy> {
+    pub fn or(self, rest: Option<Policy>) -> Option<Policy> {
         Some(Policy {
             ratio: self.ratio.or(rest.map(|policy| policy.ratio))?,
             base: self.base.or(rest.map(|policy| policy.base))?,
@@ -58,7 +58,7 @@ impl Stated {
     }
 
     /// The policy: each part from here, else from `rest`.
-    pub fn completed_by(self, rest: Policy) -> Policy {
+    pub fn or_default(self, rest: Policy) -> Policy {
         Policy { ratio: self.ratio.unwrap_or(rest.ratio), base: self.base.unwrap_or(rest.base) }
     }
 
@@ -107,12 +107,12 @@ mod tests {
 
     #[test]
     fn a_valid_part_stands_beside_an_invalid_one() {
-        let (stated, invalid) = Stated::read(Some("lots"), Some("2"));
-        assert_eq!(stated, Stated { ratio: None, base: Some(2) });
+        let (overrides, invalid) = PolicyOverrides::read(Some("lots"), Some("2"));
+        assert_eq!(overrides, PolicyOverrides { ratio: None, base: Some(2) });
         assert_eq!(invalid.len(), 1);
-        let (stated, invalid) = Stated::read(Some("0.7"), Some("-1"));
-        assert_eq!(stated.ratio, "0.7".parse().ok());
-        assert_eq!(stated.base, None);
+        let (overrides, invalid) = PolicyOverrides::read(Some("0.7"), Some("-1"));
+        assert_eq!(overrides.ratio, "0.7".parse().ok());
+        assert_eq!(overrides.base, None);
         assert!(invalid[0].to_string().contains("\"-1\""), "{}", invalid[0]);
     }
 

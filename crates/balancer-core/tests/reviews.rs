@@ -3,7 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test says by a panic what is wrong")]
 
 use balancer_core::{
-    Capacity, Conventions, Counts, Leave, Ordinal, Preference, Ratio, Reply, Review, ReviewError, Stated, Subject, Work,
+    Action, Capacity, Conventions, Counts, IgnoreReason, Ordinal, PolicyOverrides, Ratio, Reply, Review, ReviewError,
+    SpotPreference,
 };
 use base64::Engine;
 use proptest::prelude::*;
@@ -34,7 +35,7 @@ fn create_with(change: impl FnOnce(&mut Value)) -> Vec<u8> {
 /// The pod as it is after our patch for `capacity`.
 fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value {
     let review = Review::decode(bytes).unwrap();
-    let Work::Place(executor) = Subject::of(&review, conventions).work else { panic!("not an executor's creation") };
+    let Action::Place(executor) = Action::of(&review, conventions) else { panic!("not an executor's creation") };
     let mut reply = Reply::allow(review.uid());
     reply.patch = conventions.patch(&executor, capacity);
     let reply = value(&reply.encode());
@@ -48,7 +49,7 @@ fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value
 }
 
 fn strict() -> Conventions {
-    Conventions { preference: Preference::Strict, ..Conventions::default() }
+    Conventions { spot_preference: SpotPreference::Strict, ..Conventions::default() }
 }
 
 #[test]
@@ -60,15 +61,15 @@ fn an_executors_creation_is_read_alike_from_old_and_new_apiservers() {
     ] {
         let review = Review::decode(bytes).unwrap();
         assert_eq!(review.uid(), value(bytes)["request"]["uid"]);
-        let subject = Subject::of(&review, &conventions);
-        assert!(!subject.dry_run);
-        let Work::Place(executor) = subject.work else { panic!("{:?}", subject.work) };
+        let action = Action::of(&review, &conventions);
+        assert!(!review.is_dry_run());
+        let Action::Place(executor) = action else { panic!("{action:?}") };
         // On 1.20 the object has no namespace: it comes from the request.
-        assert_eq!((executor.job.namespace, executor.job.id), ("sandbox", id));
+        assert_eq!((executor.job.namespace, executor.job.app_id), ("sandbox", id));
         assert_eq!(executor.job_label, "emr-containers.amazonaws.com/job.id");
-        assert_eq!((executor.key, executor.stamp, executor.uid), (name, None, None));
+        assert_eq!((executor.key, executor.placeholder, executor.uid), (name, None, None));
         assert_eq!(executor.ordinal, Ordinal::Number(1));
-        assert_eq!((executor.pinned, executor.stated), (None, Stated::default()));
+        assert_eq!((executor.required, executor.overrides), (None, PolicyOverrides::default()));
     }
 }
 
@@ -76,9 +77,9 @@ fn an_executors_creation_is_read_alike_from_old_and_new_apiservers() {
 fn a_drivers_creation_states_its_jobs_policy() {
     let conventions = Conventions::default();
     let review = Review::decode(DRIVER_1_36).unwrap();
-    let Work::Learn(driver) = Subject::of(&review, &conventions).work else { panic!() };
-    assert_eq!((driver.job.namespace, driver.job.id), ("sandbox", "00000003abc"));
-    assert_eq!(driver.stated, Stated { ratio: "0.7".parse().ok(), base: None });
+    let Action::Learn(driver) = Action::of(&review, &conventions) else { panic!() };
+    assert_eq!((driver.job.namespace, driver.job.app_id), ("sandbox", "00000003abc"));
+    assert_eq!(driver.overrides, PolicyOverrides { ratio: "0.7".parse().ok(), base: None });
 }
 
 #[test]
@@ -87,7 +88,7 @@ fn every_kind_of_deletion_names_the_executor_and_its_uid() {
     for bytes in [DELETE_1_20, DELETE_AGAIN_1_20, COLLECTION_1_20, COLLECTION_1_36] {
         let old = &value(bytes)["request"]["oldObject"]["metadata"];
         let review = Review::decode(bytes).unwrap();
-        let Work::Release(executor) = Subject::of(&review, &conventions).work else { panic!() };
+        let Action::Release(executor) = Action::of(&review, &conventions) else { panic!() };
         assert_eq!((executor.key, executor.uid), (old["name"].as_str().unwrap(), old["uid"].as_str()));
         assert_eq!(executor.job.namespace, "sandbox");
     }
@@ -107,9 +108,11 @@ fn the_first_job_label_present_tells_the_job_and_an_empty_one_does_not() {
     ] {
         let bytes = labelled(labels);
         let review = Review::decode(&bytes).unwrap();
-        match (Subject::of(&review, &conventions).work, expected) {
-            (Work::Place(executor), Some(expected)) => assert_eq!((executor.job_label, executor.job.id), expected),
-            (Work::Leave(Leave::NoJob), None) => {}
+        match (Action::of(&review, &conventions), expected) {
+            (Action::Place(executor), Some(expected)) => {
+                assert_eq!((executor.job_label, executor.job.app_id), expected)
+            }
+            (Action::Ignore(IgnoreReason::NoJob), None) => {}
             (work, expected) => panic!("{work:?} instead of {expected:?}"),
         }
     }
@@ -129,19 +132,19 @@ fn what_is_none_of_ours_is_left() {
     delete_driver["request"]["operation"] = json!("DELETE");
     delete_driver["request"]["oldObject"] = delete_driver["request"]["object"].take();
     for (bytes, leave) in [
-        (with("/request/resource/resource", json!("deployments")), Leave::NotAPod),
-        (with("/request/resource/group", json!("apps")), Leave::NotAPod),
-        (with("/request/object", Value::Null), Leave::NotAPod),
-        (serde_json::to_vec(&eviction).unwrap(), Leave::NotAPod),
-        (with("/request/operation", json!("UPDATE")), Leave::OtherOperation),
-        (with("/request/operation", json!("CONNECT")), Leave::OtherOperation),
-        (serde_json::to_vec(&delete_driver).unwrap(), Leave::OtherOperation),
-        (with("/request/object/metadata/labels/spark-role", json!("worker")), Leave::OtherRole),
-        (with("/request/object/metadata/labels", Value::Null), Leave::OtherRole),
-        (create_with(|pod| pod["spec"]["nodeName"] = json!("node-1")), Leave::Bound),
+        (with("/request/resource/resource", json!("deployments")), IgnoreReason::NotAPod),
+        (with("/request/resource/group", json!("apps")), IgnoreReason::NotAPod),
+        (with("/request/object", Value::Null), IgnoreReason::NotAPod),
+        (serde_json::to_vec(&eviction).unwrap(), IgnoreReason::NotAPod),
+        (with("/request/operation", json!("UPDATE")), IgnoreReason::OtherOperation),
+        (with("/request/operation", json!("CONNECT")), IgnoreReason::OtherOperation),
+        (serde_json::to_vec(&delete_driver).unwrap(), IgnoreReason::OtherOperation),
+        (with("/request/object/metadata/labels/spark-role", json!("worker")), IgnoreReason::OtherRole),
+        (with("/request/object/metadata/labels", Value::Null), IgnoreReason::OtherRole),
+        (create_with(|pod| pod["spec"]["nodeName"] = json!("node-1")), IgnoreReason::Bound),
     ] {
         let review = Review::decode(&bytes).unwrap();
-        assert_eq!(Subject::of(&review, &conventions).work, Work::Leave(leave));
+        assert_eq!(Action::of(&review, &conventions), Action::Ignore(leave));
     }
 }
 
@@ -158,8 +161,8 @@ fn a_pod_without_a_name_is_known_by_the_request_and_found_again_by_its_stamp() {
     let uid = review["request"]["uid"].as_str().unwrap().to_owned();
     {
         let review = Review::decode(&nameless).unwrap();
-        let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
-        assert_eq!((executor.key, executor.stamp), (uid.as_str(), Some(uid.as_str())));
+        let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+        assert_eq!((executor.key, executor.placeholder), (uid.as_str(), Some(uid.as_str())));
     }
     let pod = patched(&nameless, &conventions, Capacity::Spot);
     assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], format!("spot/{uid}"));
@@ -169,14 +172,14 @@ fn a_pod_without_a_name_is_known_by_the_request_and_found_again_by_its_stamp() {
     review["request"]["object"] = pod.clone();
     let again = serde_json::to_vec(&review).unwrap();
     let review_again = Review::decode(&again).unwrap();
-    let Work::Place(executor) = Subject::of(&review_again, &conventions).work else { panic!() };
+    let Action::Place(executor) = Action::of(&review_again, &conventions) else { panic!() };
     assert_eq!(executor.key, uid);
     review["request"]["operation"] = json!("DELETE");
     review["request"]["oldObject"] = pod;
     review["request"]["oldObject"]["metadata"]["name"] = json!("etl-exec-x7k2p");
     let deleted = serde_json::to_vec(&review).unwrap();
     let review_deleted = Review::decode(&deleted).unwrap();
-    let Work::Release(executor) = Subject::of(&review_deleted, &conventions).work else { panic!() };
+    let Action::Release(executor) = Action::of(&review_deleted, &conventions) else { panic!() };
     assert_eq!(executor.key, uid);
 }
 
@@ -187,7 +190,7 @@ fn a_copied_decision_does_not_rename_a_pod_that_has_a_name() {
         pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot/of-another-pod"});
     });
     let review = Review::decode(&bytes).unwrap();
-    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+    let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
     assert_eq!(executor.key, "spark-pi-dd77a5-exec-1");
     let pod = patched(&bytes, &conventions, Capacity::OnDemand);
     assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], "on-demand");
@@ -281,7 +284,7 @@ fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
     let term = |operator: &str, values: Value| json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]});
     let elsewhere = json!({"matchExpressions": [{"key": "zone", "operator": "In", "values": ["a"]}]});
     let (spot, on_demand) = (Some(Capacity::Spot), Some(Capacity::OnDemand));
-    for (spec, pinned) in [
+    for (spec, required) in [
         (json!({}), None),
         (json!({"nodeSelector": {key: "spot"}}), spot),
         (json!({"nodeSelector": {key: "on-demand"}}), on_demand),
@@ -309,7 +312,7 @@ fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
         ),
         (json!({"affinity": {"nodeAffinity": null}}), None),
         (
-            json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "preference": term("In", json!(["spot"]))}]}}}),
+            json!({"affinity": {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [{"weight": 1, "spot_preference": term("In", json!(["spot"]))}]}}}),
             None,
         ),
     ] {
@@ -320,9 +323,9 @@ fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
         });
         let review = Review::decode(&bytes).unwrap();
         let conventions = strict();
-        let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
-        assert_eq!(executor.pinned, pinned, "{spec}");
-        if let Some(capacity) = pinned {
+        let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+        assert_eq!(executor.required, required, "{spec}");
+        if let Some(capacity) = required {
             assert_eq!(patched(&bytes, &conventions, capacity), value(&bytes)["request"]["object"], "{spec}");
         }
     }
@@ -335,8 +338,8 @@ fn an_executors_own_annotations_are_read_and_wrong_ones_told() {
         pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "COST_ONLY", "workload/on-demand-base": "many"});
     });
     let review = Review::decode(&bytes).unwrap();
-    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
-    assert_eq!(executor.stated, Stated { ratio: Some(Ratio::ONE), base: None });
+    let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+    assert_eq!(executor.overrides, PolicyOverrides { ratio: Some(Ratio::ONE), base: None });
     assert_eq!(executor.invalid.len(), 1);
 }
 
@@ -387,7 +390,7 @@ fn escaped_strings_are_read_as_what_they_stand_for() {
         .replace("spark-pi-dd77a5-exec-1", r"spark-pi-dd77a5\u002dexec\u002d1");
     let conventions = Conventions::default();
     let review = Review::decode(bytes.as_bytes()).unwrap();
-    let Work::Place(executor) = Subject::of(&review, &conventions).work else { panic!() };
+    let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
     assert_eq!(executor.key, "spark-pi-dd77a5-exec-1");
 }
 
@@ -413,7 +416,7 @@ proptest! {
         }
         let conventions = Conventions::default();
         if let Ok(review) = Review::decode(&bytes)
-            && let Work::Place(executor) = Subject::of(&review, &conventions).work
+            && let Action::Place(executor) = Action::of(&review, &conventions)
         {
             let mut reply = Reply::allow(review.uid());
             reply.patch = conventions.patch(&executor, Capacity::OnDemand);

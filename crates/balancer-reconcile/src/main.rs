@@ -3,10 +3,10 @@
 use std::process::ExitCode;
 
 use balancer_reconcile::{Arguments, run};
-use balancer_runtime::ended;
+use balancer_runtime::exit_code;
 use clap::Parser;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    ended(run(Arguments::parse()).await)
+    exit_code(run(Arguments::parse()).await)
 }

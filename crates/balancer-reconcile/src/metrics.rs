@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use balancer_core::{Drift, Invalid};
-use balancer_runtime::labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
+use balancer_runtime::metric_labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
 use prometheus_client::metrics::counter::Counter;

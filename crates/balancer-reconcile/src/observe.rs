@@ -116,7 +116,7 @@ impl Sources {
     /// Begins to watch.
     pub(crate) fn watch(&self, metrics: &Arc<Metrics>) -> Watches {
         let Self { client, conventions, namespaces, grace } = self;
-        let Conventions { role_label, driver_role, executor_role, .. } = &**conventions;
+        let Conventions { workload_role_label, driver_role_value, executor_role_value, .. } = &**conventions;
         // A connection that the network has dropped without a word is noticed when its watch should have
         // ended: within the grace, or placements would be struck whose pods we did not hear of.
         let seconds = u32::try_from(grace.as_secs() / 2).unwrap_or(u32::MAX).clamp(2, 60);
@@ -144,7 +144,7 @@ impl Sources {
             };
             let pods = Follow {
                 api,
-                selector: Some(format!("{role_label} in ({driver_role},{executor_role})")),
+                selector: Some(format!("{workload_role_label} in ({driver_role_value},{executor_role_value})")),
                 seconds,
                 words: say.clone(),
                 word: Box::new(move |news| Word(Said::Pods(scope.clone(), news))),
@@ -216,7 +216,7 @@ impl Watches {
     }
 
     /// Tells the view.
-    pub(crate) fn tell(&mut self, view: &mut View, word: Word, capacity_label: &str) {
+    pub(crate) fn tell(&mut self, view: &mut View, word: Word, capacity_type_label: &str) {
         match word.0 {
             Said::Pods(namespace, news) => {
                 let of = namespace.as_ref();
@@ -239,7 +239,7 @@ impl Watches {
             Said::Nodes(news) => match news {
                 News::ListBegins => view.begin_nodes(),
                 News::Listed(node) | News::Now(node) => {
-                    view.see_node(&node.name_any(), node.labels().get(capacity_label).map(String::as_str));
+                    view.see_node(&node.name_any(), node.labels().get(capacity_type_label).map(String::as_str));
                 }
                 News::Gone(node) => view.forget_node(&node.name_any()),
                 News::ListEnds => {

@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Counts, Defaults, Drift, JobKey, Mended, Reconciled, Term};
+use balancer_core::{Counts, Defaults, Drift, JobId, ReconcileOutcome, ReconcileSummary, Term};
 use balancer_store::{Ledger, StoreError};
 use futures::{FutureExt, StreamExt, stream};
 use tokio::sync::{Semaphore, watch};
@@ -118,9 +118,9 @@ struct Round {
 /// A look at one job's ledger: since when a change waits for it, and what it came to; `None` where
 /// another leads.
 struct Look {
-    job: Arc<JobKey>,
+    job: Arc<JobId>,
     since: Option<Instant>,
-    answer: Option<Result<Reconciled, StoreError>>,
+    answer: Option<Result<ReconcileOutcome, StoreError>>,
 }
 
 /// Whether there may be more looks.
@@ -226,7 +226,7 @@ impl<L: Ledger> Working<'_, L> {
 
     /// Takes in all that the watches have to tell now.
     fn hear(&mut self, watches: &mut Watches, first: Word) {
-        let label = &self.reconciler.sources.conventions.capacity_label;
+        let label = &self.reconciler.sources.conventions.capacity_type_label;
         let (mut next, mut left) = (Some(first), MOST_WORDS);
         while let Some(word) = next.take() {
             watches.tell(&mut self.view, word, label);
@@ -308,7 +308,7 @@ impl<L: Ledger> Working<'_, L> {
         let (mut from, mut ended) = (Some(0), 0);
         self.skipped.clear();
         while let Some(page) = from {
-            let page = match self.reconciler.ledger.jobs(page).await {
+            let page = match self.reconciler.ledger.list_jobs(page).await {
                 Ok(page) => page,
                 Err(error) => {
                     self.reconciler.metrics.store_failed(&error);
@@ -346,7 +346,7 @@ impl<L: Ledger> Working<'_, L> {
     }
 
     /// Makes the ledgers of these jobs what the view says. Answers whether that may go on.
-    async fn repair(&mut self, jobs: Vec<(Arc<JobKey>, Option<Instant>)>) -> bool {
+    async fn repair(&mut self, jobs: Vec<(Arc<JobId>, Option<Instant>)>) -> bool {
         let Reconciler { ledger, leadership, sources, .. } = self.reconciler;
         let (seen, unseen): (Vec<_>, Vec<_>) = jobs.into_iter().partition(|(job, _)| self.sight.covers(&job.namespace));
         for (job, since) in unseen {
@@ -360,7 +360,9 @@ impl<L: Ledger> Working<'_, L> {
                 let _room = room.acquire_many(AT_ONCE.min(1 + observed.executors() / LARGE)).await;
                 // Asked for each: the process may have been stopped in between.
                 let answer = match leadership.term() {
-                    Some(term) => Some(ledger.reconcile(job.id(), &observed.observation(), sources.grace, term).await),
+                    Some(term) => {
+                        Some(ledger.reconcile(job.as_job_ref(), &observed.observation(), sources.grace, term).await)
+                    }
                     None => None,
                 };
                 Look { job, since, answer }
@@ -381,12 +383,12 @@ impl<L: Ledger> Working<'_, L> {
         let Look { job, since, answer } = look;
         let (now, metrics) = (Instant::now(), &self.reconciler.metrics);
         match answer {
-            Some(Ok(Reconciled::Done(mended))) => {
+            Some(Ok(ReconcileOutcome::Done(mended))) => {
                 self.mended(job, since, mended);
                 Next::More
             }
-            Some(Ok(Reconciled::Superseded(by))) => {
-                let (namespace, id) = (&job.namespace, &job.id);
+            Some(Ok(ReconcileOutcome::Superseded(by))) => {
+                let (namespace, id) = (&job.namespace, &job.app_id);
                 tracing::warn!(namespace, job = id, term = by.0, "another reconciler has been here");
                 metrics.repaired(RepairLabel::Superseded, Drift::default());
                 self.beaten = self.term;
@@ -394,7 +396,7 @@ impl<L: Ledger> Working<'_, L> {
                 Next::Stop
             }
             Some(Err(error)) => {
-                tracing::debug!(namespace = job.namespace, job = job.id, %error, "the ledger was not told");
+                tracing::debug!(namespace = job.namespace, job = job.app_id, %error, "the ledger was not told");
                 metrics.store_failed(&error);
                 metrics.repaired(RepairLabel::Failed, Drift::default());
                 self.schedule.put_back(job, since, now + FAILED_REST);
@@ -404,8 +406,8 @@ impl<L: Ledger> Working<'_, L> {
         }
     }
 
-    fn mended(&mut self, job: Arc<JobKey>, since: Option<Instant>, mended: Mended) {
-        let Mended { drift, counts, waits } = mended;
+    fn mended(&mut self, job: Arc<JobId>, since: Option<Instant>, mended: ReconcileSummary) {
+        let ReconcileSummary { drift, counts, recheck_after } = mended;
         let (now, metrics) = (Instant::now(), &self.reconciler.metrics);
         metrics.repaired(if drift.is_none() { RepairLabel::Right } else { RepairLabel::Mended }, drift);
         if let Some(since) = since {
@@ -413,14 +415,14 @@ impl<L: Ledger> Working<'_, L> {
         }
         if !drift.is_none() {
             let (Drift { missing, stale, wrong_capacity }, Counts { spot, on_demand }) = (drift, counts);
-            let (namespace, job) = (&job.namespace, &job.id);
+            let (namespace, job) = (&job.namespace, &job.app_id);
             tracing::info!(namespace, job, missing, stale, wrong_capacity, spot, on_demand, "repaired");
         }
         self.schedule.repaired(&job, counts.total(), now);
-        if let Some(waits) = waits {
-            self.schedule.look_after(Arc::clone(&job), now + Duration::from_millis(waits) + AFTER_THE_GRACE);
+        if let Some(recheck_after) = recheck_after {
+            self.schedule.look_after(Arc::clone(&job), now + Duration::from_millis(recheck_after) + AFTER_THE_GRACE);
         }
-        if self.view.knows(&job) || waits.is_some() {
+        if self.view.knows(&job) || recheck_after.is_some() {
             self.tallies.expect(job, counts);
         } else {
             self.tallies.forget(&job);
@@ -440,7 +442,7 @@ impl<L: Ledger> Working<'_, L> {
     /// nothing more is asked of it but that.
     async fn store_answers(&mut self) -> bool {
         let mark = self.last_mark.map_or_else(|| RandomState::new().hash_one(()) >> 1, |last| last + 1);
-        let before = match self.reconciler.ledger.mark(mark).await {
+        let before = match self.reconciler.ledger.heartbeat(mark).await {
             Ok(before) => before,
             Err(error) => {
                 self.reconciler.metrics.store_failed(&error);
@@ -469,7 +471,7 @@ impl<L: Ledger> Working<'_, L> {
         let some = self.tallies.turn(usize::try_from(seconds).unwrap_or(1));
         let answers: Vec<_> = stream::iter(some)
             .map(|(job, expected)| async move {
-                let tally = ledger.tally(job.id()).await;
+                let tally = ledger.counts(job.as_job_ref()).await;
                 (job, expected, tally)
             })
             .buffer_unordered(AT_ONCE as usize)

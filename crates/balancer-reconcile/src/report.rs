@@ -53,7 +53,7 @@ impl Reports {
         for invalid in invalid {
             let annotation = self.conventions.annotation(invalid);
             let holds = in_words(*holds, invalid);
-            tracing::warn!(namespace = job.namespace, job = job.id, %driver, annotation, %invalid, holds, "cannot be read");
+            tracing::warn!(namespace = job.namespace, job = job.app_id, %driver, annotation, %invalid, holds, "cannot be read");
         }
         if self.waiting.try_send(complaint).is_err() {
             tracing::warn!("too many invalid annotations at once: this one is told in the log only");

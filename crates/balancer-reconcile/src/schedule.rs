@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::JobKey;
+use balancer_core::JobId;
 use tokio::time::Instant;
 
 use crate::view::Change;
@@ -24,10 +24,10 @@ const MOST_REST: Duration = Duration::from_secs(10);
 /// The jobs that are to be looked at, each once.
 #[derive(Debug, Default)]
 pub(crate) struct Schedule {
-    order: BTreeSet<(Instant, Arc<JobKey>)>,
-    jobs: HashMap<Arc<JobKey>, Waiting>,
+    order: BTreeSet<(Instant, Arc<JobId>)>,
+    jobs: HashMap<Arc<JobId>, Waiting>,
     /// Not before when a job is to be looked at again, where it costs too much to do so at once.
-    rests: HashMap<Arc<JobKey>, Instant>,
+    rests: HashMap<Arc<JobId>, Instant>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -39,7 +39,7 @@ struct Waiting {
 
 impl Schedule {
     /// Something of the job has changed.
-    pub(crate) fn changed(&mut self, job: Arc<JobKey>, change: Change, now: Instant) {
+    pub(crate) fn changed(&mut self, job: Arc<JobId>, change: Change, now: Instant) {
         let debounce = match change {
             Change::Other => DEBOUNCE,
             Change::Loss => LOSS_DEBOUNCE,
@@ -48,17 +48,17 @@ impl Schedule {
     }
 
     /// The job is to be looked at then, if not earlier.
-    pub(crate) fn look_after(&mut self, job: Arc<JobKey>, due: Instant) {
+    pub(crate) fn look_after(&mut self, job: Arc<JobId>, due: Instant) {
         self.put(job, Waiting { due, since: None });
     }
 
     /// A look came to nothing: the job is to be looked at again then and not before, and its change waits on.
-    pub(crate) fn put_back(&mut self, job: Arc<JobKey>, since: Option<Instant>, due: Instant) {
+    pub(crate) fn put_back(&mut self, job: Arc<JobId>, since: Option<Instant>, due: Instant) {
         self.rests.insert(Arc::clone(&job), due);
         self.put(job, Waiting { due, since });
     }
 
-    fn put(&mut self, job: Arc<JobKey>, mut waiting: Waiting) {
+    fn put(&mut self, job: Arc<JobId>, mut waiting: Waiting) {
         if let Some(rest) = self.rests.get(&job) {
             waiting.due = waiting.due.max(*rest);
         }
@@ -77,7 +77,7 @@ impl Schedule {
     }
 
     /// The jobs that are due, `most` of them, and since when they wait for a change to be repaired.
-    pub(crate) fn take_due(&mut self, now: Instant, most: usize) -> Vec<(Arc<JobKey>, Option<Instant>)> {
+    pub(crate) fn take_due(&mut self, now: Instant, most: usize) -> Vec<(Arc<JobId>, Option<Instant>)> {
         let mut taken = Vec::new();
         while taken.len() < most
             && let Some((due, _)) = self.order.first()
@@ -91,14 +91,14 @@ impl Schedule {
     }
 
     /// The job is looked at by other means: it need not wait any longer. Answers since when it did.
-    pub(crate) fn take(&mut self, job: &Arc<JobKey>) -> Option<Instant> {
+    pub(crate) fn take(&mut self, job: &Arc<JobId>) -> Option<Instant> {
         let waiting = self.jobs.remove(job)?;
         self.order.remove(&(waiting.due, Arc::clone(job)));
         waiting.since
     }
 
     /// The job was repaired now, and has so many executors.
-    pub(crate) fn repaired(&mut self, job: &Arc<JobKey>, executors: u64, now: Instant) {
+    pub(crate) fn repaired(&mut self, job: &Arc<JobId>, executors: u64, now: Instant) {
         self.rests.retain(|_, rest| *rest > now);
         let rest = REST.saturating_mul(u32::try_from(executors).unwrap_or(u32::MAX)).min(MOST_REST);
         if rest > LOSS_DEBOUNCE {
@@ -113,8 +113,8 @@ mod tests {
 
     const MS: Duration = Duration::from_millis(1);
 
-    fn job(id: &str) -> Arc<JobKey> {
-        Arc::new(JobKey { namespace: "etl".into(), id: id.into() })
+    fn job(id: &str) -> Arc<JobId> {
+        Arc::new(JobId { namespace: "etl".into(), app_id: id.into() })
     }
 
     #[test]

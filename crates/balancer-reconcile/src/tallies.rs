@@ -3,34 +3,34 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use balancer_core::{Counts, JobKey};
+use balancer_core::{Counts, JobId};
 
 /// The counts that were left in the ledgers.
 #[derive(Debug, Default)]
 pub(crate) struct Tallies {
     /// `None` for a job that has ended, until its turn comes.
-    expected: HashMap<Arc<JobKey>, Option<Counts>>,
+    expected: HashMap<Arc<JobId>, Option<Counts>>,
     /// The same jobs, each once.
-    turns: VecDeque<Arc<JobKey>>,
+    turns: VecDeque<Arc<JobId>>,
 }
 
 impl Tallies {
     /// So much was left in the job's ledger.
-    pub(crate) fn expect(&mut self, job: Arc<JobKey>, counts: Counts) {
+    pub(crate) fn expect(&mut self, job: Arc<JobId>, counts: Counts) {
         if self.expected.insert(Arc::clone(&job), Some(counts)).is_none() {
             self.turns.push_back(job);
         }
     }
 
     /// The job has ended.
-    pub(crate) fn forget(&mut self, job: &JobKey) {
+    pub(crate) fn forget(&mut self, job: &JobId) {
         if let Some(expected) = self.expected.get_mut(job) {
             *expected = None;
         }
     }
 
     /// The jobs whose turn it is, one in `parts` of all: after so many turns each had its own.
-    pub(crate) fn turn(&mut self, parts: usize) -> Vec<(Arc<JobKey>, Counts)> {
+    pub(crate) fn turn(&mut self, parts: usize) -> Vec<(Arc<JobId>, Counts)> {
         let mut turn = Vec::new();
         for _ in 0..self.turns.len().div_ceil(parts.max(1)) {
             let Some(job) = self.turns.pop_front() else { break };
@@ -50,8 +50,8 @@ impl Tallies {
 mod tests {
     use super::*;
 
-    fn job(id: usize) -> Arc<JobKey> {
-        Arc::new(JobKey { namespace: "etl".into(), id: id.to_string() })
+    fn job(id: usize) -> Arc<JobId> {
+        Arc::new(JobId { namespace: "etl".into(), app_id: id.to_string() })
     }
 
     fn counts(spot: u64) -> Counts {
@@ -67,7 +67,7 @@ mod tests {
         }
         let turns: Vec<_> = (0..10).flat_map(|_| tallies.turn(10)).collect();
         let mut first: Vec<_> = turns.iter().take(25).cloned().collect();
-        first.sort_by_key(|(job, _)| job.id.parse::<usize>().unwrap_or_default());
+        first.sort_by_key(|(job, _)| job.app_id.parse::<usize>().unwrap_or_default());
         assert_eq!(first, (0..25).map(|id| (job(id), counts(1))).collect::<Vec<_>>());
     }
 

@@ -5,8 +5,8 @@ use std::mem;
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, Defaults, Invalid, JobKey, LiveExecutor, Observation, Pod, Policy, Ratio, SeenDriver,
-    SeenExecutor, Sighting, Stated,
+    Capacity, Conventions, Defaults, DriverPod, ExecutorPod, Invalid, JobId, JobPod, JobState, LiveExecutor, Pod,
+    Policy, PolicyOverrides, Ratio,
 };
 
 /// All live executors and drivers, by their jobs, and the capacities of the nodes.
@@ -17,15 +17,15 @@ use balancer_core::{
 pub struct View {
     conventions: Arc<Conventions>,
     defaults: Defaults,
-    jobs: HashMap<Arc<JobKey>, Job>,
+    jobs: HashMap<Arc<JobId>, Job>,
     /// Which job a pod is of: namespace → pod → job.
-    pods: HashMap<Box<str>, HashMap<Arc<str>, Arc<JobKey>>>,
+    pods: HashMap<Box<str>, HashMap<Arc<str>, Arc<JobId>>>,
     nodes: HashMap<Arc<str>, Node>,
     /// How many lists of each namespace's pods were begun; all namespaces count as `None`.
     pod_lists: HashMap<Option<Arc<str>>, u32>,
     node_lists: u32,
-    changed: HashMap<Arc<JobKey>, Change>,
-    complaints: BTreeMap<(Arc<JobKey>, Arc<str>), Complaint>,
+    changed: HashMap<Arc<JobId>, Change>,
+    complaints: BTreeMap<(Arc<JobId>, Arc<str>), Complaint>,
 }
 
 #[derive(Debug, Default)]
@@ -51,7 +51,7 @@ struct Driver {
     created: Box<str>,
     /// What it last stated validly, or the default where it states nothing; `None` where it never
     /// stated anything that can be read.
-    stated: Stated,
+    overrides: PolicyOverrides,
     invalid: Vec<Invalid>,
     list: u32,
 }
@@ -62,7 +62,7 @@ struct Node {
     capacity: Option<Capacity>,
     exists: bool,
     /// The jobs with executors bound to it, and how many.
-    jobs: Vec<(Arc<JobKey>, u32)>,
+    jobs: Vec<(Arc<JobId>, u32)>,
     list: u32,
 }
 
@@ -92,7 +92,7 @@ pub struct Totals {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Complaint {
     /// Its job.
-    pub job: Arc<JobKey>,
+    pub job: Arc<JobId>,
     /// The driver's name.
     pub driver: Arc<str>,
     /// The driver's uid.
@@ -100,14 +100,14 @@ pub struct Complaint {
     /// What is stated wrongly, and was not told yet.
     pub invalid: Vec<Invalid>,
     /// What holds instead, as far as it is known here.
-    pub holds: Stated,
+    pub holds: PolicyOverrides,
 }
 
 /// What the view says of one job, ready for its ledger.
 #[derive(Debug, Default)]
 pub struct Observed<'a> {
     live: Vec<LiveExecutor<'a>>,
-    stated: Stated,
+    overrides: PolicyOverrides,
     ended: bool,
 }
 
@@ -118,13 +118,13 @@ impl Observed<'_> {
     }
 
     /// As the ledger takes it.
-    pub fn observation(&self) -> Observation<'_> {
-        Observation { live: &self.live, stated: self.stated, ended: self.ended }
+    pub fn observation(&self) -> JobState<'_> {
+        JobState { live: &self.live, overrides: self.overrides, ended: self.ended }
     }
 }
 
 /// Notes a change; the gravest of a job's counts.
-fn note(changed: &mut HashMap<Arc<JobKey>, Change>, job: Arc<JobKey>, change: Change) {
+fn note(changed: &mut HashMap<Arc<JobId>, Change>, job: Arc<JobId>, change: Change) {
     let noted = changed.entry(job).or_insert(change);
     *noted = change.max(*noted);
 }
@@ -173,9 +173,9 @@ impl View {
         let conventions = Arc::clone(&self.conventions);
         let (Some(of), Some(name)) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref()) else { return };
         let list = self.list(namespace);
-        match Sighting::of(pod, &conventions) {
-            Some(Sighting::Executor(seen)) => self.see_executor(name, seen, list),
-            Some(Sighting::Driver(seen)) => self.see_driver(name, seen, list),
+        match JobPod::of(pod, &conventions) {
+            Some(JobPod::Executor(seen)) => self.see_executor(name, seen, list),
+            Some(JobPod::Driver(seen)) => self.see_driver(name, seen, list),
             None => self.forget_pod(of, name),
         }
     }
@@ -240,7 +240,7 @@ impl View {
     }
 
     /// The jobs of which something has changed since this was asked last, and what.
-    pub fn take_changed(&mut self) -> HashMap<Arc<JobKey>, Change> {
+    pub fn take_changed(&mut self) -> HashMap<Arc<JobId>, Change> {
         mem::take(&mut self.changed)
     }
 
@@ -250,26 +250,30 @@ impl View {
     }
 
     /// All jobs with a live pod.
-    pub fn jobs(&self) -> impl Iterator<Item = &Arc<JobKey>> {
+    pub fn jobs(&self) -> impl Iterator<Item = &Arc<JobId>> {
         self.jobs.keys()
     }
 
     /// Whether the job has a live pod.
-    pub fn knows(&self, job: &JobKey) -> bool {
+    pub fn knows(&self, job: &JobId) -> bool {
         self.jobs.contains_key(job)
     }
 
     /// What is to be in the job's ledger.
-    pub fn observe(&self, job: &JobKey) -> Observed<'_> {
+    pub fn observe(&self, job: &JobId) -> Observed<'_> {
         let Some(job) = self.jobs.get(job) else { return Observed { ended: true, ..Observed::default() } };
         let live = job.executors.iter().map(|(name, executor)| LiveExecutor {
-            executor: executor.key.as_deref().unwrap_or(name),
+            key: executor.key.as_deref().unwrap_or(name),
             uid: &executor.uid,
             capacity: self.capacity(executor),
         });
         // Of several drivers, such as those of an earlier attempt, the newest speaks.
         let newest = job.drivers.values().max_by_key(|driver| (&driver.created, &driver.uid));
-        Observed { live: live.collect(), stated: newest.map(|driver| driver.stated).unwrap_or_default(), ended: false }
+        Observed {
+            live: live.collect(),
+            overrides: newest.map(|driver| driver.overrides).unwrap_or_default(),
+            ended: false,
+        }
     }
 
     /// Counts all that is live.
@@ -291,9 +295,9 @@ impl View {
         landed.or(executor.asked)
     }
 
-    fn see_executor(&mut self, name: &str, seen: SeenExecutor<'_>, list: u32) {
-        let SeenExecutor { job, key, uid, node, asked } = seen;
-        let (name, job) = self.enter(name, job.to_key());
+    fn see_executor(&mut self, name: &str, seen: ExecutorPod<'_>, list: u32) {
+        let ExecutorPod { job, key, uid, node, asked } = seen;
+        let (name, job) = self.enter(name, job.to_job_id());
         let node = node.map(|node| self.node(node));
         let key = (key != &*name).then(|| key.into());
         let now = Executor { key, uid: uid.into(), node: node.clone(), asked, list };
@@ -315,26 +319,26 @@ impl View {
         }
     }
 
-    fn see_driver(&mut self, name: &str, seen: SeenDriver<'_>, list: u32) {
-        let SeenDriver { job, uid, created, stated, invalid } = seen;
-        let (name, job) = self.enter(name, job.to_key());
+    fn see_driver(&mut self, name: &str, seen: DriverPod<'_>, list: u32) {
+        let DriverPod { job, uid, created, overrides, invalid } = seen;
+        let (name, job) = self.enter(name, job.to_job_id());
         let Some(known) = self.jobs.get_mut(&job) else { return };
         let as_an_executor = known.executors.remove(&name);
         let before = known.drivers.remove(&name).filter(|before| *before.uid == *uid);
         // A part that cannot be read leaves in force what was read last; one that is not there, the default.
-        let last = before.as_ref().map(|before| before.stated).unwrap_or_default();
+        let last = before.as_ref().map(|before| before.overrides).unwrap_or_default();
         let Policy { ratio, base } = self.defaults.policy();
-        let mut rest = Stated { ratio: Some(ratio), base: Some(base) };
+        let mut rest = PolicyOverrides { ratio: Some(ratio), base: Some(base) };
         for part in &invalid {
             match part {
                 Invalid::Ratio(_) => rest.ratio = last.ratio,
                 Invalid::Base(_) => rest.base = last.base,
             }
         }
-        let stated = Stated { ratio: stated.ratio.or(rest.ratio), base: stated.base.or(rest.base) };
+        let overrides = PolicyOverrides { ratio: overrides.ratio.or(rest.ratio), base: overrides.base.or(rest.base) };
         let told = before.as_ref().map(|before| before.invalid.as_slice()).unwrap_or_default();
         let untold: Vec<_> = invalid.iter().filter(|invalid| !told.contains(invalid)).cloned().collect();
-        let same = before.is_some_and(|before| before.stated == stated);
+        let same = before.is_some_and(|before| before.overrides == overrides);
         let about = (Arc::clone(&job), Arc::clone(&name));
         // One that was not taken yet may be of what is mended by now.
         let mut complaining = self.complaints.remove(&about).map(|complaint| complaint.invalid).unwrap_or_default();
@@ -342,10 +346,10 @@ impl View {
         complaining.extend(untold);
         if !complaining.is_empty() {
             let (job, driver) = about.clone();
-            let complaint = Complaint { job, driver, uid: uid.into(), invalid: complaining, holds: stated };
+            let complaint = Complaint { job, driver, uid: uid.into(), invalid: complaining, holds: overrides };
             self.complaints.insert(about, complaint);
         }
-        known.drivers.insert(name, Driver { uid: uid.into(), created: created.into(), stated, invalid, list });
+        known.drivers.insert(name, Driver { uid: uid.into(), created: created.into(), overrides, invalid, list });
         if as_an_executor.is_some() {
             note(&mut self.changed, Arc::clone(&job), Change::Loss);
         }
@@ -358,7 +362,7 @@ impl View {
     }
 
     /// Notes of which job the pod is; one that was of another job leaves that.
-    fn enter(&mut self, name: &str, job: JobKey) -> (Arc<str>, Arc<JobKey>) {
+    fn enter(&mut self, name: &str, job: JobId) -> (Arc<str>, Arc<JobId>) {
         let known = self.pods.get(job.namespace.as_str()).and_then(|pods| pods.get_key_value(name));
         if let Some((name, known)) = known
             && **known == job
@@ -395,7 +399,7 @@ impl View {
         name
     }
 
-    fn bind(&mut self, node: &str, job: &Arc<JobKey>) {
+    fn bind(&mut self, node: &str, job: &Arc<JobId>) {
         let Some(node) = self.nodes.get_mut(node) else { return };
         match node.jobs.iter_mut().find(|(known, _)| known == job) {
             Some((_, executors)) => *executors += 1,
@@ -403,7 +407,7 @@ impl View {
         }
     }
 
-    fn unbind(&mut self, name: &str, job: &Arc<JobKey>) {
+    fn unbind(&mut self, name: &str, job: &Arc<JobId>) {
         let Some(node) = self.nodes.get_mut(name) else { return };
         if let Some(at) = node.jobs.iter().position(|(known, _)| known == job)
             && let Some((_, executors)) = node.jobs.get_mut(at)
@@ -424,7 +428,7 @@ impl View {
 }
 
 /// What holds of a part, in words for the person who edited it.
-pub(crate) fn in_words(holds: Stated, invalid: &Invalid) -> String {
+pub(crate) fn in_words(holds: PolicyOverrides, invalid: &Invalid) -> String {
     let unknown = "what held before holds on".to_owned();
     match invalid {
         Invalid::Ratio(_) => holds.ratio.map_or(unknown, |ratio: Ratio| format!("{ratio} holds on")),
@@ -442,8 +446,8 @@ mod tests {
         View::new(Arc::new(Conventions::default()), Defaults::default())
     }
 
-    fn job() -> JobKey {
-        JobKey { namespace: "etl".into(), id: "j".into() }
+    fn job() -> JobId {
+        JobId { namespace: "etl".into(), app_id: "j".into() }
     }
 
     fn see(view: &mut View, name: &str, role: &str, change: impl FnOnce(&mut Value)) {
@@ -472,7 +476,7 @@ mod tests {
     }
 
     fn policy(view: &View) -> Option<(String, u32)> {
-        let Policy { ratio, base } = view.observe(&job()).stated.over(None)?;
+        let Policy { ratio, base } = view.observe(&job()).overrides.or(None)?;
         Some((ratio.to_string(), base))
     }
 
@@ -575,7 +579,7 @@ mod tests {
     fn a_part_that_was_never_read_is_left_to_the_ledger() {
         let mut view = view();
         drive(&mut view, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "4"}));
-        assert_eq!(view.observe(&job()).stated, Stated { ratio: None, base: Some(4) });
+        assert_eq!(view.observe(&job()).overrides, PolicyOverrides { ratio: None, base: Some(4) });
         let told = view.take_complaints();
         assert_eq!(in_words(told[0].holds, &told[0].invalid[0]), "what held before holds on");
     }

@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, Defaults, JobKey, JobLedger, Mended, Millis, Placing, Pod, Policy, Ratio, Reconciled,
-    Stated, Term,
+    Capacity, Conventions, Defaults, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, Ratio,
+    ReconcileOutcome, ReconcileSummary, Term,
 };
 use balancer_reconcile::view::View;
 use proptest::prelude::*;
@@ -29,7 +29,7 @@ const NODES: [&str; 3] = ["n0", "n1", "n2"];
 #[derive(Clone, Debug)]
 enum Step {
     /// An executor is created through the webhook; `rejected` ones come to no pod.
-    Admit { name: u8, pinned: Option<Capacity>, rejected: bool },
+    Admit { name: u8, required: Option<Capacity>, rejected: bool },
     /// An executor is created while the webhook is away.
     Create { name: u8, asked: Option<Capacity> },
     /// An executor is deleted, with so many reviews at once and so many that come later.
@@ -124,11 +124,12 @@ impl World {
 
     fn step(&mut self, step: &Step) {
         match *step {
-            Step::Admit { name, pinned, rejected } => {
+            Step::Admit { name, required, rejected } => {
                 let now = self.now;
                 let key = executor(name);
-                let placing = Placing { executor: &key, pinned, stated: Stated::default(), policy: Some(POLICY) };
-                let balancer_core::Outcome::Placed(placed) = self.ledger(job_of(name)).place(&placing, now) else {
+                let request =
+                    PlaceRequest { key: &key, required, overrides: PolicyOverrides::default(), policy: Some(POLICY) };
+                let balancer_core::PlaceOutcome::Placed(placed) = self.ledger(job_of(name)).place(&request, now) else {
                     panic!("a policy was given")
                 };
                 if !rejected {
@@ -253,26 +254,26 @@ impl World {
 
     fn note_changes(&mut self) {
         for job in self.view.take_changed().into_keys() {
-            self.changed.extend(JOBS.iter().filter(|known| **known == job.id));
+            self.changed.extend(JOBS.iter().filter(|known| **known == job.app_id));
         }
     }
 
     /// Looks at the jobs that have changed; a placement that waits has its job looked at again.
     fn repair(&mut self) {
         for job in std::mem::take(&mut self.changed) {
-            if self.look(job).waits.is_some() {
+            if self.look(job).recheck_after.is_some() {
                 self.changed.insert(job);
             }
         }
     }
 
-    fn look(&mut self, job: &'static str) -> Mended {
-        let key = JobKey { namespace: "etl".into(), id: job.into() };
+    fn look(&mut self, job: &'static str) -> ReconcileSummary {
+        let key = JobId { namespace: "etl".into(), app_id: job.into() };
         let observed = self.view.observe(&key);
         let ledger = self.ledgers.get_mut(job).expect("a job");
         match ledger.reconcile(&observed.observation(), GRACE, TERM, self.now) {
-            Reconciled::Done(mended) => mended,
-            Reconciled::Superseded(by) => panic!("superseded by {by}"),
+            ReconcileOutcome::Done(mended) => mended,
+            ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }
     }
 
@@ -333,7 +334,7 @@ fn faithful() -> BoxedStrategy<Step> {
     let name = || 0u8..10;
     prop_oneof![
         6 => (name(), proptest::option::weighted(0.2, capacity()), proptest::bool::weighted(0.2))
-            .prop_map(|(name, pinned, rejected)| Step::Admit { name, pinned, rejected }),
+            .prop_map(|(name, required, rejected)| Step::Admit { name, required, rejected }),
         1 => (name(), proptest::option::of(capacity())).prop_map(|(name, asked)| Step::Create { name, asked }),
         3 => (name(), 0u8..3, 0u8..3).prop_map(|(name, reviews, late)| Step::Delete { name, reviews, late }),
         1 => (name(), 0u8..3).prop_map(|(name, reviews)| Step::End { name, reviews }),
@@ -378,7 +379,7 @@ proptest! {
         world.assert_true();
         for job in JOBS {
             let again = world.look(job);
-            prop_assert!(again.drift.is_none() && again.waits.is_none(), "{again:?} though all was right");
+            prop_assert!(again.drift.is_none() && again.recheck_after.is_none(), "{again:?} though all was right");
         }
     }
 

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use balancer_core::{Conventions, Defaults, Preference, Ratio};
+use balancer_core::{Conventions, Defaults, Ratio, SpotPreference};
 use clap::Args;
 
 /// What holds where a job states nothing.
@@ -32,7 +32,7 @@ pub struct ConventionArguments {
     /// STRICT pins spot executors to spot, where they wait for it; BEST_EFFORT gives them no
     /// selector. On-demand executors are pinned either way
     #[arg(long, env, default_value = "BEST_EFFORT")]
-    spot_preference: Preference,
+    spot_preference: SpotPreference,
 
     /// Node label and nodeSelector key of the capacity type
     #[arg(long, env, default_value = "karpenter.sh/capacity-type", value_parser = label_key)]
@@ -103,14 +103,14 @@ impl ConventionArguments {
             );
         }
         Ok(Conventions {
-            preference: spot_preference,
-            capacity_label: capacity_type_label,
-            role_label: workload_role_label.or(spark_role_label).unwrap_or_else(|| "spark-role".into()),
-            driver_role: driver_role_value,
-            executor_role: executor_role_value,
-            job_id_labels: job_id_label,
-            ratio_annotation: spot_ratio_annotation,
-            base_annotation: on_demand_base_annotation,
+            spot_preference: spot_preference,
+            capacity_type_label: capacity_type_label,
+            workload_role_label: workload_role_label.or(spark_role_label).unwrap_or_else(|| "spark-role".into()),
+            driver_role_value: driver_role_value,
+            executor_role_value: executor_role_value,
+            job_id_label: job_id_label,
+            spot_ratio_annotation: spot_ratio_annotation,
+            on_demand_base_annotation: on_demand_base_annotation,
             decision_annotation: Some(decision_annotation).filter(|key| !key.is_empty()),
             node_role_selector,
         })

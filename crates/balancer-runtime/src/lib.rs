@@ -5,15 +5,15 @@
 pub mod admin;
 pub mod arguments;
 pub mod cluster;
-pub mod labels;
 pub mod log;
+pub mod metric_labels;
 pub mod shutdown;
 pub mod store;
 
 use std::process::ExitCode;
 
 /// How a program ends: well, or with its error and the causes of it on standard error.
-pub fn ended(result: anyhow::Result<()>) -> ExitCode {
+pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -5,11 +5,11 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// Who asks us to leave, and so how patient to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Leave {
+pub enum Shutdown {
     /// SIGTERM: the cluster is still taking us out of its endpoints.
-    Gently,
+    Graceful,
     /// SIGINT: somebody waits at a terminal.
-    AtOnce,
+    Immediate,
 }
 
 /// The signals, caught from here on.
@@ -29,10 +29,10 @@ impl Signals {
     }
 
     /// Waits for the next one.
-    pub async fn wait(&mut self) -> Leave {
+    pub async fn wait(&mut self) -> Shutdown {
         tokio::select! {
-            _ = self.terminate.recv() => Leave::Gently,
-            _ = self.interrupt.recv() => Leave::AtOnce,
+            _ = self.terminate.recv() => Shutdown::Graceful,
+            _ = self.interrupt.recv() => Shutdown::Immediate,
         }
     }
 }

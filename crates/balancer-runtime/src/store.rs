@@ -4,8 +4,10 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use balancer_core::{Capacity, Counts, JobId, JobLedger, Observation, Outcome, Placing, Policy, Reconciled, Term};
-use balancer_store::{Ledger, MemoryLedger, Page, RedisLedger, RedisOptions, StoreError};
+use balancer_core::{
+    Capacity, Counts, JobLedger, JobRef, JobState, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome, Term,
+};
+use balancer_store::{JobPage, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
 use clap::Args;
 
 use crate::arguments::number;
@@ -162,45 +164,50 @@ macro_rules! hand_on {
 }
 
 impl Ledger for Store {
-    async fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        hand_on!(self.place(job, placing))
+    async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
+        hand_on!(self.place(job, request))
     }
 
-    async fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        hand_on!(self.peek(job, placing))
+    async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
+        hand_on!(self.peek(job, request))
     }
 
-    async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
+    async fn release(
+        &self,
+        job: JobRef<'_>,
+        executor: &str,
+        uid: Option<&str>,
+    ) -> Result<Option<Capacity>, StoreError> {
         hand_on!(self.release(job, executor, uid))
     }
 
-    async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {
+    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
         hand_on!(self.learn(job, policy))
     }
 
     async fn reconcile(
         &self,
-        job: JobId<'_>,
-        seen: &Observation<'_>,
+        job: JobRef<'_>,
+        seen: &JobState<'_>,
         grace: Duration,
         term: Term,
-    ) -> Result<Reconciled, StoreError> {
+    ) -> Result<ReconcileOutcome, StoreError> {
         hand_on!(self.reconcile(job, seen, grace, term))
     }
 
-    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
-        hand_on!(self.tally(job))
+    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
+        hand_on!(self.counts(job))
     }
 
-    async fn jobs(&self, from: u64) -> Result<Page, StoreError> {
-        hand_on!(self.jobs(from))
+    async fn list_jobs(&self, from: u64) -> Result<JobPage, StoreError> {
+        hand_on!(self.list_jobs(from))
     }
 
-    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
-        hand_on!(self.mark(mark))
+    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+        hand_on!(self.heartbeat(mark))
     }
 
-    async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
-        hand_on!(self.show(job))
+    async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
+        hand_on!(self.get(job))
     }
 }

@@ -20,17 +20,18 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, LiveExecutor, Mended, Observation, Outcome, Placed, Placing,
-    Policy, Ratio, Reconciled, Standing, Stated, Term,
+    Capacity, Counts, Drift, Entry, JobLedger, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Placed,
+    Policy, PolicyOverrides, Ratio, ReconcileOutcome, ReconcileSummary, Term,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Handle;
 
-use crate::{Ledger, Page, StoreError};
+use crate::{JobPage, Ledger, StoreError};
 
 use Capacity::{OnDemand, Spot};
-use Standing::{Known, New};
+const NEW: bool = true;
+const KNOWN: bool = false;
 
 /// Makes a test of each part of the contract. See [the module](mod@crate::contract).
 #[macro_export]
@@ -91,8 +92,8 @@ type Checked = Result<(), StoreError>;
 /// Longer than any test takes.
 const LONG: Duration = Duration::from_secs(86_400);
 
-fn job(id: &str) -> JobId<'_> {
-    JobId { namespace: "contract", id }
+fn job(id: &str) -> JobRef<'_> {
+    JobRef { namespace: "contract", app_id: id }
 }
 
 fn policy(ratio: u32, base: u32) -> Policy {
@@ -107,59 +108,59 @@ fn all_on_demand() -> Policy {
     policy(0, 0)
 }
 
-fn placing(executor: &str, policy: Option<Policy>) -> Placing<'_> {
-    Placing { executor, pinned: None, stated: Stated::default(), policy }
+fn request(executor: &str, policy: Option<Policy>) -> PlaceRequest<'_> {
+    PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy }
 }
 
-fn placed(capacity: Capacity, standing: Standing, spot: u64, on_demand: u64) -> Outcome {
-    Outcome::Placed(Placed { capacity, standing, counts: Counts { spot, on_demand } })
+fn placed(capacity: Capacity, is_new: bool, spot: u64, on_demand: u64) -> PlaceOutcome {
+    PlaceOutcome::Placed(Placed { capacity, is_new, counts: Counts { spot, on_demand } })
 }
 
 fn live<'a>(executor: &'a str, uid: &'a str, capacity: Option<Capacity>) -> LiveExecutor<'a> {
-    LiveExecutor { executor, uid, capacity }
+    LiveExecutor { key: executor, uid, capacity }
 }
 
 /// What the cluster says of a job whose driver is not told.
-fn seen<'a>(live: &'a [LiveExecutor<'a>]) -> Observation<'a> {
-    Observation { live, ..Observation::default() }
+fn seen<'a>(live: &'a [LiveExecutor<'a>]) -> JobState<'a> {
+    JobState { live, ..JobState::default() }
 }
 
 /// What it says of a job without executors, whose driver asks for this.
-fn asking(policy: Policy) -> Observation<'static> {
-    Observation { stated: stated(policy), ..Observation::default() }
+fn asking(policy: Policy) -> JobState<'static> {
+    JobState { overrides: overrides(policy), ..JobState::default() }
 }
 
-fn stated(policy: Policy) -> Stated {
-    Stated { ratio: Some(policy.ratio), base: Some(policy.base) }
+fn overrides(policy: Policy) -> PolicyOverrides {
+    PolicyOverrides { ratio: Some(policy.ratio), base: Some(policy.base) }
 }
 
 /// A reconcile in the first term.
 async fn mend(
     ledger: &impl Ledger,
-    job: JobId<'_>,
-    seen: Observation<'_>,
+    job: JobRef<'_>,
+    seen: JobState<'_>,
     grace: Duration,
-) -> Result<Mended, StoreError> {
+) -> Result<ReconcileSummary, StoreError> {
     match ledger.reconcile(job, &seen, grace, Term(1)).await? {
-        Reconciled::Done(mended) => Ok(mended),
-        Reconciled::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
+        ReconcileOutcome::Done(mended) => Ok(mended),
+        ReconcileOutcome::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
     }
 }
 
-async fn counts(ledger: &impl Ledger, job: JobId<'_>) -> Result<(u64, u64), StoreError> {
-    let counts = ledger.show(job).await?.map(|ledger| ledger.counts()).unwrap_or_default();
+async fn counts(ledger: &impl Ledger, job: JobRef<'_>) -> Result<(u64, u64), StoreError> {
+    let counts = ledger.get(job).await?.map(|ledger| ledger.counts()).unwrap_or_default();
     Ok((counts.spot, counts.on_demand))
 }
 
 /// The apiserver repeats a call that took too long.
 pub async fn placing_an_executor_twice_counts_it_once(ledger: &impl Ledger) -> Checked {
     let job = job("twice");
-    let asked = placing("e1", Some(policy(500_000_000, 0)));
-    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, New, 1, 0));
-    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, Known, 1, 0));
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, New, 1, 1));
+    let asked = request("e1", Some(policy(500_000_000, 0)));
+    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, NEW, 1, 0));
+    assert_eq!(ledger.place(job, &asked).await?, placed(Spot, KNOWN, 1, 0));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(OnDemand, NEW, 1, 1));
     // By now another executor would go to spot; a known one stays what it is.
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, Known, 1, 1));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(OnDemand, KNOWN, 1, 1));
     assert_eq!(counts(ledger, job).await?, (1, 1));
     Ok(())
 }
@@ -171,9 +172,9 @@ pub async fn a_jobs_executors_follow_its_ratio_after_its_base(ledger: &impl Ledg
     let mut on_demand = Vec::new();
     for number in 1..=22 {
         let name = format!("e{number}");
-        let outcome = ledger.place(job, &placing(&name, None)).await?;
-        assert_ne!(outcome, Outcome::NeedPolicy, "the policy was taught");
-        if matches!(outcome, Outcome::Placed(placed) if placed.capacity == OnDemand) {
+        let outcome = ledger.place(job, &request(&name, None)).await?;
+        assert_ne!(outcome, PlaceOutcome::NeedPolicy, "the policy was taught");
+        if matches!(outcome, PlaceOutcome::Placed(placed) if placed.capacity == OnDemand) {
             on_demand.push(number);
         }
     }
@@ -194,7 +195,7 @@ pub async fn every_ratio_decides_as_the_reference_does(ledger: &impl Ledger) -> 
             // As many as bring 0.5125, which no binary fraction is, to an exact tie.
             for number in 0..85 {
                 let name = format!("e{number}");
-                let asked = placing(&name, None);
+                let asked = request(&name, None);
                 assert_eq!(ledger.place(job(&id), &asked).await?, reference.place(&asked, 0), "{id}, {name}");
             }
         }
@@ -205,39 +206,40 @@ pub async fn every_ratio_decides_as_the_reference_does(ledger: &impl Ledger) -> 
 /// For dry runs.
 pub async fn peeking_answers_what_placing_would_and_writes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("peek");
-    let asked = placing("e1", Some(all_spot()));
-    assert_eq!(ledger.peek(job, &placing("e1", None)).await?, Outcome::NeedPolicy);
-    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, New, 1, 0));
-    assert_eq!(ledger.show(job).await?, None);
+    let asked = request("e1", Some(all_spot()));
+    assert_eq!(ledger.peek(job, &request("e1", None)).await?, PlaceOutcome::NeedPolicy);
+    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, NEW, 1, 0));
+    assert_eq!(ledger.get(job).await?, None);
 
     ledger.place(job, &asked).await?;
-    let before = ledger.show(job).await?;
-    let pinned = Placing { pinned: Some(OnDemand), ..asked };
-    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, Known, 1, 0));
-    assert_eq!(ledger.peek(job, &pinned).await?, placed(OnDemand, Known, 0, 1));
-    assert_eq!(ledger.peek(job, &placing("e2", Some(all_on_demand()))).await?, placed(Spot, New, 2, 0));
-    assert_eq!(ledger.show(job).await?, before);
+    let before = ledger.get(job).await?;
+    let required = PlaceRequest { required: Some(OnDemand), ..asked };
+    assert_eq!(ledger.peek(job, &asked).await?, placed(Spot, KNOWN, 1, 0));
+    assert_eq!(ledger.peek(job, &required).await?, placed(OnDemand, KNOWN, 0, 1));
+    assert_eq!(ledger.peek(job, &request("e2", Some(all_on_demand()))).await?, placed(Spot, NEW, 2, 0));
+    assert_eq!(ledger.get(job).await?, before);
     Ok(())
 }
 
 /// The webhook then looks the driver up.
 pub async fn without_any_policy_it_asks_for_one_and_enters_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("no-policy");
-    let half = Placing { stated: Stated { ratio: Some(Ratio::ONE), base: None }, ..placing("e1", None) };
-    for asked in [placing("e1", None), half] {
-        assert_eq!(ledger.place(job, &asked).await?, Outcome::NeedPolicy);
+    let half =
+        PlaceRequest { overrides: PolicyOverrides { ratio: Some(Ratio::ONE), base: None }, ..request("e1", None) };
+    for asked in [request("e1", None), half] {
+        assert_eq!(ledger.place(job, &asked).await?, PlaceOutcome::NeedPolicy);
     }
-    assert_eq!(ledger.show(job).await?, None);
+    assert_eq!(ledger.get(job).await?, None);
     Ok(())
 }
 
 /// So that the driver is looked up once for each job.
 pub async fn a_looked_up_policy_is_noted_for_the_next_executor(ledger: &impl Ledger) -> Checked {
     let job = job("looked-up");
-    assert_eq!(ledger.place(job, &placing("e1", Some(policy(1, 1)))).await?, placed(OnDemand, New, 0, 1));
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(Spot, New, 1, 1));
-    assert_eq!(ledger.place(job, &placing("e3", None)).await?, placed(OnDemand, New, 1, 2));
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(policy(1, 1)));
+    assert_eq!(ledger.place(job, &request("e1", Some(policy(1, 1)))).await?, placed(OnDemand, NEW, 0, 1));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(Spot, NEW, 1, 1));
+    assert_eq!(ledger.place(job, &request("e3", None)).await?, placed(OnDemand, NEW, 1, 2));
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(policy(1, 1)));
     Ok(())
 }
 
@@ -245,8 +247,8 @@ pub async fn a_looked_up_policy_is_noted_for_the_next_executor(ledger: &impl Led
 pub async fn a_looked_up_policy_does_not_replace_the_one_that_was_taught(ledger: &impl Ledger) -> Checked {
     let job = job("taught");
     ledger.learn(job, all_on_demand()).await?;
-    assert_eq!(ledger.place(job, &placing("e1", Some(all_spot()))).await?, placed(OnDemand, New, 0, 1));
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_on_demand()));
+    assert_eq!(ledger.place(job, &request("e1", Some(all_spot()))).await?, placed(OnDemand, NEW, 0, 1));
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(all_on_demand()));
     Ok(())
 }
 
@@ -254,9 +256,9 @@ pub async fn a_looked_up_policy_does_not_replace_the_one_that_was_taught(ledger:
 pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Checked {
     let job = job("taught-twice");
     ledger.learn(job, all_on_demand()).await?;
-    ledger.place(job, &placing("e1", None)).await?;
+    ledger.place(job, &request("e1", None)).await?;
     ledger.learn(job, all_spot()).await?;
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(Spot, New, 1, 1));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(Spot, NEW, 1, 1));
     Ok(())
 }
 
@@ -264,46 +266,46 @@ pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Chec
 pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger) -> Checked {
     let job = job("own");
     ledger.learn(job, policy(Ratio::ONE_IN_BILLIONTHS, 1)).await?;
-    let own = |ratio, base| Stated { ratio, base };
-    let ratio = Placing { stated: own(Some(Ratio::ZERO), None), ..placing("e1", None) };
-    let base = Placing { stated: own(None, Some(3)), ..placing("e2", None) };
-    assert_eq!(ledger.place(job, &ratio).await?, placed(OnDemand, New, 0, 1));
-    assert_eq!(ledger.place(job, &Placing { executor: "e3", ..ratio }).await?, placed(OnDemand, New, 0, 2));
-    assert_eq!(ledger.place(job, &base).await?, placed(OnDemand, New, 0, 3));
-    assert_eq!(ledger.place(job, &placing("e4", None)).await?, placed(Spot, New, 1, 3));
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(policy(Ratio::ONE_IN_BILLIONTHS, 1)));
+    let own = |ratio, base| PolicyOverrides { ratio, base };
+    let ratio = PlaceRequest { overrides: own(Some(Ratio::ZERO), None), ..request("e1", None) };
+    let base = PlaceRequest { overrides: own(None, Some(3)), ..request("e2", None) };
+    assert_eq!(ledger.place(job, &ratio).await?, placed(OnDemand, NEW, 0, 1));
+    assert_eq!(ledger.place(job, &PlaceRequest { key: "e3", ..ratio }).await?, placed(OnDemand, NEW, 0, 2));
+    assert_eq!(ledger.place(job, &base).await?, placed(OnDemand, NEW, 0, 3));
+    assert_eq!(ledger.place(job, &request("e4", None)).await?, placed(Spot, NEW, 1, 3));
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(policy(Ratio::ONE_IN_BILLIONTHS, 1)));
     Ok(())
 }
 
 /// And is asked for no look-up.
 pub async fn an_executor_that_states_all_needs_no_policy(ledger: &impl Ledger) -> Checked {
     let job = job("own-all");
-    let stated = Stated { ratio: Some(Ratio::ONE), base: Some(0) };
-    assert_eq!(ledger.place(job, &Placing { stated, ..placing("e1", None) }).await?, placed(Spot, New, 1, 0));
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, Outcome::NeedPolicy);
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), None);
+    let overrides = PolicyOverrides { ratio: Some(Ratio::ONE), base: Some(0) };
+    assert_eq!(ledger.place(job, &PlaceRequest { overrides, ..request("e1", None) }).await?, placed(Spot, NEW, 1, 0));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, PlaceOutcome::NeedPolicy);
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), None);
     Ok(())
 }
 
 /// Whatever the ratio says.
 pub async fn a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for(ledger: &impl Ledger) -> Checked {
-    let job = job("pinned");
-    let pinned = Placing { pinned: Some(Spot), ..placing("e1", None) };
-    assert_eq!(ledger.place(job, &pinned).await?, placed(Spot, New, 1, 0));
+    let job = job("required");
+    let required = PlaceRequest { required: Some(Spot), ..request("e1", None) };
+    assert_eq!(ledger.place(job, &required).await?, placed(Spot, NEW, 1, 0));
     ledger.learn(job, all_on_demand()).await?;
-    assert_eq!(ledger.place(job, &Placing { executor: "e2", ..pinned }).await?, placed(Spot, New, 2, 0));
-    let looked_up = Placing { policy: Some(all_spot()), pinned: Some(OnDemand), ..placing("e3", None) };
-    assert_eq!(ledger.place(job, &looked_up).await?, placed(OnDemand, New, 2, 1));
+    assert_eq!(ledger.place(job, &PlaceRequest { key: "e2", ..required }).await?, placed(Spot, NEW, 2, 0));
+    let looked_up = PlaceRequest { policy: Some(all_spot()), required: Some(OnDemand), ..request("e3", None) };
+    assert_eq!(ledger.place(job, &looked_up).await?, placed(OnDemand, NEW, 2, 1));
     Ok(())
 }
 
 /// A pod was made again by hand, with a selector of its own.
 pub async fn a_pinned_executor_known_as_the_other_changes_sides(ledger: &impl Ledger) -> Checked {
     let job = job("changes-sides");
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
-    let pinned = Placing { pinned: Some(OnDemand), ..placing("e1", None) };
-    assert_eq!(ledger.place(job, &pinned).await?, placed(OnDemand, Known, 0, 1));
-    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(OnDemand, Known, 0, 1));
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
+    let required = PlaceRequest { required: Some(OnDemand), ..request("e1", None) };
+    assert_eq!(ledger.place(job, &required).await?, placed(OnDemand, KNOWN, 0, 1));
+    assert_eq!(ledger.place(job, &request("e1", None)).await?, placed(OnDemand, KNOWN, 0, 1));
     assert_eq!(counts(ledger, job).await?, (0, 1));
     Ok(())
 }
@@ -312,13 +314,13 @@ pub async fn a_pinned_executor_known_as_the_other_changes_sides(ledger: &impl Le
 pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(ledger: &impl Ledger) -> Checked {
     let job = job("again");
     let uid = async |name: &str| -> Result<Option<String>, StoreError> {
-        Ok(ledger.show(job).await?.and_then(|ledger| ledger.entries().get(name).and_then(|entry| entry.uid.clone())))
+        Ok(ledger.get(job).await?.and_then(|ledger| ledger.entries().get(name).and_then(|entry| entry.uid.clone())))
     };
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
     mend(ledger, job, seen(&[live("e1", "first", None)]), LONG).await?;
     assert_eq!(uid("e1").await?.as_deref(), Some("first"));
     ledger.learn(job, all_on_demand()).await?;
-    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, Known, 1, 0));
+    assert_eq!(ledger.place(job, &request("e1", None)).await?, placed(Spot, KNOWN, 1, 0));
     assert_eq!(uid("e1").await?, None);
     Ok(())
 }
@@ -327,14 +329,14 @@ pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(le
 pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked {
     let job = job("release");
     assert_eq!(ledger.release(job, "e1", Some("u")).await?, None);
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
-    ledger.place(job, &placing("e2", None)).await?;
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
+    ledger.place(job, &request("e2", None)).await?;
     assert_eq!(ledger.release(job, "e1", Some("u")).await?, Some(Spot));
     assert_eq!(ledger.release(job, "e1", Some("u")).await?, None);
     assert_eq!(ledger.release(job, "unknown", None).await?, None);
     assert_eq!(counts(ledger, job).await?, (1, 0));
     ledger.learn(job, all_on_demand()).await?;
-    ledger.place(job, &placing("e3", None)).await?;
+    ledger.place(job, &request("e3", None)).await?;
     assert_eq!(ledger.release(job, "e3", None).await?, Some(OnDemand));
     assert_eq!(ledger.release(job, "e2", None).await?, Some(Spot));
     assert_eq!(counts(ledger, job).await?, (0, 0));
@@ -344,7 +346,7 @@ pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked 
 /// A newer pod has taken it.
 pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("older");
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
     mend(ledger, job, seen(&[live("e1", "newer", None)]), LONG).await?;
     assert_eq!(ledger.release(job, "e1", Some("older")).await?, None);
     assert_eq!(counts(ledger, job).await?, (1, 0));
@@ -358,14 +360,14 @@ pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &imp
 pub async fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("comes-again");
     for pod in 0..JobLedger::RELEASED_REMEMBERED + 2 {
-        ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+        ledger.place(job, &request("e1", Some(all_spot()))).await?;
         for before in pod.saturating_sub(3)..pod {
             assert_eq!(ledger.release(job, "e1", Some(&format!("pod {before}"))).await?, None);
         }
         assert_eq!(counts(ledger, job).await?, (1, 0));
         assert_eq!(ledger.release(job, "e1", Some(&format!("pod {pod}"))).await?, Some(Spot));
     }
-    let remembered = ledger.show(job).await?.map(|ledger| ledger.released().count());
+    let remembered = ledger.get(job).await?.map(|ledger| ledger.released().count());
     assert_eq!(remembered, Some(JobLedger::RELEASED_REMEMBERED));
     Ok(())
 }
@@ -383,7 +385,7 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
     let job = job("reconcile");
     // The last is gone too, though a pod has its name for a uid.
     for name in ["right", "wrong", "gone", "u1"] {
-        ledger.place(job, &placing(name, Some(all_spot()))).await?;
+        ledger.place(job, &request(name, Some(all_spot()))).await?;
     }
     let now = [
         live("right", "u1", Some(Spot)),
@@ -396,8 +398,8 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
     ];
     let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
     let (drift, counts) = (Drift { missing: 3, stale: 2, wrong_capacity: 1 }, Counts { spot: 2, on_demand: 3 });
-    assert_eq!(mended, Mended { drift, counts, waits: None });
-    let shown = ledger.show(job).await?.unwrap_or_default();
+    assert_eq!(mended, ReconcileSummary { drift, counts, recheck_after: None });
+    let shown = ledger.get(job).await?.unwrap_or_default();
     assert_eq!(shown.counts(), counts);
     assert_eq!(shown.policy(), Some(all_spot()));
     let mut uids: Vec<_> =
@@ -405,7 +407,7 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
     uids.sort_unstable();
     assert_eq!(uids, [("new-1", "u3"), ("new-2", "u4"), ("new-3", "u5"), ("right", "u1"), ("wrong", "u2")]);
     // What was entered counts for the next placing.
-    assert_eq!(ledger.place(job, &placing("next", None)).await?, placed(Spot, New, 3, 3));
+    assert_eq!(ledger.place(job, &request("next", None)).await?, placed(Spot, NEW, 3, 3));
     Ok(())
 }
 
@@ -415,9 +417,9 @@ pub async fn reconciling_a_right_ledger_finds_nothing(ledger: &impl Ledger) -> C
     assert!(mend(ledger, job, seen(&[]), LONG).await?.drift.is_none());
     let now = [live("e1", "u1", Some(Spot)), live("e2", "u2", Some(OnDemand))];
     assert_eq!(mend(ledger, job, seen(&now), LONG).await?.drift.missing, 2);
-    let before = ledger.show(job).await?;
+    let before = ledger.get(job).await?;
     assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
-    assert_eq!(ledger.show(job).await?, before);
+    assert_eq!(ledger.get(job).await?, before);
     Ok(())
 }
 
@@ -426,24 +428,25 @@ pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck
     ledger: &impl Ledger,
 ) -> Checked {
     let job = job("grace");
-    ledger.place(job, &placing("waiting", Some(all_spot()))).await?;
-    ledger.place(job, &placing("seen", None)).await?;
+    ledger.place(job, &request("waiting", Some(all_spot()))).await?;
+    ledger.place(job, &request("seen", None)).await?;
     let nearly_long = LONG.as_secs() * 900..=LONG.as_secs() * 1_000;
-    let Mended { drift, counts: both, waits } = mend(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
+    let ReconcileSummary { drift, counts: both, recheck_after } =
+        mend(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
     assert_eq!((drift, both), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
-    assert!(waits.is_some_and(|waits| nearly_long.contains(&waits)), "{waits:?}");
+    assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
 
-    let Mended { drift, counts: one, waits } = mend(ledger, job, seen(&[]), LONG).await?;
+    let ReconcileSummary { drift, counts: one, recheck_after } = mend(ledger, job, seen(&[]), LONG).await?;
     assert_eq!((drift, one), (Drift { stale: 1, ..Drift::default() }, Counts { spot: 1, on_demand: 0 }));
-    assert!(waits.is_some_and(|waits| nearly_long.contains(&waits)), "{waits:?}");
+    assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
     assert_eq!(ledger.release(job, "seen", None).await?, None);
 
-    let Mended { drift, waits, .. } = mend(ledger, job, seen(&[]), Duration::MAX).await?;
-    assert!(drift.is_none() && waits > Some(*nearly_long.end()), "{drift:?}, {waits:?}");
+    let ReconcileSummary { drift, recheck_after, .. } = mend(ledger, job, seen(&[]), Duration::MAX).await?;
+    assert!(drift.is_none() && recheck_after > Some(*nearly_long.end()), "{drift:?}, {recheck_after:?}");
 
     let none_left = mend(ledger, job, seen(&[]), Duration::ZERO).await?;
     let drift = Drift { stale: 1, ..Drift::default() };
-    assert_eq!(none_left, Mended { drift, ..Mended::default() });
+    assert_eq!(none_left, ReconcileSummary { drift, ..ReconcileSummary::default() });
     assert_eq!(counts(ledger, job).await?, (0, 0));
     Ok(())
 }
@@ -455,26 +458,29 @@ pub async fn a_released_executor_is_not_entered_again_while_it_may_be_going(ledg
     ledger.learn(job, all_spot()).await?;
     mend(ledger, job, seen(&now), LONG).await?;
     assert_eq!(ledger.release(job, "e1", Some("u 1")).await?, Some(Spot));
-    let Mended { drift, counts: one, waits } = mend(ledger, job, seen(&now), LONG).await?;
+    let ReconcileSummary { drift, counts: one, recheck_after } = mend(ledger, job, seen(&now), LONG).await?;
     assert_eq!((drift, one), (Drift::default(), Counts { spot: 1, on_demand: 0 }));
-    assert!(waits.is_some_and(|waits| (1..=JobLedger::GOES_WITHIN).contains(&waits)), "{waits:?}");
+    assert!(
+        recheck_after.is_some_and(|recheck_after| (1..=JobLedger::RELEASE_GRACE).contains(&recheck_after)),
+        "{recheck_after:?}"
+    );
     // A new executor by its name waits for a pod of its own.
-    ledger.place(job, &placing("e1", None)).await?;
-    let Mended { drift, counts: two, .. } = mend(ledger, job, seen(&now), LONG).await?;
+    ledger.place(job, &request("e1", None)).await?;
+    let ReconcileSummary { drift, counts: two, .. } = mend(ledger, job, seen(&now), LONG).await?;
     assert_eq!((drift, two), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
-    let unseen = ledger.show(job).await?.and_then(|ledger| ledger.entries().get("e1").cloned());
+    let unseen = ledger.get(job).await?.and_then(|ledger| ledger.entries().get("e1").cloned());
     assert_eq!(unseen.map(|entry| entry.uid), Some(None));
     assert_eq!(ledger.release(job, "e1", None).await?, Some(Spot));
     let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
     let drift = Drift { missing: 1, ..Drift::default() };
-    assert_eq!(mended, Mended { drift, counts: Counts { spot: 2, on_demand: 0 }, waits: None });
+    assert_eq!(mended, ReconcileSummary { drift, counts: Counts { spot: 2, on_demand: 0 }, recheck_after: None });
     Ok(())
 }
 
 /// It may not be bound yet, and carry no decision.
 pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger: &impl Ledger) -> Checked {
     let job = job("unknown-capacity");
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
     let now = [live("e1", "u1", None), live("e2", "u2", None)];
     assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
     assert_eq!(counts(ledger, job).await?, (1, 0));
@@ -485,10 +491,10 @@ pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger
 pub async fn a_reconciled_policy_replaces_the_noted_one(ledger: &impl Ledger) -> Checked {
     let job = job("reconciled-policy");
     mend(ledger, job, asking(all_spot()), LONG).await?;
-    assert_eq!(ledger.place(job, &placing("e1", None)).await?, placed(Spot, New, 1, 0));
+    assert_eq!(ledger.place(job, &request("e1", None)).await?, placed(Spot, NEW, 1, 0));
     mend(ledger, job, asking(all_on_demand()), LONG).await?;
     mend(ledger, job, seen(&[]), LONG).await?;
-    assert_eq!(ledger.place(job, &placing("e2", None)).await?, placed(OnDemand, New, 1, 1));
+    assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(OnDemand, NEW, 1, 1));
     Ok(())
 }
 
@@ -496,19 +502,19 @@ pub async fn a_reconciled_policy_replaces_the_noted_one(ledger: &impl Ledger) ->
 pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none(
     ledger: &impl Ledger,
 ) -> Checked {
-    let job = job("stated-in-part");
+    let job = job("overrides-in-part");
     let noted = async || -> Result<Option<Policy>, StoreError> {
-        Ok(ledger.show(job).await?.and_then(|ledger| ledger.policy()))
+        Ok(ledger.get(job).await?.and_then(|ledger| ledger.policy()))
     };
-    let ratio = Observation { stated: Stated { ratio: Some(Ratio::ZERO), base: None }, ..seen(&[]) };
-    let base = Observation { stated: Stated { ratio: None, base: Some(7) }, ..seen(&[]) };
+    let ratio = JobState { overrides: PolicyOverrides { ratio: Some(Ratio::ZERO), base: None }, ..seen(&[]) };
+    let base = JobState { overrides: PolicyOverrides { ratio: None, base: Some(7) }, ..seen(&[]) };
     let there = [live("e1", "u", Some(Spot))];
     for part in [ratio, base] {
         mend(ledger, job, part, LONG).await?;
-        assert_eq!(ledger.show(job).await?, None);
-        mend(ledger, job, Observation { live: &there, ..part }, LONG).await?;
+        assert_eq!(ledger.get(job).await?, None);
+        mend(ledger, job, JobState { live: &there, ..part }, LONG).await?;
         assert_eq!(noted().await?, None);
-        assert_eq!(ledger.place(job, &placing("e2", None)).await?, Outcome::NeedPolicy);
+        assert_eq!(ledger.place(job, &request("e2", None)).await?, PlaceOutcome::NeedPolicy);
         mend(ledger, job, seen(&[]), LONG).await?;
     }
     ledger.learn(job, policy(300_000_000, 2)).await?;
@@ -522,20 +528,20 @@ pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a
 /// A placement may still wait for its pod.
 pub async fn the_policy_of_a_job_that_ended_goes_with_its_last_executor(ledger: &impl Ledger) -> Checked {
     let job = job("ended");
-    let ended = Observation { ended: true, ..seen(&[]) };
-    ledger.place(job, &placing("e1", Some(all_spot()))).await?;
-    ledger.place(job, &placing("e2", None)).await?;
+    let ended = JobState { ended: true, ..seen(&[]) };
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
+    ledger.place(job, &request("e2", None)).await?;
     ledger.release(job, "e2", Some("u2")).await?;
     mend(ledger, job, ended, LONG).await?;
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
     mend(ledger, job, seen(&[]), Duration::ZERO).await?;
-    assert_eq!(ledger.show(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
+    assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
     // Whatever was known of its driver.
-    mend(ledger, job, Observation { ended: true, ..asking(all_on_demand()) }, Duration::ZERO).await?;
-    assert_eq!(ledger.show(job).await?, None);
+    mend(ledger, job, JobState { ended: true, ..asking(all_on_demand()) }, Duration::ZERO).await?;
+    assert_eq!(ledger.get(job).await?, None);
     // Nothing of it is left for a later job by that id, neither its policy nor what was released.
-    assert_eq!(ledger.place(job, &placing("e3", None)).await?, Outcome::NeedPolicy);
-    ledger.place(job, &placing("e2", Some(all_spot()))).await?;
+    assert_eq!(ledger.place(job, &request("e3", None)).await?, PlaceOutcome::NeedPolicy);
+    ledger.place(job, &request("e2", Some(all_spot()))).await?;
     assert_eq!(ledger.release(job, "e2", Some("u2")).await?, Some(Spot));
     Ok(())
 }
@@ -546,19 +552,19 @@ pub async fn a_reconcile_of_an_earlier_term_changes_nothing(ledger: &impl Ledger
         let id = format!("term-{later}");
         let job = job(&id);
         let now = [live("e1", "u1", Some(Spot))];
-        let all = Observation { live: &now, stated: stated(all_spot()), ended: false };
-        let none = Observation { live: &[], stated: stated(all_on_demand()), ended: true };
+        let all = JobState { live: &now, overrides: overrides(all_spot()), ended: false };
+        let none = JobState { live: &[], overrides: overrides(all_on_demand()), ended: true };
         for term in [earlier, earlier, later, later] {
             let reconciled = ledger.reconcile(job, &all, Duration::ZERO, Term(term)).await?;
-            assert!(matches!(reconciled, Reconciled::Done(_)), "{term}: {reconciled:?}");
+            assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "{term}: {reconciled:?}");
         }
-        ledger.place(job, &placing("e2", None)).await?;
+        ledger.place(job, &request("e2", None)).await?;
         ledger.release(job, "e1", None).await?;
-        let before = ledger.show(job).await?;
+        let before = ledger.get(job).await?;
         assert_eq!(before.as_ref().map(JobLedger::term), Some(Term(later)));
         let reconciled = ledger.reconcile(job, &none, Duration::ZERO, Term(earlier)).await?;
-        assert_eq!(reconciled, Reconciled::Superseded(Term(later)), "{earlier}");
-        assert_eq!(ledger.show(job).await?, before);
+        assert_eq!(reconciled, ReconcileOutcome::Superseded(Term(later)), "{earlier}");
+        assert_eq!(ledger.get(job).await?, before);
     }
     Ok(())
 }
@@ -569,19 +575,19 @@ pub async fn a_job_that_was_forgotten_forgets_its_term(ledger: &impl Ledger) -> 
     let now = [live("e1", "u1", Some(Spot))];
     for way in 0..3 {
         let reconciled = ledger.reconcile(job, &seen(&now), Duration::ZERO, Term(5)).await?;
-        assert!(matches!(reconciled, Reconciled::Done(_)), "after way {way}: {reconciled:?}");
+        assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "after way {way}: {reconciled:?}");
         match way {
             0 => drop(ledger.release(job, "e1", None).await?),
             1 => drop(ledger.reconcile(job, &seen(&[]), Duration::ZERO, Term(5)).await?),
             _ => {
                 ledger.learn(job, all_spot()).await?;
-                let ended = Observation { ended: true, ..seen(&[]) };
+                let ended = JobState { ended: true, ..seen(&[]) };
                 ledger.reconcile(job, &ended, Duration::ZERO, Term(5)).await?;
             }
         }
-        assert_eq!(ledger.show(job).await?, None, "way {way}");
+        assert_eq!(ledger.get(job).await?, None, "way {way}");
         let reconciled = ledger.reconcile(job, &seen(&now), Duration::ZERO, Term(4)).await?;
-        assert!(matches!(reconciled, Reconciled::Done(_)), "way {way}: {reconciled:?}");
+        assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "way {way}: {reconciled:?}");
     }
     Ok(())
 }
@@ -589,55 +595,55 @@ pub async fn a_job_that_was_forgotten_forgets_its_term(ledger: &impl Ledger) -> 
 /// Whoever asks about it.
 pub async fn a_job_of_which_nothing_is_known_stays_unknown(ledger: &impl Ledger) -> Checked {
     let job = job("unknown");
-    ledger.place(job, &placing("e1", None)).await?;
+    ledger.place(job, &request("e1", None)).await?;
     ledger.release(job, "e1", Some("u")).await?;
     mend(ledger, job, seen(&[]), Duration::ZERO).await?;
     mend(ledger, job, seen(&[live("e1", "u", None)]), Duration::ZERO).await?;
-    assert_eq!(ledger.show(job).await?, None);
+    assert_eq!(ledger.get(job).await?, None);
     Ok(())
 }
 
 /// Of a job with executors, of one that has a policy alone, and of none.
 pub async fn a_tally_tells_the_counts_and_makes_no_ledger(ledger: &impl Ledger) -> Checked {
     let job = job("tally");
-    assert_eq!(ledger.tally(job).await?, None);
-    assert_eq!(ledger.show(job).await?, None);
+    assert_eq!(ledger.counts(job).await?, None);
+    assert_eq!(ledger.get(job).await?, None);
     ledger.learn(job, policy(500_000_000, 0)).await?;
-    assert_eq!(ledger.tally(job).await?, Some(Counts::default()));
+    assert_eq!(ledger.counts(job).await?, Some(Counts::default()));
     for name in ["e1", "e2", "e3", "e4", "e5"] {
-        ledger.place(job, &placing(name, None)).await?;
+        ledger.place(job, &request(name, None)).await?;
     }
     ledger.release(job, "e2", None).await?;
-    let before = ledger.show(job).await?;
-    assert_eq!(ledger.tally(job).await?, Some(Counts { spot: 3, on_demand: 1 }));
-    assert_eq!(ledger.show(job).await?, before);
-    mend(ledger, job, Observation { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
-    assert_eq!(ledger.tally(job).await?, None);
+    let before = ledger.get(job).await?;
+    assert_eq!(ledger.counts(job).await?, Some(Counts { spot: 3, on_demand: 1 }));
+    assert_eq!(ledger.get(job).await?, before);
+    mend(ledger, job, JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    assert_eq!(ledger.counts(job).await?, None);
     // Executors without a policy.
-    ledger.place(job, &Placing { pinned: Some(OnDemand), ..placing("e1", None) }).await?;
-    assert_eq!(ledger.tally(job).await?, Some(Counts { spot: 0, on_demand: 1 }));
+    ledger.place(job, &PlaceRequest { required: Some(OnDemand), ..request("e1", None) }).await?;
+    assert_eq!(ledger.counts(job).await?, Some(Counts { spot: 0, on_demand: 1 }));
     Ok(())
 }
 
-/// Page by page, whatever their names, and no job whose ledger is gone.
+/// JobPage by page, whatever their names, and no job whose ledger is gone.
 pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checked {
     let mut all: Vec<String> = (0..2_000).map(|number| format!("spark-{number}")).collect();
     all.extend(TEXTS.map(str::to_owned));
-    let of = |id| JobId { namespace: "contract-jobs", id };
+    let of = |id| JobRef { namespace: "contract-jobs", app_id: id };
     for (number, id) in all.iter().enumerate() {
         if number % 2 == 0 {
             ledger.learn(of(id), all_spot()).await?;
         } else {
-            ledger.place(of(id), &Placing { pinned: Some(Spot), ..placing("e1", None) }).await?;
+            ledger.place(of(id), &PlaceRequest { required: Some(Spot), ..request("e1", None) }).await?;
         }
     }
-    mend(ledger, of("spark-0"), Observation { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    mend(ledger, of("spark-0"), JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
     ledger.release(of("spark-1"), "e1", None).await?;
 
     let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(0), 0);
     while let Some(page) = from {
-        let Page { jobs, next } = ledger.jobs(page).await?;
-        told.extend(jobs.into_iter().filter(|job| job.namespace == "contract-jobs").map(|job| job.id));
+        let JobPage { jobs, next } = ledger.list_jobs(page).await?;
+        told.extend(jobs.into_iter().filter(|job| job.namespace == "contract-jobs").map(|job| job.app_id));
         from = next;
         pages += 1;
         assert!(pages < 10_000, "there is always another page");
@@ -650,7 +656,7 @@ pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checke
 pub async fn a_mark_tells_the_one_before_it(ledger: &impl Ledger) -> Checked {
     let mut before = None;
     for mark in [7, 7, u64::MAX, 0, 8] {
-        assert_eq!(ledger.mark(mark).await?, before);
+        assert_eq!(ledger.heartbeat(mark).await?, before);
         before = Some(mark);
     }
     Ok(())
@@ -678,17 +684,17 @@ pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
         let id = format!("any {id}");
         let job = job(&id);
         for name in TEXTS {
-            ledger.place(job, &placing(name, Some(all_spot()))).await?;
+            ledger.place(job, &request(name, Some(all_spot()))).await?;
             let uid = format!("uid {name}");
             // Strikes the one that was seen before it.
             mend(ledger, job, seen(&[live(name, &uid, None)]), LONG).await?;
-            let shown = ledger.show(job).await?.unwrap_or_default();
+            let shown = ledger.get(job).await?.unwrap_or_default();
             let held: Vec<_> =
                 shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref())).collect();
             assert_eq!(held, [(name, Some(uid.as_str()))], "{id:?}");
         }
         for name in TEXTS {
-            ledger.place(job, &placing(name, None)).await?;
+            ledger.place(job, &request(name, None)).await?;
         }
         assert_eq!(counts(ledger, job).await?, (TEXTS.len() as u64, 0), "{id:?}");
         for name in TEXTS {
@@ -706,17 +712,17 @@ pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
 /// The same executor names, the same job id in another namespace, an id within an id.
 pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
     let jobs = [("team-a", "job"), ("team-b", "job"), ("team-a", "job-1"), ("team-a", "JOB"), ("team-a", "job}")]
-        .map(|(namespace, id)| JobId { namespace, id });
+        .map(|(namespace, id)| JobRef { namespace, app_id: id });
     for (ratio, job) in (0u32..).zip(jobs) {
         ledger.learn(job, policy(ratio, 0)).await?;
-        ledger.place(job, &placing("e1", None)).await?;
-        ledger.place(job, &placing(job.id, None)).await?;
+        ledger.place(job, &request("e1", None)).await?;
+        ledger.place(job, &request(job.app_id, None)).await?;
     }
     ledger.release(jobs[0], "e1", None).await?;
     mend(ledger, jobs[1], asking(policy(1_000, 0)), Duration::ZERO).await?;
     let mut shown = Vec::new();
     for job in jobs {
-        let ledger = ledger.show(job).await?.unwrap_or_default();
+        let ledger = ledger.get(job).await?.unwrap_or_default();
         shown.push((ledger.policy().map(|policy| policy.ratio.billionths()), ledger.counts().total()));
     }
     assert_eq!(shown, [(Some(0), 1), (Some(1_000), 0), (Some(2), 2), (Some(3), 2), (Some(4), 2)]);
@@ -730,13 +736,13 @@ pub async fn executors_placed_at_once_are_each_counted_once(ledger: &impl Ledger
     for round in 0..8 {
         let place = async |number: usize| {
             let name = format!("e{round}-{number}");
-            ledger.place(job, &placing(&name, None)).await
+            ledger.place(job, &request(&name, None)).await
         };
         let answers = tokio::try_join!(place(1), place(1), place(2), place(2), place(3), place(3), place(4), place(4))?;
         let (a, b, ..) = answers;
         let capacity = |outcome| match outcome {
-            Outcome::Placed(placed) => Some(placed.capacity),
-            Outcome::NeedPolicy => None,
+            PlaceOutcome::Placed(placed) => Some(placed.capacity),
+            PlaceOutcome::NeedPolicy => None,
         };
         assert_eq!(capacity(a), capacity(b), "the same executor was placed in two ways");
     }
@@ -756,12 +762,12 @@ pub async fn ten_thousand_executors_are_no_matter(ledger: &impl Ledger) -> Check
     let (half, rest) = all.split_at(ALL / 2);
 
     for executor in half {
-        ledger.place(job, &placing(executor.executor, Some(all_spot()))).await?;
+        ledger.place(job, &request(executor.key, Some(all_spot()))).await?;
     }
     assert_eq!(counts(ledger, job).await?, (5_000, 0));
     let drift = mend(ledger, job, seen(&all), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 5_000, stale: 0, wrong_capacity: 5_000 });
-    assert_eq!(ledger.place(job, &placing("one more", None)).await?, placed(Spot, New, 1, 10_000));
+    assert_eq!(ledger.place(job, &request("one more", None)).await?, placed(Spot, NEW, 1, 10_000));
     let drift = mend(ledger, job, seen(rest), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 0, stale: 5_001, wrong_capacity: 0 });
     assert_eq!(counts(ledger, job).await?, (0, 5_000));
@@ -775,22 +781,22 @@ enum Step {
     Peek(Ask),
     Release { executor: &'static str, uid: Option<&'static str> },
     Learn(Policy),
-    Reconcile { live: Vec<LiveExecutor<'static>>, stated: Stated, ended: bool, term: Term, patient: bool },
+    Reconcile { live: Vec<LiveExecutor<'static>>, overrides: PolicyOverrides, ended: bool, term: Term, patient: bool },
     Tally,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Ask {
     executor: &'static str,
-    pinned: Option<Capacity>,
-    stated: Stated,
+    required: Option<Capacity>,
+    overrides: PolicyOverrides,
     policy: Option<Policy>,
 }
 
 impl Ask {
-    fn placing(&self) -> Placing<'_> {
-        let Self { executor, pinned, stated, policy } = *self;
-        Placing { executor, pinned, stated, policy }
+    fn request(&self) -> PlaceRequest<'_> {
+        let Self { executor, required, overrides, policy } = *self;
+        PlaceRequest { key: executor, required, overrides, policy }
     }
 }
 
@@ -821,22 +827,22 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
             prop::option::weighted(0.2, base()),
             prop::option::weighted(0.6, policy()),
         )
-            .prop_map(|(executor, pinned, ratio, base, policy)| Ask {
+            .prop_map(|(executor, required, ratio, base, policy)| Ask {
                 executor,
-                pinned,
-                stated: Stated { ratio, base },
+                required,
+                overrides: PolicyOverrides { ratio, base },
                 policy,
             })
     };
     let live = (executor(), uid(), prop::option::weighted(0.7, capacity()))
-        .prop_map(|(executor, uid, capacity)| LiveExecutor { executor, uid, capacity });
-    let stated =
-        (seldom(ratio().boxed()), prop::option::weighted(0.2, base())).prop_map(|(ratio, base)| Stated { ratio, base });
+        .prop_map(|(executor, uid, capacity)| LiveExecutor { key: executor, uid, capacity });
+    let overrides = (seldom(ratio().boxed()), prop::option::weighted(0.2, base()))
+        .prop_map(|(ratio, base)| PolicyOverrides { ratio, base });
     // Mostly the same, so that most reconciles are not superseded; the largest is seldom the first.
     let term = prop_oneof![1 => Just(9), 12 => Just(10), 1 => Just(11)].prop_map(Term);
     let few = prop_oneof![prop::collection::vec(live.clone(), 0..8), Just(Vec::new())];
-    let reconcile = (few, stated, any::<bool>(), term, any::<bool>())
-        .prop_map(|(live, stated, ended, term, patient)| Step::Reconcile { live, stated, ended, term, patient });
+    let reconcile = (few, overrides, any::<bool>(), term, any::<bool>())
+        .prop_map(|(live, overrides, ended, term, patient)| Step::Reconcile { live, overrides, ended, term, patient });
     let step = prop_oneof![
         8 => ask().prop_map(Step::Place),
         2 => ask().prop_map(Step::Peek),
@@ -862,15 +868,15 @@ pub async fn random_histories_agree_with_the_reference(ledger: &impl Ledger) -> 
     Ok(())
 }
 
-async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
+async fn play(ledger: &impl Ledger, job: JobRef<'_>, steps: &[Step]) -> Checked {
     let mut reference = JobLedger::default();
     for step in steps {
         match step {
             Step::Place(ask) => {
-                assert_eq!(ledger.place(job, &ask.placing()).await?, reference.place(&ask.placing(), 0), "{step:?}");
+                assert_eq!(ledger.place(job, &ask.request()).await?, reference.place(&ask.request(), 0), "{step:?}");
             }
             Step::Peek(ask) => {
-                assert_eq!(ledger.peek(job, &ask.placing()).await?, reference.peek(&ask.placing()), "{step:?}");
+                assert_eq!(ledger.peek(job, &ask.request()).await?, reference.peek(&ask.request()), "{step:?}");
             }
             Step::Release { executor, uid } => {
                 assert_eq!(
@@ -885,19 +891,19 @@ async fn play(ledger: &impl Ledger, job: JobId<'_>, steps: &[Step]) -> Checked {
             }
             Step::Tally => {
                 let none = reference.policy().is_none() && reference.entries().is_empty();
-                assert_eq!(ledger.tally(job).await?, (!none).then(|| reference.counts()));
+                assert_eq!(ledger.counts(job).await?, (!none).then(|| reference.counts()));
             }
-            Step::Reconcile { live, stated, ended, term, patient } => {
+            Step::Reconcile { live, overrides, ended, term, patient } => {
                 // No history takes as long as the one grace, nor less than the other: no clock matters.
                 let grace = if *patient { LONG } else { Duration::ZERO };
-                let seen = Observation { live, stated: *stated, ended: *ended };
+                let seen = JobState { live, overrides: *overrides, ended: *ended };
                 let millis = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
                 let wanted = reference.reconcile(&seen, millis, *term, 0);
                 let reconciled = ledger.reconcile(job, &seen, grace, *term).await?;
                 assert_eq!(without_waits(reconciled), without_waits(wanted), "{step:?}");
             }
         }
-        let shown = ledger.show(job).await?.unwrap_or_default();
+        let shown = ledger.get(job).await?.unwrap_or_default();
         assert_eq!(without_times(&shown), without_times(&reference), "after {step:?}");
     }
     Ok(())
@@ -910,9 +916,11 @@ fn without_times(ledger: &JobLedger) -> JobLedger {
     JobLedger::from_parts(ledger.policy(), entries, released, ledger.term())
 }
 
-fn without_waits(reconciled: Reconciled) -> Reconciled {
+fn without_waits(reconciled: ReconcileOutcome) -> ReconcileOutcome {
     match reconciled {
-        Reconciled::Done(mended) => Reconciled::Done(Mended { waits: mended.waits.map(|_| 0), ..mended }),
-        superseded @ Reconciled::Superseded(_) => superseded,
+        ReconcileOutcome::Done(mended) => {
+            ReconcileOutcome::Done(ReconcileSummary { recheck_after: mended.recheck_after.map(|_| 0), ..mended })
+        }
+        superseded @ ReconcileOutcome::Superseded(_) => superseded,
     }
 }

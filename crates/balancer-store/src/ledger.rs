@@ -4,16 +4,16 @@ use std::future::Future;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, JobId, JobKey, JobLedger, Observation, Outcome, Placing, Policy, Reconciled, Term,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome, Term,
 };
 
 use crate::StoreError;
 
 /// Some of the jobs that have a ledger.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Page {
+pub struct JobPage {
     /// The jobs; one may come twice.
-    pub jobs: Vec<JobKey>,
+    pub jobs: Vec<JobId>,
     /// Where the next page begins; `None` after the last.
     pub next: Option<u64>,
 }
@@ -29,45 +29,53 @@ pub struct Page {
 /// once, and releasing twice is releasing once.
 pub trait Ledger: Send + Sync + 'static {
     /// Decides and enters an executor. See [`JobLedger::place`].
-    fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> impl Future<Output = Result<Outcome, StoreError>> + Send;
+    fn place(
+        &self,
+        job: JobRef<'_>,
+        request: &PlaceRequest<'_>,
+    ) -> impl Future<Output = Result<PlaceOutcome, StoreError>> + Send;
 
     /// What [`place`](Self::place) would answer, with nothing written and no life prolonged: for a dry
     /// run. See [`JobLedger::peek`].
-    fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> impl Future<Output = Result<Outcome, StoreError>> + Send;
+    fn peek(
+        &self,
+        job: JobRef<'_>,
+        request: &PlaceRequest<'_>,
+    ) -> impl Future<Output = Result<PlaceOutcome, StoreError>> + Send;
 
     /// Strikes an executor; answers what it counted as. See [`JobLedger::release`].
     fn release(
         &self,
-        job: JobId<'_>,
+        job: JobRef<'_>,
         executor: &str,
         uid: Option<&str>,
     ) -> impl Future<Output = Result<Option<Capacity>, StoreError>> + Send;
 
     /// Notes the job's policy; the newest wins. See [`JobLedger::learn`].
-    fn learn(&self, job: JobId<'_>, policy: Policy) -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn learn(&self, job: JobRef<'_>, policy: Policy) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Makes the ledger what the cluster says, unless it was reconciled in a later term. See
     /// [`JobLedger::reconcile`].
     fn reconcile(
         &self,
-        job: JobId<'_>,
-        seen: &Observation<'_>,
+        job: JobRef<'_>,
+        seen: &JobState<'_>,
         grace: Duration,
         term: Term,
-    ) -> impl Future<Output = Result<Reconciled, StoreError>> + Send;
+    ) -> impl Future<Output = Result<ReconcileOutcome, StoreError>> + Send;
 
     /// The job's executors as counted, at a cost that does not grow with the job; `None` where the
     /// store has no ledger of the job. It touches the ledger.
-    fn tally(&self, job: JobId<'_>) -> impl Future<Output = Result<Option<Counts>, StoreError>> + Send;
+    fn counts(&self, job: JobRef<'_>) -> impl Future<Output = Result<Option<Counts>, StoreError>> + Send;
 
-    /// The jobs that have a ledger, page by page: `from` is [`Page::next`] of the page before, 0 for
+    /// The jobs that have a ledger, page by page: `from` is [`JobPage::next`] of the page before, 0 for
     /// the first. A job whose ledger is there all the while is told at least once.
-    fn jobs(&self, from: u64) -> impl Future<Output = Result<Page, StoreError>> + Send;
+    fn list_jobs(&self, from: u64) -> impl Future<Output = Result<JobPage, StoreError>> + Send;
 
     /// Notes a mark, and tells the one noted before. Where that is not the last one noted, the store has
     /// lost changes: it was emptied, or is another by now. A mark may be dropped as a ledger is.
-    fn mark(&self, mark: u64) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
+    fn heartbeat(&self, mark: u64) -> impl Future<Output = Result<Option<u64>, StoreError>> + Send;
 
     /// What the ledger holds, for people and tests; `None` for a job with neither policy nor executors.
-    fn show(&self, job: JobId<'_>) -> impl Future<Output = Result<Option<JobLedger>, StoreError>> + Send;
+    fn get(&self, job: JobRef<'_>) -> impl Future<Output = Result<Option<JobLedger>, StoreError>> + Send;
 }

@@ -6,16 +6,16 @@
 //! further store as well.
 //!
 //! ```
-//! use balancer_core::{JobId, Outcome, Placing, Policy, Ratio, Stated};
+//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, Ratio, PolicyOverrides};
 //! use balancer_store::{Ledger, MemoryLedger};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
-//! let job = JobId { namespace: "etl", id: "spark-1" };
+//! let job = JobRef { namespace: "etl", id: "spark-1" };
 //! ledger.learn(job, Policy { ratio: Ratio::ONE, base: 0 }).await?;
-//! let placing = Placing { executor: "exec-1", pinned: None, stated: Stated::default(), policy: None };
-//! assert!(matches!(ledger.place(job, &placing).await?, Outcome::Placed(_)));
+//! let placing = PlaceRequest { key: "exec-1", pinned: None, stated: PolicyOverrides::default(), policy: None };
+//! assert!(matches!(ledger.place(job, &placing).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())
 //! # }
 //! ```
@@ -23,7 +23,7 @@
 //! [`JobLedger`]: balancer_core::JobLedger
 #![deny(missing_docs)]
 
-mod after_others;
+mod coalesce_wakeups;
 #[cfg(feature = "contract")]
 pub mod contract;
 mod error;
@@ -31,8 +31,8 @@ mod ledger;
 mod memory;
 mod redis;
 
-pub use self::after_others::after_others;
+pub use self::coalesce_wakeups::coalesce_wakeups;
 pub use self::error::StoreError;
-pub use self::ledger::{Ledger, Page};
+pub use self::ledger::{JobPage, Ledger};
 pub use self::memory::MemoryLedger;
 pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};

@@ -7,10 +7,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balancer_core::{
-    Capacity, Counts, JobId, JobKey, JobLedger, Millis, Observation, Outcome, Placing, Policy, Reconciled, Term,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, Millis, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome,
+    Term,
 };
 
-use crate::{Ledger, Page, StoreError};
+use crate::{JobPage, Ledger, StoreError};
 
 /// [`JobLedger`]s under a lock. It never fails.
 ///
@@ -25,7 +26,7 @@ pub struct MemoryLedger {
 
 #[derive(Debug, Default)]
 struct Jobs {
-    kept: HashMap<JobKey, Kept>,
+    kept: HashMap<JobId, Kept>,
     next_sweep: Millis,
     mark: Option<u64>,
 }
@@ -49,7 +50,7 @@ impl MemoryLedger {
     }
 
     /// Changes a job's ledger, which touches it.
-    fn change<T>(&self, job: JobId<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
+    fn change<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
         self.enter(job, |kept, now| {
             kept.touched = now;
             change(&mut kept.ledger, now)
@@ -57,14 +58,14 @@ impl MemoryLedger {
     }
 
     /// Goes to a job's ledger as it is kept. One that holds nothing is not kept.
-    fn enter<T>(&self, job: JobId<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
+    fn enter<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
         let mut jobs = self.lock();
         let now = (self.clock)();
         if now >= jobs.next_sweep {
             jobs.kept.retain(|_, kept| self.lives(kept, now));
             jobs.next_sweep = now.saturating_add(self.ttl / 8);
         }
-        let mut kept = match jobs.kept.entry(job.to_key()) {
+        let mut kept = match jobs.kept.entry(job.to_job_id()) {
             Entry::Occupied(kept) => kept,
             Entry::Vacant(none) => none.insert_entry(Kept::default()),
         };
@@ -79,10 +80,10 @@ impl MemoryLedger {
     }
 
     /// Looks at a job's ledger, if there is one.
-    fn look<T>(&self, job: JobId<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
+    fn look<T>(&self, job: JobRef<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
         let jobs = self.lock();
         let now = (self.clock)();
-        let kept = jobs.kept.get(&job.to_key()).filter(|kept| self.lives(kept, now));
+        let kept = jobs.kept.get(&job.to_job_id()).filter(|kept| self.lives(kept, now));
         look(kept.map(|kept| &kept.ledger))
     }
 
@@ -112,59 +113,64 @@ impl fmt::Debug for MemoryLedger {
 }
 
 impl Ledger for MemoryLedger {
-    async fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        Ok(self.change(job, |ledger, now| ledger.place(placing, now)))
+    async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
+        Ok(self.change(job, |ledger, now| ledger.place(request, now)))
     }
 
-    async fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
+    async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
         Ok(self.look(job, |ledger| match ledger {
-            Some(ledger) => ledger.peek(placing),
-            None => JobLedger::default().peek(placing),
+            Some(ledger) => ledger.peek(request),
+            None => JobLedger::default().peek(request),
         }))
     }
 
-    async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
+    async fn release(
+        &self,
+        job: JobRef<'_>,
+        executor: &str,
+        uid: Option<&str>,
+    ) -> Result<Option<Capacity>, StoreError> {
         Ok(self.change(job, |ledger, now| ledger.release(executor, uid, now)))
     }
 
-    async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {
+    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
         self.change(job, |ledger, _| ledger.learn(policy));
         Ok(())
     }
 
     async fn reconcile(
         &self,
-        job: JobId<'_>,
-        seen: &Observation<'_>,
+        job: JobRef<'_>,
+        seen: &JobState<'_>,
         grace: Duration,
         term: Term,
-    ) -> Result<Reconciled, StoreError> {
+    ) -> Result<ReconcileOutcome, StoreError> {
         Ok(self.enter(job, |kept, now| {
             let reconciled = kept.ledger.reconcile(seen, millis(grace), term, now);
-            if let Reconciled::Done(_) = reconciled {
+            if let ReconcileOutcome::Done(_) = reconciled {
                 kept.touched = now;
             }
             reconciled
         }))
     }
 
-    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
+    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
         Ok(self.change(job, |ledger, _| Some(ledger.counts()).filter(|_| !holds_nothing(ledger))))
     }
 
     /// All in one page: a map has no order in which a next one could begin.
-    async fn jobs(&self, _from: u64) -> Result<Page, StoreError> {
+    async fn list_jobs(&self, _from: u64) -> Result<JobPage, StoreError> {
         let jobs = self.lock();
         let now = (self.clock)();
         let living = jobs.kept.iter().filter(|(_, kept)| self.lives(kept, now));
-        Ok(Page { jobs: living.map(|(job, _)| job.clone()).collect(), next: None })
+        Ok(JobPage { jobs: living.map(|(job, _)| job.clone()).collect(), next: None })
     }
 
-    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
         Ok(self.lock().mark.replace(mark))
     }
 
-    async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
+    async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
         Ok(self.look(job, |ledger| ledger.cloned()))
     }
 }
@@ -174,23 +180,23 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use balancer_core::{LiveExecutor, Ratio, Stated};
+    use balancer_core::{LiveExecutor, PolicyOverrides, Ratio};
 
     use super::*;
 
     const TTL: Duration = Duration::from_millis(800);
     const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 0 };
 
-    fn job(id: &str) -> JobId<'_> {
-        JobId { namespace: "etl", id }
+    fn job(id: &str) -> JobRef<'_> {
+        JobRef { namespace: "etl", app_id: id }
     }
 
-    fn placing(executor: &str) -> Placing<'_> {
-        Placing { executor, pinned: None, stated: Stated::default(), policy: Some(POLICY) }
+    fn request(executor: &str) -> PlaceRequest<'_> {
+        PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: Some(POLICY) }
     }
 
     async fn executors(ledger: &MemoryLedger, id: &str) -> Result<u64, StoreError> {
-        Ok(ledger.show(job(id)).await?.unwrap_or_default().counts().total())
+        Ok(ledger.get(job(id)).await?.unwrap_or_default().counts().total())
     }
 
     /// A ledger, and the hand of its clock.
@@ -203,15 +209,15 @@ mod tests {
     #[tokio::test]
     async fn a_ledger_lives_for_the_ttl_after_its_last_touch_and_no_longer() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
-        ledger.place(job("a"), &placing("e1")).await?;
+        ledger.place(job("a"), &request("e1")).await?;
         hand.store(700, Ordering::Relaxed);
         ledger.release(job("a"), "unknown", None).await?;
         hand.store(1_499, Ordering::Relaxed);
-        assert!(ledger.show(job("a")).await?.is_some());
-        ledger.peek(job("a"), &placing("e2")).await?;
+        assert!(ledger.get(job("a")).await?.is_some());
+        ledger.peek(job("a"), &request("e2")).await?;
         hand.store(1_500, Ordering::Relaxed);
-        assert_eq!(ledger.show(job("a")).await?, None);
-        ledger.place(job("a"), &placing("e2")).await?;
+        assert_eq!(ledger.get(job("a")).await?, None);
+        ledger.place(job("a"), &request("e2")).await?;
         assert_eq!(executors(&ledger, "a").await?, 1, "a dropped ledger came back");
         Ok(())
     }
@@ -219,19 +225,19 @@ mod tests {
     #[tokio::test]
     async fn a_reconcile_and_a_tally_prolong_a_life_and_a_superseded_reconcile_does_not() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
-        let live = [LiveExecutor { executor: "e1", uid: "u", capacity: Some(Capacity::Spot) }];
-        let seen = Observation { live: &live, ..Observation::default() };
+        let live = [LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot) }];
+        let seen = JobState { live: &live, ..JobState::default() };
         ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?;
         hand.store(700, Ordering::Relaxed);
         ledger.reconcile(job("a"), &seen, TTL, Term(2)).await?;
         hand.store(1_400, Ordering::Relaxed);
-        assert_eq!(ledger.tally(job("a")).await?.map(Counts::total), Some(1));
+        assert_eq!(ledger.counts(job("a")).await?.map(Counts::total), Some(1));
         hand.store(2_100, Ordering::Relaxed);
-        assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, Reconciled::Superseded(Term(2)));
-        assert_eq!(ledger.jobs(0).await?.jobs, [job("a").to_key()]);
+        assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, ReconcileOutcome::Superseded(Term(2)));
+        assert_eq!(ledger.list_jobs(0).await?.jobs, [job("a").to_job_id()]);
         hand.store(2_200, Ordering::Relaxed);
-        assert_eq!(ledger.jobs(0).await?, Page::default());
-        assert_eq!(ledger.tally(job("a")).await?, None);
+        assert_eq!(ledger.list_jobs(0).await?, JobPage::default());
+        assert_eq!(ledger.counts(job("a")).await?, None);
         Ok(())
     }
 
@@ -240,13 +246,16 @@ mod tests {
         let (ledger, hand) = at_zero();
         for (now, executor) in [(0, "e1"), (100, "e2"), (200, "e3")] {
             hand.store(now, Ordering::Relaxed);
-            ledger.place(job("a"), &placing(executor)).await?;
+            ledger.place(job("a"), &request(executor)).await?;
         }
-        let live = [LiveExecutor { executor: "e1", uid: "u", capacity: None }];
-        let seen = Observation { live: &live, ..Observation::default() };
+        let live = [LiveExecutor { key: "e1", uid: "u", capacity: None }];
+        let seen = JobState { live: &live, ..JobState::default() };
         let grace = Duration::from_millis(500);
         let reconciled = ledger.reconcile(job("a"), &seen, grace, Term(1)).await?;
-        assert!(matches!(reconciled, Reconciled::Done(mended) if mended.waits == Some(400)), "{reconciled:?}");
+        assert!(
+            matches!(reconciled, ReconcileOutcome::Done(mended) if mended.recheck_after == Some(400)),
+            "{reconciled:?}"
+        );
         Ok(())
     }
 
@@ -255,8 +264,8 @@ mod tests {
         let (ledger, hand) = at_zero();
         ledger.learn(job("a"), POLICY).await?;
         hand.store(800, Ordering::Relaxed);
-        let asking = Placing { policy: None, ..placing("e1") };
-        assert_eq!(ledger.peek(job("a"), &asking).await?, Outcome::NeedPolicy);
+        let asking = PlaceRequest { policy: None, ..request("e1") };
+        assert_eq!(ledger.peek(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
         Ok(())
     }
 
@@ -265,7 +274,7 @@ mod tests {
         let (ledger, hand) = at_zero();
         for second in 0..10_000u64 {
             hand.store(second * 10, Ordering::Relaxed);
-            ledger.place(job(&second.to_string()), &placing("e1")).await?;
+            ledger.place(job(&second.to_string()), &request("e1")).await?;
             // The 80 jobs of the last TTL, and those of an eighth of one more.
             assert!(ledger.lock().kept.len() <= 91, "{} jobs are kept", ledger.lock().kept.len());
         }
@@ -275,11 +284,11 @@ mod tests {
     #[tokio::test]
     async fn jobs_of_which_nothing_is_known_take_no_memory() -> Result<(), StoreError> {
         let (ledger, _) = at_zero();
-        let asking = Placing { policy: None, ..placing("e1") };
-        assert_eq!(ledger.place(job("a"), &asking).await?, Outcome::NeedPolicy);
+        let asking = PlaceRequest { policy: None, ..request("e1") };
+        assert_eq!(ledger.place(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
         ledger.release(job("b"), "e1", None).await?;
-        ledger.reconcile(job("c"), &Observation::default(), TTL, Term(1)).await?;
-        assert_eq!(ledger.tally(job("d")).await?, None);
+        ledger.reconcile(job("c"), &JobState::default(), TTL, Term(1)).await?;
+        assert_eq!(ledger.counts(job("d")).await?, None);
         assert_eq!(ledger.lock().kept.len(), 0);
         Ok(())
     }
@@ -287,11 +296,11 @@ mod tests {
     #[tokio::test]
     async fn a_panic_under_the_lock_does_not_take_the_store_down() -> Result<(), StoreError> {
         let (ledger, _) = at_zero();
-        ledger.place(job("a"), &placing("e1")).await?;
+        ledger.place(job("a"), &request("e1")).await?;
         let panics = std::panic::AssertUnwindSafe(|| ledger.change(job("b"), |_, _| panic!("on purpose")));
         assert!(std::panic::catch_unwind(panics).is_err());
         assert!(ledger.jobs.is_poisoned());
-        ledger.place(job("a"), &placing("e2")).await?;
+        ledger.place(job("a"), &request("e2")).await?;
         assert_eq!(executors(&ledger, "a").await?, 2);
         Ok(())
     }

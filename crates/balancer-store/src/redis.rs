@@ -10,8 +10,8 @@ use std::fmt;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobKey, JobLedger, LiveExecutor, Mended, Millis, Observation, Outcome,
-    Placed, Placing, Policy, Reconciled, Standing, Stated, Term,
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LiveExecutor, Millis, PlaceOutcome,
+    PlaceRequest, Placed, Policy, PolicyOverrides, ReconcileOutcome, ReconcileSummary, Term,
 };
 use redis::{Cmd, RedisWrite, Value};
 
@@ -19,7 +19,7 @@ use self::address::Address;
 pub use self::address::InvalidRedisUrl;
 use self::link::Link;
 use self::scripts::{Script, Scripts};
-use crate::{Ledger, Page, StoreError};
+use crate::{JobPage, Ledger, StoreError};
 
 /// How much longer than other calls a reconcile may take, for each live executor that it tells. The
 /// server is at each for about 5 µs, and answers nobody meanwhile: 100,000 of them take as long as the
@@ -66,8 +66,8 @@ impl RedisLedger {
     }
 
     /// `EVALSHA` of a script on a job's two keys, with room for so many more arguments.
-    fn command(script: &Script, job: JobId<'_>, arguments: usize, bytes: usize) -> Cmd {
-        let JobId { namespace, id } = job;
+    fn command(script: &Script, job: JobRef<'_>, arguments: usize, bytes: usize) -> Cmd {
+        let JobRef { namespace, app_id: id } = job;
         let keys = 2 * (namespace.len() + id.len()) + "exec-count:{:}exec-pods:{:}".len();
         let mut command = Cmd::with_capacity(5 + arguments, "EVALSHA2".len() + script.sha().len() + keys + bytes);
         command.write_arg(b"EVALSHA");
@@ -78,37 +78,47 @@ impl RedisLedger {
         command
     }
 
-    async fn ask(&self, script: &Script, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        let Placing { executor, pinned, stated, policy } = *placing;
+    async fn ask(
+        &self,
+        script: &Script,
+        job: JobRef<'_>,
+        request: &PlaceRequest<'_>,
+    ) -> Result<PlaceOutcome, StoreError> {
+        let PlaceRequest { key: executor, required, overrides, policy } = *request;
         // Forty bytes hold two ratios and two bases.
         let mut command = Self::command(script, job, 7, self.ttl.len() + executor.len() + 40);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg(executor.as_bytes());
         // The usual executor tells nothing more.
-        if pinned.is_some() || stated != Stated::default() || policy.is_some() {
-            command.write_arg(text(pinned).as_bytes());
-            write_or_nothing(&mut command, stated.ratio);
-            write_or_nothing(&mut command, stated.base);
+        if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
+            command.write_arg(text(required).as_bytes());
+            write_or_nothing(&mut command, overrides.ratio);
+            write_or_nothing(&mut command, overrides.base);
             write_policy(&mut command, policy);
         }
         match self.link.run(script, command).await? {
-            Value::Nil => Ok(Outcome::NeedPolicy),
-            Value::Int(number) if number >= 0 => Ok(Outcome::Placed(read_placed(number.unsigned_abs()))),
+            Value::Nil => Ok(PlaceOutcome::NeedPolicy),
+            Value::Int(number) if number >= 0 => Ok(PlaceOutcome::Placed(read_placed(number.unsigned_abs()))),
             other => Err(unreadable(&other)),
         }
     }
 }
 
 impl Ledger for RedisLedger {
-    async fn place(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        self.ask(&self.scripts.place, job, placing).await
+    async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
+        self.ask(&self.scripts.place, job, request).await
     }
 
-    async fn peek(&self, job: JobId<'_>, placing: &Placing<'_>) -> Result<Outcome, StoreError> {
-        self.ask(&self.scripts.peek, job, placing).await
+    async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
+        self.ask(&self.scripts.peek, job, request).await
     }
 
-    async fn release(&self, job: JobId<'_>, executor: &str, uid: Option<&str>) -> Result<Option<Capacity>, StoreError> {
+    async fn release(
+        &self,
+        job: JobRef<'_>,
+        executor: &str,
+        uid: Option<&str>,
+    ) -> Result<Option<Capacity>, StoreError> {
         let script = &self.scripts.release;
         let bytes = self.ttl.len() + executor.len() + uid.map_or(0, str::len);
         let mut command = Self::command(script, job, 4, bytes + 2);
@@ -126,7 +136,7 @@ impl Ledger for RedisLedger {
         }
     }
 
-    async fn learn(&self, job: JobId<'_>, policy: Policy) -> Result<(), StoreError> {
+    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
         let script = &self.scripts.learn;
         let mut command = Self::command(script, job, 3, self.ttl.len() + 20);
         command.write_arg(self.ttl.as_bytes());
@@ -136,23 +146,23 @@ impl Ledger for RedisLedger {
 
     async fn reconcile(
         &self,
-        job: JobId<'_>,
-        seen: &Observation<'_>,
+        job: JobRef<'_>,
+        seen: &JobState<'_>,
         grace: Duration,
         term: Term,
-    ) -> Result<Reconciled, StoreError> {
+    ) -> Result<ReconcileOutcome, StoreError> {
         let script = &self.scripts.reconcile;
-        let Observation { live, stated, ended } = *seen;
-        let names: usize = live.iter().map(|live| live.executor.len() + live.uid.len() + "on-demand".len()).sum();
+        let JobState { live, overrides, ended } = *seen;
+        let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand".len()).sum();
         // Sixty bytes hold the grace, a ratio, a base and a term.
         let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg_fmt(millis(grace));
-        write_or_nothing(&mut command, stated.ratio);
-        write_or_nothing(&mut command, stated.base);
+        write_or_nothing(&mut command, overrides.ratio);
+        write_or_nothing(&mut command, overrides.base);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
-        for &LiveExecutor { executor, uid, capacity } in live {
+        for &LiveExecutor { key: executor, uid, capacity } in live {
             command.write_arg(executor.as_bytes());
             command.write_arg(uid.as_bytes());
             command.write_arg(text(capacity).as_bytes());
@@ -162,7 +172,7 @@ impl Ledger for RedisLedger {
         read_reconciled(&answer).ok_or_else(|| unreadable(&answer))
     }
 
-    async fn tally(&self, job: JobId<'_>) -> Result<Option<Counts>, StoreError> {
+    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
         let script = &self.scripts.tally;
         let mut command = Self::command(script, job, 1, self.ttl.len());
         command.write_arg(self.ttl.as_bytes());
@@ -175,7 +185,7 @@ impl Ledger for RedisLedger {
         }
     }
 
-    async fn jobs(&self, from: u64) -> Result<Page, StoreError> {
+    async fn list_jobs(&self, from: u64) -> Result<JobPage, StoreError> {
         let mut command = redis::cmd("SCAN");
         command.arg(from).arg("MATCH").arg("exec-count:{*:*}").arg("COUNT").arg(KEYS_PER_PAGE);
         // A key of another type is not ours.
@@ -184,7 +194,7 @@ impl Ledger for RedisLedger {
         read_page(&answer).ok_or_else(|| unreadable(&answer))
     }
 
-    async fn mark(&self, mark: u64) -> Result<Option<u64>, StoreError> {
+    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
         let script = &self.scripts.mark;
         let mut command = redis::cmd("EVALSHA");
         command.arg(script.sha()).arg(1).arg("exec-reconciler").arg(&self.ttl).arg(mark);
@@ -198,7 +208,7 @@ impl Ledger for RedisLedger {
         }
     }
 
-    async fn show(&self, job: JobId<'_>) -> Result<Option<JobLedger>, StoreError> {
+    async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
         let script = &self.scripts.show;
         let answer = self.link.run(script, Self::command(script, job, 0, 0)).await?;
         let ledger = read_ledger(&answer).ok_or_else(|| unreadable(&answer))?;
@@ -241,7 +251,7 @@ fn write_policy(command: &mut Cmd, policy: Option<Policy>) {
 fn read_placed(number: u64) -> Placed {
     Placed {
         capacity: if number & 1 == 1 { Capacity::Spot } else { Capacity::OnDemand },
-        standing: if number & 2 == 2 { Standing::Known } else { Standing::New },
+        is_new: number & 2 == 0,
         counts: Counts { spot: number >> 2 & 0xff_ffff, on_demand: number >> 26 },
     }
 }
@@ -258,31 +268,31 @@ fn read_numbers<const N: usize>(answer: &Value) -> Option<[u64; N]> {
 }
 
 /// See `reconcile.lua`.
-fn read_reconciled(answer: &Value) -> Option<Reconciled> {
+fn read_reconciled(answer: &Value) -> Option<ReconcileOutcome> {
     if let Some(later) = read_text(answer) {
-        return Some(Reconciled::Superseded(Term(later.parse().ok()?)));
+        return Some(ReconcileOutcome::Superseded(Term(later.parse().ok()?)));
     }
-    let ([missing, stale, wrong_capacity, spot, on_demand], waits) = match read_numbers(answer) {
-        Some([a, b, c, d, e, waits]) => ([a, b, c, d, e], Some(waits)),
+    let ([missing, stale, wrong_capacity, spot, on_demand], recheck_after) = match read_numbers(answer) {
+        Some([a, b, c, d, e, recheck_after]) => ([a, b, c, d, e], Some(recheck_after)),
         None => (read_numbers(answer)?, None),
     };
     let drift = Drift { missing, stale, wrong_capacity };
-    Some(Reconciled::Done(Mended { drift, counts: Counts { spot, on_demand }, waits }))
+    Some(ReconcileOutcome::Done(ReconcileSummary { drift, counts: Counts { spot, on_demand }, recheck_after }))
 }
 
 /// The answer to `SCAN`: where to go on, 0 for nowhere, and some keys.
-fn read_page(answer: &Value) -> Option<Page> {
+fn read_page(answer: &Value) -> Option<JobPage> {
     let Value::Array(parts) = answer else { return None };
     let [next, Value::Array(keys)] = parts.as_slice() else { return None };
     let next: u64 = read_text(next)?.parse().ok()?;
-    Some(Page { jobs: keys.iter().filter_map(read_key).collect(), next: Some(next).filter(|next| *next != 0) })
+    Some(JobPage { jobs: keys.iter().filter_map(read_key).collect(), next: Some(next).filter(|next| *next != 0) })
 }
 
 /// The job of a key; `None` for a key that is not ours. A namespace has no colon, a job id may.
-fn read_key(key: &Value) -> Option<JobKey> {
+fn read_key(key: &Value) -> Option<JobId> {
     let job = read_text(key)?.strip_prefix("exec-count:{")?.strip_suffix('}')?;
     let (namespace, id) = job.split_once(':')?;
-    Some(JobId { namespace, id }.to_key())
+    Some(JobRef { namespace, app_id: id }.to_job_id())
 }
 
 fn read_ledger(answer: &Value) -> Option<JobLedger> {

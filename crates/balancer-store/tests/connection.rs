@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use balancer_core::{JobId, Observation, Placing, Stated, Term};
+use balancer_core::{JobRef, JobState, PlaceRequest, PolicyOverrides, Term};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
-const JOB: JobId<'_> = JobId { namespace: "etl", id: "job" };
+const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "job" };
 
 /// A server that gives one answer to AUTH, one to PING and one to everything else.
 async fn server(auth: &'static str, ping: &'static str, other: &'static str) -> Result<u16> {
@@ -46,9 +46,9 @@ async fn answering(answer: &'static str) -> Result<RedisLedger> {
 }
 
 async fn failure(ledger: &RedisLedger) -> Result<StoreError> {
-    let placing = Placing { executor: "e1", pinned: None, stated: Stated::default(), policy: None };
+    let request = PlaceRequest { key: "e1", required: None, overrides: PolicyOverrides::default(), policy: None };
     let begin = Instant::now();
-    let answer = ledger.place(JOB, &placing).await;
+    let answer = ledger.place(JOB, &request).await;
     assert!(begin.elapsed() < TIMEOUT, "it took {:?}", begin.elapsed());
     answer.err().context("it worked")
 }
@@ -106,17 +106,17 @@ async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() ->
     };
     let negative = "*5\r\n:0\r\n:0\r\n:0\r\n:0\r\n:-1\r\n";
     for answer in ["$-1\r\n", ":1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*1\r\n:1\r\n", negative] {
-        let reconciled = answering(answer).await?.reconcile(JOB, &Observation::default(), TIMEOUT, Term(1)).await;
+        let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), TIMEOUT, Term(1)).await;
         told(reconciled.err(), answer);
     }
     for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n", negative] {
-        told(answering(answer).await?.tally(JOB).await.err(), answer);
+        told(answering(answer).await?.counts(JOB).await.err(), answer);
     }
     for answer in ["$-1\r\n", ":0\r\n", "*1\r\n*0\r\n", "*2\r\n$2\r\n-1\r\n*0\r\n", "*2\r\n$1\r\n0\r\n:0\r\n"] {
-        told(answering(answer).await?.jobs(0).await.err(), answer);
+        told(answering(answer).await?.list_jobs(0).await.err(), answer);
     }
     for answer in [":1\r\n", "+OK\r\n", "*0\r\n"] {
-        told(answering(answer).await?.mark(1).await.err(), answer);
+        told(answering(answer).await?.heartbeat(1).await.err(), answer);
     }
     Ok(())
 }

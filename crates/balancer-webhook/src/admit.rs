@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use balancer_core::{
-    Capacity, Conventions, Counts, Defaults, Driver, Executor, Invalid, Leave, Outcome, Placed, Placing, Policy, Reply,
-    Review, ReviewError, Standing, Stated, Subject, Work, decide_without_ledger,
+    Action, Capacity, Conventions, Counts, Defaults, Driver, Executor, IgnoreReason, Invalid, PlaceOutcome,
+    PlaceRequest, Placed, Policy, PolicyOverrides, Reply, Review, ReviewError, decide_without_ledger,
 };
 use balancer_store::{Ledger, StoreError};
 
-use crate::drivers::{LookUp, Looked};
+use crate::drivers::{DriverLookup, DriverPolicy};
 use crate::metrics::{Admitted, Metrics, OperationLabel, OutcomeLabel, PolicySource, RoleLabel, Source, StoreCall};
 
 /// Everything an admission needs.
@@ -19,7 +19,7 @@ pub struct Admission<L> {
     /// Where executors are counted.
     pub ledger: Arc<L>,
     /// Where a job's policy is looked up.
-    pub drivers: LookUp,
+    pub drivers: DriverLookup,
     /// How the cluster names things.
     pub conventions: Arc<Conventions>,
     /// What holds where a job states nothing.
@@ -53,16 +53,16 @@ impl<L: Ledger> Admission<L> {
     pub async fn answer(&self, hook: Hook, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
         let started = Instant::now();
         let review = Review::decode(body)?;
-        let Subject { work, dry_run } = Subject::of(&review, &self.conventions);
+        let (action, dry_run) = (Action::of(&review, &self.conventions), review.is_dry_run());
         let mut reply = Reply::allow(review.uid());
-        let admitted = match (hook, &work) {
-            (Hook::Mutate, Work::Place(executor)) => self.place(executor, dry_run, &mut reply).await,
-            (Hook::Mutate, Work::Learn(driver)) => self.learn(driver, dry_run, &mut reply).await,
-            (Hook::Validate, Work::Release(executor)) => self.release(executor, dry_run).await,
-            (Hook::Mutate, Work::Release(_)) | (Hook::Validate, Work::Place(_) | Work::Learn(_)) => {
-                Admitted::left(Leave::OtherOperation)
+        let admitted = match (hook, &action) {
+            (Hook::Mutate, Action::Place(executor)) => self.place(executor, dry_run, &mut reply).await,
+            (Hook::Mutate, Action::Learn(driver)) => self.learn(driver, dry_run, &mut reply).await,
+            (Hook::Validate, Action::Release(executor)) => self.release(executor, dry_run).await,
+            (Hook::Mutate, Action::Release(_)) | (Hook::Validate, Action::Place(_) | Action::Learn(_)) => {
+                Admitted::left(IgnoreReason::OtherOperation)
             }
-            (_, Work::Leave(leave)) => Admitted::left(*leave),
+            (_, Action::Ignore(leave)) => Admitted::left(*leave),
         };
         self.metrics.admitted(admitted, started.elapsed());
         Ok(reply.encode())
@@ -77,7 +77,7 @@ impl<L: Ledger> Admission<L> {
         if !dry_run {
             self.metrics.placed(capacity, source, policy);
         }
-        let (namespace, job) = (executor.job.namespace, executor.job.id);
+        let (namespace, job) = (executor.job.namespace, executor.job.app_id);
         let (name, capacity, policy) = (executor.key, capacity.as_str(), policy.map(PolicySource::as_str));
         let source_name = source.as_str();
         match counts {
@@ -119,54 +119,59 @@ impl<L: Ledger> Admission<L> {
     /// Asks the ledger; where it knows no policy, asks the cluster and then the ledger again; where
     /// there is no ledger to ask, decides by the closed form.
     async fn decide(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Placement {
-        let mut placing = Placing::of(executor);
-        let mut policy = if placing.stated.ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
-        let mut known = executor.stated.over(None);
-        let mut answer = self.ask(executor, &placing, dry_run).await;
-        if matches!(answer, Ok(Outcome::NeedPolicy)) {
+        let mut request = PlaceRequest::of(executor);
+        let mut policy = if request.overrides.ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
+        let mut known = executor.overrides.or(None);
+        let mut answer = self.ask(executor, &request, dry_run).await;
+        if matches!(answer, Ok(PlaceOutcome::NeedPolicy)) {
             let (told, jobs) = self.look_up(executor, &mut policy, reply).await;
-            let complete = executor.stated.completed_by(jobs);
+            let complete = executor.overrides.or_default(jobs);
             known = Some(complete);
             if told {
-                placing.policy = Some(jobs);
+                request.policy = Some(jobs);
             } else {
                 // A default that nobody told must not be noted as the job's policy.
-                placing.stated = Stated { ratio: Some(complete.ratio), base: Some(complete.base) };
+                request.overrides = PolicyOverrides { ratio: Some(complete.ratio), base: Some(complete.base) };
             }
-            answer = self.ask(executor, &placing, dry_run).await;
+            answer = self.ask(executor, &request, dry_run).await;
         }
         let why = match answer {
-            Ok(Outcome::Placed(Placed { capacity, standing, counts })) => {
-                let source = match (executor.pinned, standing) {
+            Ok(PlaceOutcome::Placed(Placed { capacity, is_new, counts })) => {
+                let source = match (executor.required, is_new) {
                     (Some(_), _) => Source::Pinned,
-                    (None, Standing::Known) => Source::Reused,
-                    (None, Standing::New) => Source::Ledger,
+                    (None, false) => Source::Reused,
+                    (None, true) => Source::Ledger,
                 };
                 let policy = (source == Source::Ledger).then_some(policy);
                 return Placement { capacity, source, policy, counts: Ok(counts) };
             }
             // A ledger that asks again though it was told is as good as none.
-            Ok(Outcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
+            Ok(PlaceOutcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
             Err(error) => error,
         };
-        let capacity = match (executor.pinned, known) {
-            (Some(pinned), _) => pinned,
+        let capacity = match (executor.required, known) {
+            (Some(required), _) => required,
             (None, Some(known)) => decide_without_ledger(executor.ordinal, known),
             (None, None) => {
                 let (_, jobs) = self.look_up(executor, &mut policy, reply).await;
-                decide_without_ledger(executor.ordinal, executor.stated.completed_by(jobs))
+                decide_without_ledger(executor.ordinal, executor.overrides.or_default(jobs))
             }
         };
-        let policy = executor.pinned.is_none().then_some(policy);
+        let policy = executor.required.is_none().then_some(policy);
         Placement { capacity, source: Source::Degraded, policy, counts: Err(why) }
     }
 
-    async fn ask(&self, executor: &Executor<'_>, placing: &Placing<'_>, dry_run: bool) -> Result<Outcome, StoreError> {
+    async fn ask(
+        &self,
+        executor: &Executor<'_>,
+        request: &PlaceRequest<'_>,
+        dry_run: bool,
+    ) -> Result<PlaceOutcome, StoreError> {
         let call = if dry_run { StoreCall::Peek } else { StoreCall::Place };
         let asking = async {
             match dry_run {
-                true => self.ledger.peek(executor.job, placing).await,
-                false => self.ledger.place(executor.job, placing).await,
+                true => self.ledger.peek(executor.job, request).await,
+                false => self.ledger.place(executor.job, request).await,
             }
         };
         self.metrics.timed(call, asking).await
@@ -175,31 +180,31 @@ impl<L: Ledger> Admission<L> {
     /// The job's policy by its driver, and whether the cluster told it.
     async fn look_up(&self, executor: &Executor<'_>, from: &mut PolicySource, reply: &mut Reply<'_>) -> (bool, Policy) {
         let looked = self.drivers.policy(executor.job, executor.job_label).await;
-        let (told, stated, invalid) = match &*looked {
-            Looked::Found { stated, invalid } => (true, *stated, invalid.as_slice()),
-            Looked::NoDriver => (true, Stated::default(), [].as_slice()),
-            Looked::Failed(_) => (false, Stated::default(), [].as_slice()),
+        let (told, overrides, invalid) = match &*looked {
+            DriverPolicy::Found { overrides, invalid } => (true, *overrides, invalid.as_slice()),
+            DriverPolicy::NoDriver => (true, PolicyOverrides::default(), [].as_slice()),
+            DriverPolicy::Failed(_) => (false, PolicyOverrides::default(), [].as_slice()),
         };
         self.metrics.looked_up(&looked);
         for invalid in invalid {
             self.warn_of_default(reply, invalid);
         }
         if *from != PolicySource::Executor {
-            *from = match stated.ratio {
+            *from = match overrides.ratio {
                 Some(_) => PolicySource::Driver,
                 None if invalid.iter().any(|invalid| matches!(invalid, Invalid::Ratio(_))) => PolicySource::Invalid,
                 None => PolicySource::Default,
             };
         }
-        (told, self.defaults.complete(&stated))
+        (told, self.defaults.complete(&overrides))
     }
 
     async fn learn(&self, driver: &Driver<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
         for invalid in &driver.invalid {
             self.warn_of_default(reply, invalid);
         }
-        let policy = self.defaults.complete(&driver.stated);
-        let (namespace, job, ratio, base) = (driver.job.namespace, driver.job.id, policy.ratio, policy.base);
+        let policy = self.defaults.complete(&driver.overrides);
+        let (namespace, job, ratio, base) = (driver.job.namespace, driver.job.app_id, policy.ratio, policy.base);
         let invalid = driver.invalid.first().map(tracing::field::display);
         let mut outcome = OutcomeLabel::DryRun;
         if !dry_run {
@@ -219,7 +224,7 @@ impl<L: Ledger> Admission<L> {
     }
 
     async fn release(&self, executor: &Executor<'_>, dry_run: bool) -> Admitted {
-        let (namespace, job, name) = (executor.job.namespace, executor.job.id, executor.key);
+        let (namespace, job, name) = (executor.job.namespace, executor.job.app_id, executor.key);
         let mut outcome = OutcomeLabel::DryRun;
         if !dry_run {
             let releasing = self.ledger.release(executor.job, executor.key, executor.uid);

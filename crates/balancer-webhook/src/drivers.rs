@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use balancer_core::{Conventions, Invalid, JobId, Pod, Stated};
+use balancer_core::{Conventions, Invalid, JobRef, Pod, PolicyOverrides};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use kube::api::ListParams;
@@ -27,23 +27,23 @@ const API_SILENCE: Duration = Duration::from_secs(30);
 
 /// What a look-up came to.
 #[derive(Debug)]
-pub enum Looked {
+pub enum DriverPolicy {
     /// The live, newest driver of the job states this.
     Found {
         /// What its annotations validly state.
-        stated: Stated,
+        overrides: PolicyOverrides,
         /// What they state and we cannot read.
         invalid: Vec<Invalid>,
     },
     /// The cluster has no driver of that job, or none to ask.
     NoDriver,
     /// The cluster could not be asked, or not in time.
-    Failed(LookUpError),
+    Failed(LookupError),
 }
 
 /// Why the cluster told nothing.
 #[derive(Debug, thiserror::Error)]
-pub enum LookUpError {
+pub enum LookupError {
     /// It refused, or answered nonsense.
     #[error("the Kubernetes API did not tell the job's driver: {0}")]
     Api(#[source] Box<kube::Error>),
@@ -56,7 +56,7 @@ pub enum LookUpError {
 }
 
 /// Asks the cluster.
-pub enum Finder {
+pub enum DriverSource {
     /// By the Kubernetes API.
     Cluster {
         /// The client.
@@ -68,7 +68,7 @@ pub enum Finder {
     None,
 }
 
-impl fmt::Debug for Finder {
+impl fmt::Debug for DriverSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Cluster { .. } => "Cluster",
@@ -77,7 +77,7 @@ impl fmt::Debug for Finder {
     }
 }
 
-impl Finder {
+impl DriverSource {
     /// Connects as the environment says: a kubeconfig, or the pod's service account.
     pub async fn new(dev: bool, conventions: Arc<Conventions>) -> anyhow::Result<Self> {
         if dev {
@@ -89,14 +89,17 @@ impl Finder {
         Ok(Self::Cluster { client, conventions })
     }
 
-    async fn find(&self, job: &Job) -> Result<Looked, LookUpError> {
-        let Self::Cluster { client, conventions } = self else { return Ok(Looked::NoDriver) };
+    async fn find(&self, job: &Job) -> Result<DriverPolicy, LookupError> {
+        let Self::Cluster { client, conventions } = self else { return Ok(DriverPolicy::NoDriver) };
         // They come from a pod that was not validated yet, and go into a URL and a selector.
-        if !is_label_text(&job.namespace) || !is_label_text(&job.id) {
-            return Ok(Looked::NoDriver);
+        if !is_label_text(&job.namespace) || !is_label_text(&job.app_id) {
+            return Ok(DriverPolicy::NoDriver);
         }
-        let selector = format!("{}={},{}={}", job.label, job.id, conventions.role_label, conventions.driver_role);
-        let api = |error: kube::Error| LookUpError::Api(Box::new(error));
+        let selector = format!(
+            "{}={},{}={}",
+            job.label, job.app_id, conventions.workload_role_label, conventions.driver_role_value
+        );
+        let api = |error: kube::Error| LookupError::Api(Box::new(error));
         // A consistent read, not one from the apiserver's cache: a driver that the cache has yet to
         // hear of would leave its whole job at the default.
         let list = ListParams::default().labels(&selector).limit(MOST_DRIVERS);
@@ -104,16 +107,16 @@ impl Finder {
             .list(&list)
             .map_err(|error| api(kube::Error::BuildRequest(error)))?;
         let answer = client.request_text(request).await.map_err(api)?;
-        let pods: Pods<'_> = serde_json::from_str(&answer).map_err(LookUpError::NotPods)?;
+        let pods: Pods<'_> = serde_json::from_str(&answer).map_err(LookupError::NotPods)?;
         // RFC 3339 in UTC compares as text.
         let newest =
             pods.items.iter().filter(|pod| pod.is_live()).max_by_key(|pod| pod.metadata.creation_timestamp.as_deref());
         Ok(match newest {
             Some(driver) => {
-                let (stated, invalid) = conventions.stated(driver);
-                Looked::Found { stated, invalid }
+                let (overrides, invalid) = conventions.overrides(driver);
+                DriverPolicy::Found { overrides, invalid }
             }
-            None => Looked::NoDriver,
+            None => DriverPolicy::NoDriver,
         })
     }
 }
@@ -133,40 +136,40 @@ struct Pods<'a> {
 struct Job {
     namespace: String,
     label: String,
-    id: String,
+    app_id: String,
 }
 
-type Flight = Shared<BoxFuture<'static, Arc<Looked>>>;
+type Inflight = Shared<BoxFuture<'static, Arc<DriverPolicy>>>;
 
 /// The look-ups of all jobs.
-pub struct LookUp {
-    finder: Arc<Finder>,
+pub struct DriverLookup {
+    finder: Arc<DriverSource>,
     limit: Duration,
-    flights: Mutex<LruCache<Job, (Flight, Instant)>>,
+    inflight: Mutex<LruCache<Job, (Inflight, Instant)>>,
 }
 
-impl fmt::Debug for LookUp {
+impl fmt::Debug for DriverLookup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("LookUp").field("finder", &self.finder).field("limit", &self.limit).finish_non_exhaustive()
+        f.debug_struct("DriverLookup").field("finder", &self.finder).field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 
-impl LookUp {
+impl DriverLookup {
     /// Look-ups by `finder`, each of at most `limit`.
-    pub fn new(finder: Finder, limit: Duration) -> Self {
-        Self { finder: Arc::new(finder), limit, flights: Mutex::new(LruCache::new(MOST_REMEMBERED)) }
+    pub fn new(finder: DriverSource, limit: Duration) -> Self {
+        Self { finder: Arc::new(finder), limit, inflight: Mutex::new(LruCache::new(MOST_REMEMBERED)) }
     }
 
     /// What the job's driver states. Admissions of one job share one look-up.
-    pub async fn policy(&self, job: JobId<'_>, label: &str) -> Arc<Looked> {
-        let job = Job { namespace: job.namespace.into(), label: label.into(), id: job.id.into() };
+    pub async fn policy(&self, job: JobRef<'_>, label: &str) -> Arc<DriverPolicy> {
+        let job = Job { namespace: job.namespace.into(), label: label.into(), app_id: job.app_id.into() };
         let flight = {
-            let mut flights = self.flights.lock().unwrap_or_else(PoisonError::into_inner);
-            match flights.get(&job).filter(|(flight, since)| serves(flight, *since)) {
+            let mut inflight = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
+            match inflight.get(&job).filter(|(flight, since)| serves(flight, *since)) {
                 Some((flight, _)) => flight.clone(),
                 None => {
                     let flight = self.start(job.clone());
-                    flights.put(job, (flight.clone(), Instant::now()));
+                    inflight.put(job, (flight.clone(), Instant::now()));
                     flight
                 }
             }
@@ -174,37 +177,37 @@ impl LookUp {
         // Whoever joins late waits no longer than whoever began.
         match tokio::time::timeout(self.limit, flight).await {
             Ok(looked) => looked,
-            Err(_) => Arc::new(Looked::Failed(LookUpError::TimedOut(self.limit))),
+            Err(_) => Arc::new(DriverPolicy::Failed(LookupError::TimedOut(self.limit))),
         }
     }
 
     /// In a task of its own: an admission that gives up must not stop the others' look-up.
-    fn start(&self, job: Job) -> Flight {
+    fn start(&self, job: Job) -> Inflight {
         let (finder, limit) = (Arc::clone(&self.finder), self.limit);
         let task = tokio::spawn(async move {
             let looked = match tokio::time::timeout(limit, finder.find(&job)).await {
                 Ok(Ok(looked)) => looked,
-                Ok(Err(error)) => Looked::Failed(error),
-                Err(_) => Looked::Failed(LookUpError::TimedOut(limit)),
+                Ok(Err(error)) => DriverPolicy::Failed(error),
+                Err(_) => DriverPolicy::Failed(LookupError::TimedOut(limit)),
             };
-            if let Looked::Failed(error) = &looked {
-                tracing::warn!(namespace = job.namespace, job = job.id, %error, "the job's driver is not known");
+            if let DriverPolicy::Failed(error) = &looked {
+                tracing::warn!(namespace = job.namespace, job = job.app_id, %error, "the job's driver is not known");
             }
             Arc::new(looked)
         });
         // The task is never cancelled; should it panic, the policy is as unknown as after a time-out.
         let told =
-            task.map(move |done| done.unwrap_or_else(|_| Arc::new(Looked::Failed(LookUpError::TimedOut(limit)))));
+            task.map(move |done| done.unwrap_or_else(|_| Arc::new(DriverPolicy::Failed(LookupError::TimedOut(limit)))));
         told.boxed().shared()
     }
 }
 
 /// Whether a look-up still serves: under way, or told not long ago.
-fn serves(flight: &Flight, since: Instant) -> bool {
+fn serves(flight: &Inflight, since: Instant) -> bool {
     let most = match flight.peek().map(Arc::as_ref) {
         None => return true,
-        Some(Looked::Found { .. }) => TOLD_FOR,
-        Some(Looked::NoDriver | Looked::Failed(_)) => UNTOLD_FOR,
+        Some(DriverPolicy::Found { .. }) => TOLD_FOR,
+        Some(DriverPolicy::NoDriver | DriverPolicy::Failed(_)) => UNTOLD_FOR,
     };
     since.elapsed() < most
 }
@@ -220,15 +223,15 @@ mod tests {
 
     type Api = Handle<Request<Body>, Response<Body>>;
 
-    const JOB: JobId<'_> = JobId { namespace: "etl", id: "spark-1" };
+    const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
     const LABEL: &str = "spark-app-selector";
 
     /// Look-ups in a Kubernetes API that the test answers for.
-    fn look_up(limit: Duration) -> (Arc<LookUp>, Api) {
+    fn look_up(limit: Duration) -> (Arc<DriverLookup>, Api) {
         let (service, api) = mock::pair();
         let client = kube::Client::new(service, "default");
-        let finder = Finder::Cluster { client, conventions: Arc::default() };
-        (Arc::new(LookUp::new(finder, limit)), api)
+        let finder = DriverSource::Cluster { client, conventions: Arc::default() };
+        (Arc::new(DriverLookup::new(finder, limit)), api)
     }
 
     fn driver(created: &str, ratio: &str, phase: &str) -> Value {
@@ -245,9 +248,9 @@ mod tests {
         request.uri().to_string()
     }
 
-    fn ratio(looked: &Looked) -> String {
+    fn ratio(looked: &DriverPolicy) -> String {
         match looked {
-            Looked::Found { stated, .. } => stated.ratio.map(|ratio| ratio.to_string()).unwrap_or_default(),
+            DriverPolicy::Found { overrides, .. } => overrides.ratio.map(|ratio| ratio.to_string()).unwrap_or_default(),
             other => format!("{other:?}"),
         }
     }
@@ -285,10 +288,10 @@ mod tests {
         let (look_up, mut api) = look_up(limit);
         let begin = tokio::time::Instant::now();
         let (first, second) = tokio::join!(look_up.policy(JOB, LABEL), look_up.policy(JOB, LABEL));
-        assert!(matches!((&*first, &*second), (Looked::Failed(_), Looked::Failed(_))));
+        assert!(matches!((&*first, &*second), (DriverPolicy::Failed(_), DriverPolicy::Failed(_))));
         assert_eq!(begin.elapsed(), limit);
         // For a moment it is not asked again.
-        assert!(matches!(&*look_up.policy(JOB, LABEL).await, Looked::Failed(_)));
+        assert!(matches!(&*look_up.policy(JOB, LABEL).await, DriverPolicy::Failed(_)));
         assert_eq!(begin.elapsed(), limit);
         assert!(api.next_request().await.is_some());
     }
@@ -297,8 +300,8 @@ mod tests {
     async fn a_job_that_no_driver_can_have_is_not_asked_for() {
         let (look_up, _api) = look_up(Duration::from_secs(5));
         for (namespace, id) in [("etl/../secrets", "x"), ("etl", "a,b=c"), ("etl", ""), ("", "x"), ("etl", "é")] {
-            let looked = look_up.policy(JobId { namespace, id }, LABEL).await;
-            assert!(matches!(&*looked, Looked::NoDriver), "{namespace:?} {id:?}: {looked:?}");
+            let looked = look_up.policy(JobRef { namespace, app_id: id }, LABEL).await;
+            assert!(matches!(&*looked, DriverPolicy::NoDriver), "{namespace:?} {id:?}: {looked:?}");
         }
     }
 }

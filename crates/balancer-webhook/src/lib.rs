@@ -35,11 +35,11 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let metrics = Arc::new(metrics::Metrics::new());
 
     let certificate = Arc::new(settings.certificate.load()?);
-    let finder = drivers::Finder::new(settings.dev, Arc::clone(&settings.conventions)).await?;
+    let finder = drivers::DriverSource::new(settings.dev, Arc::clone(&settings.conventions)).await?;
     let ledger = Arc::new(settings.store.open().await?);
     let admission = Arc::new(admit::Admission {
         ledger: Arc::clone(&ledger),
-        drivers: drivers::LookUp::new(finder, settings.look_up_limit),
+        drivers: drivers::DriverLookup::new(finder, settings.look_up_limit),
         conventions: Arc::clone(&settings.conventions),
         defaults: settings.defaults,
         metrics: Arc::clone(&metrics),

@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use balancer_runtime::ended;
+use balancer_runtime::exit_code;
 use balancer_webhook::{Arguments, run};
 use clap::Parser;
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    ended(run(Arguments::parse()).await)
+    exit_code(run(Arguments::parse()).await)
 }

@@ -4,8 +4,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use balancer_core::{Capacity, Invalid, Leave};
-use balancer_runtime::labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
+use balancer_core::{Capacity, IgnoreReason, Invalid};
+use balancer_runtime::metric_labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -15,7 +15,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::drivers::Looked;
+use crate::drivers::DriverPolicy;
 use crate::tls::Certificate;
 
 label! {
@@ -149,8 +149,8 @@ pub struct Admitted {
 
 impl Admitted {
     /// An admission that is none of ours.
-    pub fn left(leave: Leave) -> Self {
-        let outcome = if leave == Leave::NoJob { OutcomeLabel::NoJob } else { OutcomeLabel::Left };
+    pub fn left(leave: IgnoreReason) -> Self {
+        let outcome = if leave == IgnoreReason::NoJob { OutcomeLabel::NoJob } else { OutcomeLabel::Left };
         Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome }
     }
 }
@@ -328,11 +328,11 @@ impl Metrics {
         }
     }
 
-    pub(crate) fn looked_up(&self, looked: &Looked) {
+    pub(crate) fn looked_up(&self, looked: &DriverPolicy) {
         let outcome = match looked {
-            Looked::Found { .. } => LookUpLabel::Found,
-            Looked::NoDriver => LookUpLabel::NoDriver,
-            Looked::Failed(_) => LookUpLabel::Failed,
+            DriverPolicy::Found { .. } => LookUpLabel::Found,
+            DriverPolicy::NoDriver => LookUpLabel::NoDriver,
+            DriverPolicy::Failed(_) => LookUpLabel::Failed,
         };
         self.look_ups.get_or_create(&LookUpLabels { outcome }).inc();
     }

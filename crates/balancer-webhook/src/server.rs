@@ -12,8 +12,8 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use balancer_runtime::admin::{listen, pause_after_refused_accept};
-use balancer_runtime::shutdown::Leave;
-use balancer_store::{Ledger, after_others};
+use balancer_runtime::shutdown::Shutdown;
+use balancer_store::{Ledger, coalesce_wakeups};
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Version};
 use hyper::body::Incoming;
@@ -87,7 +87,7 @@ impl Server {
     }
 
     /// Serves until `leave` says so; ends when all that was begun is answered, or cannot be in time.
-    pub async fn run<L: Ledger>(self, router: Router<L>, leave: impl Future<Output = Leave>) {
+    pub async fn run<L: Ledger>(self, router: Router<L>, leave: impl Future<Output = Shutdown>) {
         let (phase, watching) = watch::channel(Phase::Serving);
         let connections = Connections {
             room: Arc::new(Semaphore::new(MOST_CONNECTIONS)),
@@ -99,7 +99,7 @@ impl Server {
             leave = leave => leave,
             never = connections.accept(&self.listener) => match never {},
         };
-        if leave == Leave::Gently {
+        if leave == Shutdown::Graceful {
             let _ = phase.send(Phase::Lingering);
             let _ = timeout(LINGER, connections.accept(&self.listener)).await;
         }
@@ -183,7 +183,7 @@ impl<L: Ledger> Connections<L> {
                     .max_header_list_size(16 << 10)
                     .serve_connection(io, service);
                 // HTTP/2 says goodbye in words, so it need not linger. The answers that are ready go together.
-                after_others(watch_over(pin!(connection), phase, Phase::Lingering, &activity)).await;
+                coalesce_wakeups(watch_over(pin!(connection), phase, Phase::Lingering, &activity)).await;
             } else {
                 let connection = http1::Builder::new()
                     // Ours tells an idle client from a slow one; hyper's does not.

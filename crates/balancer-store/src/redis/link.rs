@@ -18,7 +18,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use super::address::Address;
 use super::scripts::Script;
 use super::tls;
-use crate::{StoreError, after_others};
+use crate::{StoreError, coalesce_wakeups};
 
 /// The most that making a connection may take; no call waits for it.
 const CONNECT_WITHIN: Duration = Duration::from_secs(5);
@@ -337,7 +337,7 @@ where
     let (redis, driver) =
         MultiplexedConnection::new_with_config(&silent, stream, config).await.map_err(|error| store_error(&error))?;
     // The calls that are ready go out together.
-    Ok((redis, Driver(tokio::spawn(after_others(driver)))))
+    Ok((redis, Driver(tokio::spawn(coalesce_wakeups(driver)))))
 }
 
 fn store_error(error: &RedisError) -> StoreError {

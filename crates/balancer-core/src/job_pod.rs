@@ -1,27 +1,27 @@
 //! What a pod that is in the cluster tells of its job: the reconciler's side of what
-//! [`Subject`](crate::Subject) is to an admission.
+//! [`Action`](crate::Action) is to an admission.
 
+use crate::action::JobRef;
 use crate::capacity::Capacity;
 use crate::conventions::Conventions;
-use crate::pin::pinned;
+use crate::pin::required;
 use crate::pod::Pod;
-use crate::policy::{Invalid, Stated};
-use crate::subject::JobId;
+use crate::policy::{Invalid, PolicyOverrides};
 
 /// A live pod of a job, reduced to what counts (DESIGN section 7).
 #[derive(Clone, Debug, PartialEq)]
-pub enum Sighting<'a> {
+pub enum JobPod<'a> {
     /// An executor.
-    Executor(SeenExecutor<'a>),
+    Executor(ExecutorPod<'a>),
     /// A driver.
-    Driver(SeenDriver<'a>),
+    Driver(DriverPod<'a>),
 }
 
 /// A live executor pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SeenExecutor<'a> {
+pub struct ExecutorPod<'a> {
     /// Its job.
-    pub job: JobId<'a>,
+    pub job: JobRef<'a>,
     /// Its key in the ledger: its name, or the id stamped on a pod whose name the apiserver made.
     pub key: &'a str,
     /// The pod's uid.
@@ -34,45 +34,45 @@ pub struct SeenExecutor<'a> {
 
 /// A live driver pod.
 #[derive(Clone, Debug, PartialEq)]
-pub struct SeenDriver<'a> {
+pub struct DriverPod<'a> {
     /// Its job.
-    pub job: JobId<'a>,
+    pub job: JobRef<'a>,
     /// The pod's uid.
     pub uid: &'a str,
     /// When it was made, RFC 3339 in UTC: compares as text. The newest driver of a job speaks for it.
     pub created: &'a str,
     /// What its annotations validly state.
-    pub stated: Stated,
+    pub overrides: PolicyOverrides,
     /// What they state and we cannot read.
     pub invalid: Vec<Invalid>,
 }
 
-impl<'a> Sighting<'a> {
+impl<'a> JobPod<'a> {
     /// What the pod tells; `None` for one that is of no job, or not live.
     pub fn of(pod: &'a Pod<'_>, conventions: &'a Conventions) -> Option<Self> {
         if !pod.is_live() {
             return None;
         }
-        let role = pod.label(&conventions.role_label)?;
+        let role = pod.label(&conventions.workload_role_label)?;
         let (_, id) = conventions.job(pod)?;
-        let job = JobId { namespace: pod.metadata.namespace.as_deref()?, id };
+        let job = JobRef { namespace: pod.metadata.namespace.as_deref()?, app_id: id };
         let uid = pod.metadata.uid.as_deref()?;
-        if role == conventions.driver_role {
-            let (stated, invalid) = conventions.stated(pod);
+        if role == conventions.driver_role_value {
+            let (overrides, invalid) = conventions.overrides(pod);
             let created = pod.metadata.creation_timestamp.as_deref().unwrap_or_default();
-            return Some(Self::Driver(SeenDriver { job, uid, created, stated, invalid }));
+            return Some(Self::Driver(DriverPod { job, uid, created, overrides, invalid }));
         }
-        if role != conventions.executor_role {
+        if role != conventions.executor_role_value {
             return None;
         }
         let spec = pod.spec.as_ref();
-        Some(Self::Executor(SeenExecutor {
+        Some(Self::Executor(ExecutorPod {
             job,
-            key: conventions.stamp(pod).or(pod.metadata.name.as_deref())?,
+            key: conventions.placeholder(pod).or(pod.metadata.name.as_deref())?,
             uid,
             node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()),
             asked: spec
-                .and_then(|spec| pinned(spec, &conventions.capacity_label))
+                .and_then(|spec| required(spec, &conventions.capacity_type_label))
                 .or_else(|| conventions.decision(pod).map(|(capacity, _)| capacity)),
         }))
     }
@@ -98,15 +98,15 @@ mod tests {
     }
 
     fn executor(pod: &Pod<'_>) -> (String, Option<String>, Option<Capacity>) {
-        match Sighting::of(pod, &Conventions::default()) {
-            Some(Sighting::Executor(seen)) => (seen.key.to_owned(), seen.node.map(str::to_owned), seen.asked),
+        match JobPod::of(pod, &Conventions::default()) {
+            Some(JobPod::Executor(seen)) => (seen.key.to_owned(), seen.node.map(str::to_owned), seen.asked),
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
     fn only_live_pods_of_a_job_are_seen() {
-        let seen = |pod: Pod<'_>| Sighting::of(&pod, &Conventions::default()).is_some();
+        let seen = |pod: Pod<'_>| JobPod::of(&pod, &Conventions::default()).is_some();
         assert!(seen(pod(|_| {})));
         assert!(seen(pod(|pod| pod["status"]["phase"] = json!("Pending"))));
         assert!(!seen(pod(|pod| pod["status"]["phase"] = json!("Succeeded"))));
@@ -145,8 +145,8 @@ mod tests {
             pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "1", "workload/on-demand-base": "x"});
         });
         let conventions = Conventions::default();
-        let Some(Sighting::Driver(seen)) = Sighting::of(&driver, &conventions) else { panic!("no driver") };
-        assert_eq!(seen.stated, Stated { ratio: Some(Ratio::ONE), base: None });
+        let Some(JobPod::Driver(seen)) = JobPod::of(&driver, &conventions) else { panic!("no driver") };
+        assert_eq!(seen.overrides, PolicyOverrides { ratio: Some(Ratio::ONE), base: None });
         assert!(matches!(seen.invalid.as_slice(), [Invalid::Base(_)]));
     }
 }

@@ -25,10 +25,10 @@ macro_rules! label {
             }
         }
 
-        impl $crate::labels::prometheus_client::encoding::EncodeLabelValue for $name {
+        impl $crate::metric_labels::prometheus_client::encoding::EncodeLabelValue for $name {
             fn encode(
                 &self,
-                encoder: &mut $crate::labels::prometheus_client::encoding::LabelValueEncoder<'_>,
+                encoder: &mut $crate::metric_labels::prometheus_client::encoding::LabelValueEncoder<'_>,
             ) -> std::fmt::Result {
                 std::fmt::Write::write_str(encoder, self.as_str())
             }

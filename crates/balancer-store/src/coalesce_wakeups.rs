@@ -9,7 +9,7 @@ use std::task::Poll;
 /// For one that sends what other tasks hand to it. Tokio runs a task that was woken as the very next one,
 /// so it would be woken, and would write to the connection, for each of them by itself. To be awaited as a
 /// whole task: whatever else the task waits for is put off too.
-pub async fn after_others<F: Future>(future: F) -> F::Output {
+pub async fn coalesce_wakeups<F: Future>(future: F) -> F::Output {
     let mut future = pin!(future);
     let mut gave_way = false;
     poll_fn(|cx| {
@@ -33,7 +33,7 @@ mod tests {
     async fn what_several_tasks_hand_over_is_taken_at_once() {
         let handing_over = async {
             let (sender, mut receiver) = mpsc::unbounded_channel();
-            let taking = tokio::spawn(after_others(async move {
+            let taking = tokio::spawn(coalesce_wakeups(async move {
                 let mut taken = Vec::new();
                 receiver.recv_many(&mut taken, 8).await;
                 taken.len()
