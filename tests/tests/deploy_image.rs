@@ -67,6 +67,7 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
         "lib/libm.so.6",
         platform().1,
     ];
+    found.retain(|file| !file.starts_with("licenses/"));
     assert_eq!(found, wanted.map(str::to_owned).into());
 
     for name in ["balancer-webhook", "balancer-reconcile"] {
@@ -75,6 +76,39 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
         let ran = command.arg("--version").env_clear().env("PATH", "/usr/bin:/bin").output()?;
         let said = String::from_utf8_lossy(&ran.stdout);
         assert_eq!(said, format!("{name} {}\n", env!("CARGO_PKG_VERSION")), "{}", String::from_utf8_lossy(&ran.stderr));
+    }
+    Ok(())
+}
+
+#[test]
+fn the_image_has_the_licence_texts_of_all_that_is_in_it() -> Result<()> {
+    need!(Webhook, Reconciler);
+    let licenses = image()?.join("licenses");
+    let read = |name: &str| std::fs::read_to_string(licenses.join(name)).with_context(|| name.to_owned());
+    for (name, text) in [
+        ("LICENSE-APACHE", "Apache License"),
+        ("LICENSE-MIT", "Permission is hereby granted, free of charge"),
+        ("RUST.html", "Rust Standard Library"),
+        ("debian/libc6", "GNU Lesser General Public"),
+        ("debian/libgcc-s1", "GCC Runtime Library Exception"),
+        ("debian/ca-certificates", "Mozilla Public License"),
+        ("debian/LGPL-2.1", "GNU LESSER GENERAL PUBLIC LICENSE"),
+        ("debian/GPL-3", "GNU GENERAL PUBLIC LICENSE"),
+        ("debian/MPL-2.0", "Mozilla Public License Version 2.0"),
+        ("debian/SOURCES", "https://snapshot.debian.org/package/glibc/"),
+    ] {
+        ensure!(read(name)?.contains(text), "{name} does not contain {text:?}");
+    }
+    // Each crate is listed, and has a text; ring's are several.
+    let third_party = read("THIRD-PARTY")?;
+    let (list, texts) = third_party.split_once("\n====").context("THIRD-PARTY has no texts")?;
+    let crates: Vec<_> = list.lines().skip(2).filter_map(|line| Some(line.split_once(": ")?.0)).collect();
+    ensure!(crates.len() > 100, "{list}");
+    for name in &crates {
+        ensure!(texts.lines().any(|line| line.starts_with(name)), "{name} has no text");
+    }
+    for name in ["kube ", "redis ", "ring ", "rustls ", "tokio "] {
+        ensure!(crates.iter().any(|listed| listed.starts_with(name)), "{name}is not listed");
     }
     Ok(())
 }
