@@ -2,7 +2,7 @@
 
 mod reference;
 
-use balancer_core::{Action, Capacity, Conventions, Reply, Review, SpotPreference};
+use balancer_core::{Action, Capacity, Conventions, Patch, Reply, Review, SpotPreference};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::Value;
@@ -22,54 +22,69 @@ pub fn check_decoding(body: &[u8]) {
 }
 
 /// Every body that decodes gets a reply that is valid JSON, allows the request, echoes its uid, and whose patch applies
-/// to the pod. Applying it twice changes nothing more, because an apiserver may invoke a webhook again.
+/// to the pod and keeps what the pod has. If the apiserver asks again with the patched pod, nothing more changes.
 pub fn check_reply(body: &[u8]) {
-    let Ok(review) = Review::decode(body) else { return };
     for spot_preference in [SpotPreference::Strict, SpotPreference::BestEffort] {
         let conventions = Conventions { spot_preference, ..Conventions::default() };
         for capacity in [Capacity::Spot, Capacity::OnDemand] {
-            let mut reply = Reply::allow(review.uid());
-            if let Action::Place(executor) = Action::of(&review, &conventions) {
-                reply.patch = conventions.patch(&executor, capacity);
-                reply.warnings = executor.invalid.iter().map(ToString::to_string).collect();
-            }
-            let encoded: Value = serde_json::from_slice(&reply.encode()).expect("the reply is not JSON");
-            assert_eq!(encoded["kind"], "AdmissionReview");
-            assert_eq!(encoded["response"]["uid"], review.uid());
-            assert_eq!(encoded["response"]["allowed"], true);
-            let Some(patch) = encoded["response"].get("patch") else { continue };
-            assert_eq!(encoded["response"]["patchType"], "JSONPatch");
-            let patch =
-                STANDARD.decode(patch.as_str().expect("the patch is not text")).expect("the patch is not base64");
-            let patch: json_patch::Patch = serde_json::from_slice(&patch).expect("the patch is not a JSON Patch");
+            let Some(patch) = reply_to(body, capacity, &conventions) else { continue };
             let Some(body) = Body::parse(body) else { continue };
-            let Some(pod) = body.into_value().pointer_mut("/request/object").map(Value::take) else { continue };
-            let mut patched = pod.clone();
-            json_patch::patch(&mut patched, &patch).expect("the patch does not apply to the pod");
-            check_kept(&pod, &patched);
+            let mut review = body.into_value();
+            let pod = &mut review["request"]["object"];
+            let before = pod.clone();
+            json_patch::patch(pod, &patch).expect("the patch does not apply to the pod");
+            check_kept(&before, pod);
+            let after = pod.clone();
+            if let Some(patch) = reply_to(review.to_string().as_bytes(), capacity, &conventions) {
+                let pod = &mut review["request"]["object"];
+                json_patch::patch(pod, &patch).expect("the second patch does not apply to the pod");
+                assert_eq!(after, *pod, "the second reply changes the pod again");
+            }
         }
     }
 }
 
+/// Checks the reply to a body, if the body decodes, and returns its patch, if it has one.
+fn reply_to(body: &[u8], capacity: Capacity, conventions: &Conventions) -> Option<json_patch::Patch> {
+    let review = Review::decode(body).ok()?;
+    let mut reply = Reply::allow(review.uid());
+    if let Action::Place(executor) = Action::of(&review, conventions) {
+        reply.patch = conventions.patch(&executor, executor.required.unwrap_or(capacity));
+        reply.warnings = executor.invalid.iter().map(ToString::to_string).collect();
+    }
+    let is_patched = reply.patch != Patch::default();
+    let encoded: Value = serde_json::from_slice(&reply.encode()).expect("the reply is not JSON");
+    assert_eq!((&encoded["apiVersion"], &encoded["kind"]), (&"admission.k8s.io/v1".into(), &"AdmissionReview".into()));
+    let response = &encoded["response"];
+    assert_eq!((&response["uid"], &response["allowed"]), (&review.uid().into(), &true.into()));
+    assert_eq!(response["warnings"].as_array().map_or(0, Vec::len), reply.warnings.len());
+    assert_eq!(response.get("patch").is_some(), is_patched);
+    let patch = STANDARD.decode(response.get("patch")?.as_str()?).expect("the patch is not base64");
+    assert_eq!(response["patchType"], "JSONPatch");
+    Some(serde_json::from_slice(&patch).expect("the patch is not a JSON Patch"))
+}
+
 /// Whatever the pod had is still there, except for the two maps whose entries the patch may set.
 fn check_kept(before: &Value, after: &Value) {
-    let without = |pod: &Value| {
+    let maps = [("metadata", "annotations"), ("spec", "nodeSelector")];
+    let without_maps = |pod: &Value| {
         let mut pod = pod.clone();
-        for (parent, field) in [("metadata", "annotations"), ("spec", "nodeSelector")] {
-            if let Some(parent) = pod.get_mut(parent).and_then(Value::as_object_mut) {
-                parent.shift_remove(field);
+        for (parent, map) in maps {
+            if let Some(parent) = pod[parent].as_object_mut() {
+                parent.shift_remove(map);
             }
         }
+        // The patch adds a spec if there is none.
         if pod["spec"].as_object().is_none_or(|spec| spec.is_empty()) {
             pod["spec"] = Value::Null;
         }
         pod
     };
-    assert_eq!(without(before), without(after));
-    for path in ["/metadata/annotations", "/spec/nodeSelector"] {
-        let (before, after) = (before.pointer(path), after.pointer(path));
-        for key in before.and_then(Value::as_object).into_iter().flat_map(|map| map.keys()) {
-            assert!(after.is_some_and(|after| after.get(key).is_some()), "{path} lost {key:?}");
+    assert_eq!(without_maps(before), without_maps(after));
+    for (parent, map) in maps {
+        let had = before[parent][map].as_object();
+        for key in had.into_iter().flat_map(|map| map.keys()) {
+            assert!(after[parent][map].get(key).is_some(), "{parent}.{map} lost {key:?}");
         }
     }
 }
