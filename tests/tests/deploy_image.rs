@@ -1,4 +1,4 @@
-//! What goes into the image, without anything that builds images.
+//! The files of the image, put together by deploy/image without Docker.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -46,14 +46,13 @@ fn image() -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Runs a command with the image's files as all that there are: in a user namespace, so that it takes no
-/// root.
+/// Runs a program with the image's files as its only files: in a user namespace, so that this needs no root.
 fn inside(command: &mut Command, root: &Path, name: &str) {
     command.args(["--map-root-user", "--root"]).arg(root).arg(format!("/{name}"));
 }
 
 #[test]
-fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()> {
+fn the_image_has_the_programs_their_libraries_and_ca_roots() -> Result<()> {
     need!(Webhook, Reconciler);
     let root = image()?;
     let mut found = BTreeSet::new();
@@ -81,7 +80,7 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
 }
 
 #[test]
-fn the_image_has_the_licence_texts_of_all_that_is_in_it() -> Result<()> {
+fn the_image_has_the_licence_texts_of_its_contents() -> Result<()> {
     need!(Webhook, Reconciler);
     let licenses = image()?.join("licenses");
     let read = |name: &str| std::fs::read_to_string(licenses.join(name)).with_context(|| name.to_owned());
@@ -114,7 +113,7 @@ fn the_image_has_the_licence_texts_of_all_that_is_in_it() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hosts() -> Result<()> {
+async fn the_webhook_of_the_image_finds_redis_by_cluster_dns_and_by_hosts() -> Result<()> {
     need!(Webhook, Reconciler, Redis, Dns);
     let dns = address::free()?;
     let _dns = Process::start(&program("dnsmasq")?, |command| {
@@ -126,7 +125,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
             "--bind-interfaces",
         ]);
         command.arg(format!("--listen-address={dns}")).arg("--user=root").arg("--pid-file");
-        // Other names of the cluster do not exist, and it knows of no one to ask.
+        // Other names of the cluster do not exist, and there is no upstream server.
         command.args([
             "--local=/cluster.local/",
             "--address=/spot-balancer-redis.spot-balancer.svc.cluster.local/127.0.0.1",
@@ -134,7 +133,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
     })?;
     let redis = RedisServer::start().await?;
     let root = image()?;
-    // What the kubelet mounts into a pod.
+    // The files that the kubelet mounts into a pod.
     let resolve = format!(
         "search spot-balancer.svc.cluster.local svc.cluster.local cluster.local\nnameserver {dns}\noptions ndots:5\n"
     );
@@ -157,7 +156,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
             inside(command, &root, "balancer-webhook");
             command.env("REDIS_URL", format!("redis://{host}:{}", redis.port()));
             command.env("PORT", https.to_string()).env("ADMIN_PORT", admin.to_string());
-            // There is no cluster: the default ratio will do.
+            // There is no cluster, so the default ratio applies.
             command.env("KUBERNETES_SERVICE_HOST", "127.0.0.1").env("KUBERNETES_SERVICE_PORT", "1");
         })?;
         let admin = endpoint::client(&endpoint::http(admin))?;
