@@ -6,16 +6,16 @@
 //! further store as well.
 //!
 //! ```
-//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, Ratio, PolicyOverrides};
+//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio};
 //! use balancer_store::{Ledger, MemoryLedger};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
-//! let job = JobRef { namespace: "etl", id: "spark-1" };
+//! let job = JobRef { namespace: "etl", app_id: "spark-1" };
 //! ledger.learn(job, Policy { ratio: Ratio::ONE, base: 0 }).await?;
-//! let placing = PlaceRequest { key: "exec-1", pinned: None, stated: PolicyOverrides::default(), policy: None };
-//! assert!(matches!(ledger.place(job, &placing).await?, PlaceOutcome::Placed(_)));
+//! let request = PlaceRequest { key: "exec-1", required: None, overrides: PolicyOverrides::default(), policy: None };
+//! assert!(matches!(ledger.place(job, &request).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())
 //! # }
 //! ```
