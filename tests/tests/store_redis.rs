@@ -374,7 +374,7 @@ async fn an_entry_that_nobody_can_read_counts_as_on_demand_until_the_next_reconc
     bench.ask::<()>(cmd("HSET").arg(PODS).arg("x").arg("rubbish").arg("y").arg("").arg("z").arg("spot\0 1 -")).await?;
     assert_eq!(counts(bench.ledger.place(JOB, &request("y")).await?), Some((1, 3)));
     let error = bench.ledger.get(JOB).await.err().context("rubbish was read")?;
-    assert_eq!(error.kind(), "unreadable");
+    assert_eq!(error.kind(), "invalid_reply");
     let drift = bench.mend(&[live("e0", None), live("x", Some(Capacity::Spot))], None, DAY).await?.drift;
     assert_eq!(drift, Drift { missing: 0, stale: 1, wrong_capacity: 1 });
     let shown = bench.ledger.get(JOB).await?.context("the job is gone")?;

@@ -143,7 +143,7 @@ async fn mend(
 ) -> Result<ReconcileSummary, StoreError> {
     match ledger.reconcile(job, &seen, grace, Term(1)).await? {
         ReconcileOutcome::Done(mended) => Ok(mended),
-        ReconcileOutcome::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
+        ReconcileOutcome::Superseded(by) => Err(StoreError::InvalidReply(format!("superseded by {by}"))),
     }
 }
 

@@ -342,5 +342,5 @@ fn read_text(value: &Value) -> Option<&str> {
 
 fn unreadable(answer: &Value) -> StoreError {
     // An answer may be a whole ledger.
-    StoreError::Unreadable(format!("{answer:?}").chars().take(200).collect())
+    StoreError::InvalidReply(format!("{answer:?}").chars().take(200).collect())
 }

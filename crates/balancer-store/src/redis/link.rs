@@ -342,7 +342,7 @@ where
 
 fn store_error(error: &RedisError) -> StoreError {
     match error.kind() {
-        ErrorKind::Parse => StoreError::Unreadable(error.to_string()),
+        ErrorKind::Parse => StoreError::InvalidReply(error.to_string()),
         _ => StoreError::NoConnection(error.to_string()),
     }
 }
