@@ -113,7 +113,7 @@ async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() ->
         told(answering(answer).await?.counts(JOB).await.err(), answer);
     }
     for answer in ["$-1\r\n", ":0\r\n", "*1\r\n*0\r\n", "*2\r\n$2\r\n-1\r\n*0\r\n", "*2\r\n$1\r\n0\r\n:0\r\n"] {
-        told(answering(answer).await?.list_jobs(0).await.err(), answer);
+        told(answering(answer).await?.list_jobs(None).await.err(), answer);
     }
     for answer in [":1\r\n", "+OK\r\n", "*0\r\n"] {
         told(answering(answer).await?.heartbeat(1).await.err(), answer);
