@@ -13,7 +13,7 @@
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
 //! let job = JobRef { namespace: "etl", id: "spark-1" };
-//! ledger.learn(job, Policy { ratio: Ratio::ONE, base: 0 }).await?;
+//! ledger.learn(job, Policy { spot_ratio: Ratio::ONE, ..Policy::default() }).await?;
 //! let placing = PlaceRequest { key: "exec-1", pinned: None, stated: PolicyOverrides::default(), policy: None };
 //! assert!(matches!(ledger.place(job, &placing).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())

@@ -92,8 +92,8 @@ impl RedisLedger {
         // The usual executor tells nothing more.
         if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
             command.write_arg(text(required).as_bytes());
-            write_or_nothing(&mut command, overrides.ratio);
-            write_or_nothing(&mut command, overrides.base);
+            write_or_nothing(&mut command, overrides.spot_ratio);
+            write_or_nothing(&mut command, overrides.on_demand_base);
             write_policy(&mut command, policy);
         }
         match self.link.run(script, command).await? {
@@ -158,8 +158,8 @@ impl Ledger for RedisLedger {
         let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg_fmt(millis(grace));
-        write_or_nothing(&mut command, overrides.ratio);
-        write_or_nothing(&mut command, overrides.base);
+        write_or_nothing(&mut command, overrides.spot_ratio);
+        write_or_nothing(&mut command, overrides.on_demand_base);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
         for &LiveExecutor { key: executor, uid, capacity } in live {
@@ -243,8 +243,8 @@ fn write_or_nothing(command: &mut Cmd, value: Option<impl fmt::Display>) {
 }
 
 fn write_policy(command: &mut Cmd, policy: Option<Policy>) {
-    write_or_nothing(command, policy.map(|policy| policy.ratio));
-    write_or_nothing(command, policy.map(|policy| policy.base));
+    write_or_nothing(command, policy.map(|policy| policy.spot_ratio));
+    write_or_nothing(command, policy.map(|policy| policy.on_demand_base));
 }
 
 /// See `answer.lua`.
@@ -299,7 +299,9 @@ fn read_ledger(answer: &Value) -> Option<JobLedger> {
     let Value::Array(parts) = answer else { return None };
     let [ratio, base, released, term, Value::Array(pods)] = parts.as_slice() else { return None };
     let policy = match (read_text(ratio), read_text(base)) {
-        (Some(ratio), Some(base)) => Some(Policy { ratio: ratio.parse().ok()?, base: base.parse().ok()? }),
+        (Some(ratio), Some(base)) => {
+            Policy::decode(&format!("spot-ratio={ratio} on-demand-base={base}")).map(Some).ok()?
+        }
         _ => None,
     };
     let mut entries = HashMap::with_capacity(pods.len() / 2);
