@@ -32,7 +32,7 @@ async fn connect(url: &str, timeout: Duration) -> Result<RedisLedger> {
 }
 
 async fn place(ledger: &RedisLedger, executor: &str) -> Result<PlaceOutcome, StoreError> {
-    let policy = Some(Policy { ratio: Ratio::ONE, base: 0 });
+    let policy = Some(Policy { spot_ratio: Ratio::ONE, ..Policy::default() });
     ledger
         .place(JOB, &PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy })
         .await
@@ -302,7 +302,9 @@ async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_th
         let live = [live("e1"), live("e2")];
         let seen = JobState { live: &live, ..JobState::default() };
         ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await?;
-        ledger.learn(JOB, Policy { ratio: Ratio::ZERO, base: 1 }).await?;
+        ledger
+            .learn(JOB, Policy { on_demand_base: 1, ..Policy { spot_ratio: Ratio::ZERO, ..Policy::default() } })
+            .await?;
         ledger.release(JOB, "e2", Some("u")).await?;
         assert_eq!(ledger.get(JOB).await?.context("nothing was written")?.counts().total(), 1);
         assert_eq!(ledger.counts(JOB).await?.context("nothing was written")?.total(), 1);

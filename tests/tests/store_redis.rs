@@ -111,8 +111,7 @@ impl Bench {
         policy: Option<Policy>,
         grace: Duration,
     ) -> Result<ReconcileSummary> {
-        let overrides =
-            PolicyOverrides { ratio: policy.map(|policy| policy.ratio), base: policy.map(|policy| policy.base) };
+        let overrides = policy.map(PolicyOverrides::from).unwrap_or_default();
         let seen = JobState { live, overrides, ended: false };
         match self.ledger.reconcile(JOB, &seen, grace, Term(1)).await? {
             ReconcileOutcome::Done(mended) => Ok(mended),
@@ -129,7 +128,7 @@ impl Bench {
 }
 
 fn policy(ratio: &str, base: u32) -> Result<Policy> {
-    Ok(Policy { ratio: ratio.parse()?, base })
+    Ok(Policy { on_demand_base: base, ..Policy { spot_ratio: ratio.parse()?, ..Policy::default() } })
 }
 
 fn request(executor: &str) -> PlaceRequest<'_> {

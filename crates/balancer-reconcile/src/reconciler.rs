@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Counts, Defaults, Drift, JobId, ReconcileOutcome, ReconcileSummary, Term};
+use balancer_core::{Counts, Drift, JobId, Policy, ReconcileOutcome, ReconcileSummary, Term};
 use balancer_store::{Ledger, StoreError};
 use futures::{FutureExt, StreamExt, stream};
 use tokio::sync::{Semaphore, watch};
@@ -62,7 +62,7 @@ pub struct Reconciler<L> {
     /// What is watched.
     pub(crate) sources: Sources,
     /// What holds where a driver states nothing.
-    pub(crate) defaults: Defaults,
+    pub(crate) defaults: Policy,
     /// From one round of all jobs to the next.
     pub(crate) interval: Duration,
     /// What is counted.

@@ -12,7 +12,7 @@
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
 //! let job = JobRef { namespace: "etl", app_id: "spark-1" };
-//! ledger.learn(job, Policy { ratio: Ratio::ONE, base: 0 }).await?;
+//! ledger.learn(job, Policy { spot_ratio: Ratio::ONE, ..Policy::default() }).await?;
 //! let request = PlaceRequest { key: "exec-1", required: None, overrides: PolicyOverrides::default(), policy: None };
 //! assert!(matches!(ledger.place(job, &request).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())

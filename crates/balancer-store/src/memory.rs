@@ -185,7 +185,7 @@ mod tests {
     use super::*;
 
     const TTL: Duration = Duration::from_millis(800);
-    const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 0 };
+    const POLICY: Policy = Policy { spot_ratio: Ratio::ONE, ..Policy::DEFAULT };
 
     fn job(id: &str) -> JobRef<'_> {
         JobRef { namespace: "etl", app_id: id }

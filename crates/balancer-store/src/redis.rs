@@ -95,8 +95,8 @@ impl RedisLedger {
         // Most executors have none of the rest.
         if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
             command.write_arg(text(required).as_bytes());
-            write_or_nothing(&mut command, overrides.ratio);
-            write_or_nothing(&mut command, overrides.base);
+            write_or_nothing(&mut command, overrides.spot_ratio);
+            write_or_nothing(&mut command, overrides.on_demand_base);
             write_policy(&mut command, policy);
         }
         reply::placed(&self.transport.run(script, command).await?)
@@ -152,8 +152,8 @@ impl Ledger for RedisLedger {
         let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg_fmt(millis(grace));
-        write_or_nothing(&mut command, overrides.ratio);
-        write_or_nothing(&mut command, overrides.base);
+        write_or_nothing(&mut command, overrides.spot_ratio);
+        write_or_nothing(&mut command, overrides.on_demand_base);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
         for &LiveExecutor { key: executor, uid, capacity } in live {
@@ -218,6 +218,6 @@ fn write_or_nothing(command: &mut Cmd, value: Option<impl fmt::Display>) {
 }
 
 fn write_policy(command: &mut Cmd, policy: Option<Policy>) {
-    write_or_nothing(command, policy.map(|policy| policy.ratio));
-    write_or_nothing(command, policy.map(|policy| policy.base));
+    write_or_nothing(command, policy.map(|policy| policy.spot_ratio));
+    write_or_nothing(command, policy.map(|policy| policy.on_demand_base));
 }

@@ -108,7 +108,9 @@ fn read_ledger(reply: &Value) -> Option<JobLedger> {
     let Value::Array(parts) = reply else { return None };
     let [ratio, base, released, term, Value::Array(pods)] = parts.as_slice() else { return None };
     let policy = match (text(ratio), text(base)) {
-        (Some(ratio), Some(base)) => Some(Policy { ratio: ratio.parse().ok()?, base: base.parse().ok()? }),
+        (Some(ratio), Some(base)) => {
+            Policy::decode(&format!("spot-ratio={ratio} on-demand-base={base}")).map(Some).ok()?
+        }
         _ => None,
     };
     let mut entries = HashMap::with_capacity(pods.len() / 2);
