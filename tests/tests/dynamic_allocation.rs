@@ -42,7 +42,7 @@ impl Random {
 
 /// What a job with these executors comes to by so many more, decided one after the other.
 fn grown(counts: Counts, more: usize) -> Result<Counts> {
-    let policy = Policy { ratio: RATIO.to_string().parse()?, base: 0 };
+    let policy = Policy { spot_ratio: RATIO.to_string().parse()?, ..Policy::default() };
     let mut placed = Placed { spot: u64::try_from(counts.spot)?, on_demand: u64::try_from(counts.on_demand)? };
     for _ in 0..more {
         let capacity: Capacity = decide(placed, policy);

@@ -129,8 +129,8 @@ async fn an_invalid_edit_leaves_the_last_good_policy_and_is_told_on_the_driver()
     edit(&scenario, RATIO, Some("most")).await?;
     told(&scenario, "InvalidSpotRatio", "\"most\"").await?;
     assert_eq!(policy(&scenario).await?, ("0.8".to_owned(), "2".to_owned()));
-    for (part, edits) in [("ratio", 2.0), ("base", 1.0)] {
-        assert_eq!(scenario.reconcile_metric("invalid_edits_total", &[("part", part)]).await?, edits, "{part}");
+    for (field, edits) in [("spot_ratio", 2.0), ("on_demand_base", 1.0)] {
+        assert_eq!(scenario.reconcile_metric("invalid_edits_total", &[("field", field)]).await?, edits, "{field}");
     }
 
     // One that has not seen the good one.

@@ -324,7 +324,7 @@ async fn the_ledger_of_a_job_that_only_runs_lives_on() -> Result<()> {
 
 /// Enters a placement of an executor that has no pod.
 async fn enter(ledger: &RedisLedger, job: JobRef<'_>) -> Result<()> {
-    let policy = Policy { ratio: "0.5".parse()?, base: 0 };
+    let policy = Policy { spot_ratio: "0.5".parse()?, ..Policy::default() };
     let request =
         PlaceRequest { key: "nobody", required: None, overrides: PolicyOverrides::default(), policy: Some(policy) };
     ledger.place(job, &request).await?;

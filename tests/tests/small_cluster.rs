@@ -55,7 +55,7 @@ async fn seen(webhook: &Webhook) -> Result<f64> {
 /// Makes executors one after the other, and fails unless each goes where a ledger that says what lives
 /// sends it.
 async fn ensure_placed_by_the_truth(scenario: &Scenario, ratio: &str, count: usize) -> Result<Counts> {
-    let policy = Policy { ratio: ratio.parse()?, base: 0 };
+    let policy = Policy { spot_ratio: ratio.parse()?, ..Policy::default() };
     let mut counts = scenario.counts(JOB).await?;
     for id in scenario.fresh_ids().take(count) {
         let known =

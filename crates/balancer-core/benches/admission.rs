@@ -1,6 +1,6 @@
 //! What the pure part of an admission costs: reading a real review, deciding, writing the reply.
 
-use balancer_core::{Action, Capacity, Conventions, Counts, Policy, Ratio, Reply, Review, decide};
+use balancer_core::{Action, Capacity, Conventions, Counts, Policy, Reply, Review, decide};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
@@ -29,7 +29,7 @@ fn admission(c: &mut Criterion) {
         });
     });
     group.finish();
-    let policy = Policy { ratio: Ratio::from_billionths(700_000_000).unwrap_or(Ratio::ONE), base: 2 };
+    let policy = Policy { on_demand_base: 2, ..Policy::DEFAULT };
     c.bench_function("decide", |b| {
         b.iter(|| decide(black_box(Counts { spot: 70_000, on_demand: 30_000 }), black_box(policy)));
     });

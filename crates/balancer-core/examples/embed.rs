@@ -8,9 +8,7 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
-use balancer_core::{
-    Action, Conventions, Defaults, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError,
-};
+use balancer_core::{Action, Conventions, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError};
 
 /// A ledger of every job, in a map. Yours may be a table, or a field of something that you keep anyway.
 #[derive(Default)]
@@ -51,7 +49,7 @@ fn admit(
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut bytes = Vec::new();
     std::io::stdin().read_to_end(&mut bytes)?;
-    let policy = Policy { ratio: "70%".parse()?, ..Defaults::default().policy() };
+    let policy = Policy { spot_ratio: "70%".parse()?, ..Policy::default() };
     let reply = admit(&bytes, &Conventions::default(), &mut Ledgers::default(), policy, 0)?;
     std::io::stdout().write_all(&reply)?;
     println!();

@@ -6,7 +6,7 @@
 //! ```
 
 use balancer_core::{
-    BaseError, Capacity, Counts, Invalid, JobLedger, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio,
+    Capacity, Counts, InvalidField, JobLedger, PlaceOutcome, PlaceRequest, Policy, PolicyField, PolicyOverrides,
 };
 
 struct Simulation {
@@ -52,23 +52,28 @@ impl Simulation {
 
     fn report(&self, what: &str) {
         let Counts { spot, on_demand } = self.ledger.counts();
-        let past_base = (spot + on_demand).saturating_sub(u64::from(self.policy.base));
+        let past_base = (spot + on_demand).saturating_sub(u64::from(self.policy.on_demand_base));
         #[expect(clippy::cast_precision_loss, reason = "for people to read")]
         let share = spot as f64 / past_base.max(1) as f64;
         println!("\n{what:>9}: {spot} spot, {on_demand} on-demand; spot is {share:.3} of those past the base");
     }
 }
 
-fn main() -> Result<(), Invalid> {
+fn main() -> Result<(), InvalidField> {
     let mut arguments = std::env::args().skip(1);
-    let (ratio, base) =
-        (arguments.next().unwrap_or_else(|| "0.7".into()), arguments.next().unwrap_or_else(|| "0".into()));
-    let (overrides, invalid) = PolicyOverrides::read(Some(&ratio), Some(&base));
+    let spot_ratio = arguments.next().unwrap_or_else(|| "0.7".into());
+    let on_demand_base = arguments.next().unwrap_or_else(|| "0".into());
+    let (overrides, invalid) = PolicyOverrides::parse(|field| match field {
+        PolicyField::SpotRatio => Some(spot_ratio.as_str()),
+        PolicyField::OnDemandBase => Some(on_demand_base.as_str()),
+        #[allow(unreachable_patterns, reason = "other fields have their defaults")]
+        _ => None,
+    });
     if let Some(invalid) = invalid.into_iter().next() {
         return Err(invalid);
     }
-    let policy = overrides.or_default(Policy { ratio: Ratio::ONE, base: 0 });
-    println!("ratio {}, on-demand base {} (of at most {})\n", policy.ratio, policy.base, BaseError::MOST);
+    let policy = overrides.or_default(Policy::default());
+    println!("{policy}\n");
     let mut job = Simulation { ledger: JobLedger::default(), policy, next: 1 };
     job.add(40);
     job.reclaim(14);

@@ -6,7 +6,7 @@ use crate::conventions::Conventions;
 use crate::decide::Ordinal;
 use crate::pin::required;
 use crate::pod::Pod;
-use crate::policy::{Invalid, PolicyOverrides};
+use crate::policy::{InvalidField, PolicyOverrides};
 use crate::review::{Operation, Review};
 
 /// The longest name that Kubernetes accepts; namespaces, label values and uids are shorter.
@@ -96,7 +96,7 @@ pub struct Executor<'a> {
     /// What its own annotations validly state.
     pub overrides: PolicyOverrides,
     /// What they state and we cannot read.
-    pub invalid: Vec<Invalid>,
+    pub invalid: Vec<InvalidField>,
     /// The pod.
     pub pod: &'a Pod<'a>,
 }
@@ -109,7 +109,7 @@ pub struct Driver<'a> {
     /// What its annotations validly state.
     pub overrides: PolicyOverrides,
     /// What they state and we cannot read.
-    pub invalid: Vec<Invalid>,
+    pub invalid: Vec<InvalidField>,
 }
 
 impl<'a> Action<'a> {
@@ -189,14 +189,6 @@ impl Conventions {
     /// The first job id label that the pod carries, and the job id that it tells.
     pub fn job<'a>(&'a self, pod: &'a Pod<'_>) -> Option<(&'a str, &'a str)> {
         self.job_id_label.iter().find_map(|label| Some((label.as_str(), pod.label(label).filter(|id| !id.is_empty())?)))
-    }
-
-    /// What the pod's annotations state of a policy.
-    pub fn overrides(&self, pod: &Pod<'_>) -> (PolicyOverrides, Vec<Invalid>) {
-        PolicyOverrides::read(
-            pod.annotation(&self.spot_ratio_annotation),
-            pod.annotation(&self.on_demand_base_annotation),
-        )
     }
 
     /// The id that was stamped on an executor which had no name yet: the part of its decision past

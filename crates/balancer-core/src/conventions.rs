@@ -6,7 +6,8 @@ use std::str::FromStr;
 use crate::action::Executor;
 use crate::capacity::Capacity;
 use crate::patch::Patch;
-use crate::policy::Invalid;
+use crate::pod::Pod;
+use crate::policy::{InvalidField, PolicyField, PolicyOverrides};
 use crate::text::shorten;
 
 /// How firmly a spot executor is held to spot.
@@ -70,8 +71,8 @@ impl Default for Conventions {
             driver_role_value: "driver".into(),
             executor_role_value: "executor".into(),
             job_id_label: vec!["emr-containers.amazonaws.com/job.id".into(), "spark-app-selector".into()],
-            spot_ratio_annotation: "workload/spot-ratio".into(),
-            on_demand_base_annotation: "workload/on-demand-base".into(),
+            spot_ratio_annotation: PolicyField::SpotRatio.default_annotation().into(),
+            on_demand_base_annotation: PolicyField::OnDemandBase.default_annotation().into(),
             decision_annotation: Some("workload/capacity-type".into()),
             node_role_selector: true,
         }
@@ -79,12 +80,19 @@ impl Default for Conventions {
 }
 
 impl Conventions {
-    /// The annotation that could not be read.
-    pub fn annotation(&self, invalid: &Invalid) -> &str {
-        match invalid {
-            Invalid::Ratio(_) => &self.spot_ratio_annotation,
-            Invalid::Base(_) => &self.on_demand_base_annotation,
+    /// The annotation that states a field of the policy.
+    pub fn annotation(&self, field: PolicyField) -> &str {
+        match field {
+            PolicyField::SpotRatio => &self.spot_ratio_annotation,
+            PolicyField::OnDemandBase => &self.on_demand_base_annotation,
+            #[allow(unreachable_patterns, reason = "every field has a setting today; one without uses its default")]
+            other => other.default_annotation(),
         }
+    }
+
+    /// The policy fields that the pod's annotations state, and the ones that are invalid.
+    pub fn overrides(&self, pod: &Pod<'_>) -> (PolicyOverrides, Vec<InvalidField>) {
+        PolicyOverrides::parse(|field| pod.annotation(self.annotation(field)))
     }
 
     /// What to write on a placed executor: its selectors, merged into its own, and the decision. An

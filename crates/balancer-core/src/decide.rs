@@ -10,17 +10,17 @@ use crate::ratio::Ratio;
 /// First the base goes on-demand; past it, spot as long as spot's share of the executors past the
 /// base is not above the ratio. Never more than one executor away from the ratio.
 pub fn decide(counts: Counts, policy: Policy) -> Capacity {
-    let base = u64::from(policy.base);
-    if counts.on_demand < base || policy.ratio == Ratio::ZERO {
+    let base = u64::from(policy.on_demand_base);
+    if counts.on_demand < base || policy.spot_ratio == Ratio::ZERO {
         return Capacity::OnDemand;
     }
-    if policy.ratio == Ratio::ONE {
+    if policy.spot_ratio == Ratio::ONE {
         return Capacity::Spot;
     }
     let past_base = counts.spot + (counts.on_demand - base);
     let spot = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
     // With no executor past the base this is 0 <= 0: the first one goes to spot.
-    if spot <= u128::from(policy.ratio.billionths()) * u128::from(past_base) {
+    if spot <= u128::from(policy.spot_ratio.billionths()) * u128::from(past_base) {
         Capacity::Spot
     } else {
         Capacity::OnDemand
@@ -41,11 +41,11 @@ pub enum Ordinal<'a> {
 /// By its number: what [`decide`] would have said had every earlier executor lived. By its name: a
 /// hash of it, so that the share is right on average and the answer the same each time.
 pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
-    let ratio = u128::from(policy.ratio.billionths());
+    let ratio = u128::from(policy.spot_ratio.billionths());
     let one = u128::from(Ratio::ONE_IN_BILLIONTHS);
     let spot = match ordinal {
-        _ if policy.ratio == Ratio::ZERO => false,
-        Ordinal::Number(number) => match number.saturating_sub(u64::from(policy.base)) {
+        _ if policy.spot_ratio == Ratio::ZERO => false,
+        Ordinal::Number(number) => match number.saturating_sub(u64::from(policy.on_demand_base)) {
             0 => false,
             1 => true,
             // floor((i-1)·r) > floor((i-2)·r): the step at which one more spot executor is due.
@@ -72,7 +72,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn policy(billionths: u32, base: u32) -> Policy {
-        Policy { ratio: Ratio::from_billionths(billionths).unwrap(), base }
+        let ratio_only = Policy { spot_ratio: Ratio::from_billionths(billionths).unwrap(), ..Policy::DEFAULT };
+        Policy { on_demand_base: base, ..ratio_only }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use crate::capacity::Capacity;
 use crate::conventions::Conventions;
 use crate::pin::required;
 use crate::pod::Pod;
-use crate::policy::{Invalid, PolicyOverrides};
+use crate::policy::{InvalidField, PolicyOverrides};
 
 /// A live pod of a job, reduced to what counts (DESIGN section 7).
 #[derive(Clone, Debug, PartialEq)]
@@ -44,7 +44,7 @@ pub struct DriverPod<'a> {
     /// What its annotations validly state.
     pub overrides: PolicyOverrides,
     /// What they state and we cannot read.
-    pub invalid: Vec<Invalid>,
+    pub invalid: Vec<InvalidField>,
 }
 
 impl<'a> JobPod<'a> {
@@ -81,6 +81,7 @@ impl<'a> JobPod<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::policy::PolicyField;
     use crate::ratio::Ratio;
     use serde_json::{Value, json};
 
@@ -146,7 +147,7 @@ mod tests {
         });
         let conventions = Conventions::default();
         let Some(JobPod::Driver(seen)) = JobPod::of(&driver, &conventions) else { panic!("no driver") };
-        assert_eq!(seen.overrides, PolicyOverrides { ratio: Some(Ratio::ONE), base: None });
-        assert!(matches!(seen.invalid.as_slice(), [Invalid::Base(_)]));
+        assert_eq!(seen.overrides, PolicyOverrides { spot_ratio: Some(Ratio::ONE), ..PolicyOverrides::default() });
+        assert!(matches!(seen.invalid.as_slice(), [InvalidField { field: PolicyField::OnDemandBase, .. }]));
     }
 }

@@ -351,7 +351,9 @@ mod tests {
     use crate::ratio::Ratio;
     use proptest::prelude::*;
 
-    const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 1 };
+    const ALL_SPOT: Policy = Policy { spot_ratio: Ratio::ONE, ..Policy::DEFAULT };
+    const ALL_ON_DEMAND: Policy = Policy { spot_ratio: Ratio::ZERO, ..Policy::DEFAULT };
+    const POLICY: Policy = Policy { on_demand_base: 1, ..ALL_SPOT };
 
     fn request(executor: &str) -> PlaceRequest<'_> {
         PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: Some(POLICY) }
@@ -374,20 +376,20 @@ mod tests {
     #[test]
     fn an_executors_own_ratio_needs_the_jobs_base_and_is_not_noted_for_the_job() {
         let mut ledger = JobLedger::default();
-        let own = PolicyOverrides { ratio: Some(Ratio::ZERO), base: None };
+        let own = PolicyOverrides { spot_ratio: Some(Ratio::ZERO), ..PolicyOverrides::default() };
         let asking = PlaceRequest { overrides: own, policy: None, ..request("e1") };
         assert_eq!(ledger.place(&asking, 0), PlaceOutcome::NeedPolicy);
-        ledger.learn(Policy { ratio: Ratio::ONE, base: 0 });
+        ledger.learn(ALL_SPOT);
         assert!(matches!(ledger.place(&asking, 0), PlaceOutcome::Placed(Placed { capacity: Capacity::OnDemand, .. })));
-        assert_eq!(ledger.policy().map(|p| p.ratio), Some(Ratio::ONE));
+        assert_eq!(ledger.policy().map(|p| p.spot_ratio), Some(Ratio::ONE));
     }
 
     #[test]
     fn a_looked_up_policy_does_not_replace_the_one_that_a_driver_taught() {
         let mut ledger = JobLedger::default();
-        ledger.learn(Policy { ratio: Ratio::ZERO, base: 0 });
+        ledger.learn(ALL_ON_DEMAND);
         ledger.place(&request("e1"), 0);
-        assert_eq!(ledger.policy(), Some(Policy { ratio: Ratio::ZERO, base: 0 }));
+        assert_eq!(ledger.policy(), Some(ALL_ON_DEMAND));
         assert_eq!(ledger.counts(), Counts { spot: 0, on_demand: 1 });
     }
 
@@ -494,13 +496,15 @@ mod tests {
     #[test]
     fn each_part_of_a_policy_that_is_observed_replaces_the_noted_one() {
         let mut ledger = JobLedger::default();
-        let ratio =
-            |ratio| JobState { overrides: PolicyOverrides { ratio: Some(ratio), base: None }, ..JobState::default() };
+        let ratio = |ratio| JobState {
+            overrides: PolicyOverrides { spot_ratio: Some(ratio), ..PolicyOverrides::default() },
+            ..JobState::default()
+        };
         ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
         assert_eq!(ledger, JobLedger::default(), "half of a policy is none");
         ledger.learn(POLICY);
         ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
-        assert_eq!(ledger.policy(), Some(Policy { ratio: Ratio::ZERO, base: 1 }));
+        assert_eq!(ledger.policy(), Some(Policy { spot_ratio: Ratio::ZERO, ..POLICY }));
     }
 
     #[test]

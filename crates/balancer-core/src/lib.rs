@@ -4,7 +4,7 @@
 //! the bytes of its reply with this crate and a ledger of its own:
 //!
 //! ```
-//! use balancer_core::{Conventions, PlaceOutcome, Review, Reply, JobLedger, PlaceRequest, Action, Defaults};
+//! use balancer_core::{Conventions, PlaceOutcome, Review, Reply, JobLedger, PlaceRequest, Action, Policy};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! let bytes = br#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","request":{
@@ -17,7 +17,7 @@
 //! if let Action::Place(executor) = Action::of(&review, &conventions) {
 //!     let mut ledger = JobLedger::default();
 //!     let mut placing = PlaceRequest::of(&executor);
-//!     placing.policy = Some(Defaults::default().policy());
+//!     placing.policy = Some(Policy::default());
 //!     if let PlaceOutcome::Placed(placed) = ledger.place(&placing, 0) {
 //!         reply.patch = conventions.patch(&executor, placed.capacity);
 //!     }
@@ -59,7 +59,9 @@ pub use ledger::{
 };
 pub use patch::Patch;
 pub use pod::{Affinity, Metadata, Pairs, Pod, PodSpec, PodStatus};
-pub use policy::{BaseError, Defaults, Invalid, Policy, PolicyOverrides};
+pub use policy::{
+    DecodePolicyError, InvalidField, InvalidValue, OnDemandBaseError, Policy, PolicyField, PolicyOverrides,
+};
 pub use ratio::{Ratio, RatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};

@@ -1,123 +1,295 @@
-//! What a job asks for: its ratio and its on-demand base, and what the annotations of a pod state
-//! of them.
+//! The policy of a job: its spot ratio and its on-demand base, and how annotations and stores spell them.
+//!
+//! Every field of a policy is one row of the table in this file. From the table come [`Policy`],
+//! [`PolicyOverrides`], [`PolicyField`] and [`InvalidValue`], and with them the annotation's default key, the
+//! default value, the reason of the Event, the label of the metric and the field's key in a store.
+
+use std::fmt;
 
 use crate::ratio::{Ratio, RatioError};
 use crate::text::shorten;
 
-/// What a job asks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Policy {
-    /// The wanted share of spot among the executors past the base.
-    pub ratio: Ratio,
-    /// Executors that must be on-demand before the ratio applies.
-    pub base: u32,
+/// Generates the policy types. The doc comment of a row becomes the doc comment of its fields.
+macro_rules! policy_table {
+    ($(
+        $(#[doc = $doc:literal])*
+        $field:ident: $type:ty = $default:expr, as $variant:ident {
+            key: $key:literal,
+            annotation: $annotation:literal,
+            parse: $parse:expr => $error:ty,
+            event_reason: $event_reason:literal,
+            metric_label: $metric_label:literal,
+        }
+    )*) => {
+        /// What a job wants: how its executors are divided between spot and on-demand.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct Policy {
+            $($(#[doc = $doc])* pub $field: $type,)*
+        }
+
+        impl Policy {
+            /// The policy of a job that states nothing.
+            pub const DEFAULT: Self = Self { $($field: $default,)* };
+        }
+
+        /// The fields of a policy that a pod states, each valid. A field that is absent or invalid is `None`.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct PolicyOverrides {
+            $($(#[doc = $doc])* pub $field: Option<$type>,)*
+        }
+
+        /// A field of a policy.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum PolicyField {
+            $($(#[doc = $doc])* $variant,)*
+        }
+
+        /// Why a value is invalid, with the cause as its parser returned it.
+        #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+        pub enum InvalidValue {
+            $($(#[doc = $doc])* #[error(transparent)] $variant($error),)*
+        }
+
+        impl PolicyField {
+            /// Every field, in the order in which [`Policy::encode`] writes them.
+            pub const ALL: &[Self] = &[$(Self::$variant,)*];
+
+            /// The key in a store, such as `spot-ratio`.
+            pub const fn key(self) -> &'static str {
+                match self { $(Self::$variant => $key,)* }
+            }
+
+            /// The annotation that states the field unless a setting names another one.
+            pub const fn default_annotation(self) -> &'static str {
+                match self { $(Self::$variant => $annotation,)* }
+            }
+
+            /// The reason of the Kubernetes Event about an invalid value.
+            pub const fn event_reason(self) -> &'static str {
+                match self { $(Self::$variant => $event_reason,)* }
+            }
+
+            /// The value of the metric label `field`.
+            pub const fn metric_label(self) -> &'static str {
+                match self { $(Self::$variant => $metric_label,)* }
+            }
+        }
+
+        impl PolicyOverrides {
+            /// The policy if every field is known: each from here, else from `rest`.
+            pub fn or(self, rest: Option<Policy>) -> Option<Policy> {
+                Some(Policy { $($field: self.$field.or(rest.map(|rest| rest.$field))?,)* })
+            }
+
+            /// The policy: each field from here, else from `rest`.
+            pub fn or_default(self, rest: Policy) -> Policy {
+                Policy { $($field: self.$field.unwrap_or(rest.$field),)* }
+            }
+
+            /// Each field from here, else from `rest`.
+            pub fn or_overrides(self, rest: Self) -> Self {
+                Self { $($field: self.$field.or(rest.$field),)* }
+            }
+
+            /// The fields of `self` that `keep` accepts; the others become `None`.
+            pub fn filter(self, keep: impl Fn(PolicyField) -> bool) -> Self {
+                Self { $($field: self.$field.filter(|_| keep(PolicyField::$variant)),)* }
+            }
+
+            /// The value of one field as text, as [`Policy::encode`] writes it.
+            pub fn value(&self, field: PolicyField) -> Option<String> {
+                match field { $(PolicyField::$variant => self.$field.map(|value| value.to_string()),)* }
+            }
+
+            /// Parses the text that `text_of` returns for each field. An invalid field becomes `None` and is
+            /// reported.
+            pub fn parse<'a>(text_of: impl Fn(PolicyField) -> Option<&'a str>) -> (Self, Vec<InvalidField>) {
+                let (mut overrides, mut invalid) = (Self::default(), Vec::new());
+                $(
+                    let field = PolicyField::$variant;
+                    match text_of(field).map($parse) {
+                        Some(Ok(value)) => overrides.$field = Some(value),
+                        Some(Err(cause)) => invalid.push(InvalidField { field, cause: InvalidValue::$variant(cause) }),
+                        None => {}
+                    }
+                )*
+                (overrides, invalid)
+            }
+        }
+
+        impl From<Policy> for PolicyOverrides {
+            fn from(policy: Policy) -> Self {
+                Self { $($field: Some(policy.$field),)* }
+            }
+        }
+    };
 }
 
-/// What holds where a job states nothing, or states it wrongly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Defaults {
-    /// `DEFAULT_SPOT_RATIO`.
-    pub ratio: Ratio,
+policy_table! {
+    /// The wanted share of spot among the executors beyond the on-demand base.
+    spot_ratio: Ratio = Ratio::HALF, as SpotRatio {
+        key: "spot-ratio",
+        annotation: "workload/spot-ratio",
+        parse: str::parse => RatioError,
+        event_reason: "InvalidSpotRatio",
+        metric_label: "spot_ratio",
+    }
+
+    /// How many executors must run on-demand before the ratio applies.
+    on_demand_base: u32 = 0, as OnDemandBase {
+        key: "on-demand-base",
+        annotation: "workload/on-demand-base",
+        parse: parse_on_demand_base => OnDemandBaseError,
+        event_reason: "InvalidOnDemandBase",
+        metric_label: "on_demand_base",
+    }
 }
 
-impl Default for Defaults {
-    /// 0.5, and no base (DESIGN section 3).
+impl PolicyField {
+    /// The text of this field in a policy that [`Policy::encode`] wrote.
+    fn text_in(self, encoded: &str) -> Option<&str> {
+        encoded.split(' ').find_map(|pair| pair.strip_prefix(self.key())?.strip_prefix('='))
+    }
+}
+
+impl Default for Policy {
     fn default() -> Self {
-        Self { ratio: Ratio::from_billionths(Ratio::ONE_IN_BILLIONTHS / 2).unwrap_or(Ratio::ZERO) }
+        Self::DEFAULT
     }
 }
 
-impl Defaults {
-    /// The policy of a job that states nothing.
-    pub const fn policy(self) -> Policy {
-        Policy { ratio: self.ratio, base: 0 }
-    }
-
-    /// The policy of a job whose driver states `stated`.
-    pub fn complete(self, overrides: &PolicyOverrides) -> Policy {
-        overrides.or_default(self.policy())
+/// The text that [`Policy::encode`] returns, without the fields that are `None`.
+impl fmt::Display for PolicyOverrides {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for &field in PolicyField::ALL {
+            if let Some(value) = self.value(field) {
+                write!(f, "{separator}{}={value}", field.key())?;
+                separator = " ";
+            }
+        }
+        Ok(())
     }
 }
 
-/// What the annotations of one pod validly state of a policy; each part by itself.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct PolicyOverrides {
-    /// The ratio, where the pod states a valid one.
-    pub ratio: Option<Ratio>,
-    /// The on-demand base, where the pod states a valid one.
-    pub base: Option<u32>,
+/// The text that [`Policy::encode`] returns.
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        PolicyOverrides::from(*self).fmt(f)
+    }
 }
 
-impl PolicyOverrides {
-    /// The policy, if both parts of it are known: each from here, else from `rest`.
-    pub fn or(self, rest: Option<Policy>) -> Option<Policy> {
-        Some(Policy {
-            ratio: self.ratio.or(rest.map(|policy| policy.ratio))?,
-            base: self.base.or(rest.map(|policy| policy.base))?,
+impl Policy {
+    /// The text that a store keeps: `key=value` pairs with a space between them, such as
+    /// `spot-ratio=0.7 on-demand-base=2`. A key occurs once; keys and values contain neither spaces nor `=`.
+    pub fn encode(&self) -> String {
+        self.to_string()
+    }
+
+    /// The text to replace `stored` by: the fields of this policy, followed by the pairs of `stored` whose keys
+    /// this version does not know. A newer version may have written them, and still needs them.
+    pub fn encode_over(&self, stored: &str) -> String {
+        let mut text = self.encode();
+        let is_known = |pair: &str| {
+            let key = pair.split_once('=').map_or(pair, |(key, _)| key);
+            PolicyField::ALL.iter().any(|field| field.key() == key)
+        };
+        for pair in stored.split(' ').filter(|pair| !pair.is_empty() && !is_known(pair)) {
+            text.push(' ');
+            text.push_str(pair);
+        }
+        text
+    }
+
+    /// Reads what [`Policy::encode`] writes. Unknown keys are ignored.
+    ///
+    /// # Errors
+    /// A field that is missing or invalid.
+    pub fn decode(encoded: &str) -> Result<Self, DecodePolicyError> {
+        let (overrides, invalid) = PolicyOverrides::parse(|field| field.text_in(encoded));
+        if let Some(invalid) = invalid.into_iter().next() {
+            return Err(invalid.into());
+        }
+        overrides.or(None).ok_or_else(|| {
+            let missing = PolicyField::ALL.iter().find(|field| overrides.value(**field).is_none());
+            DecodePolicyError::Missing(missing.map_or("", |field| field.key()))
         })
     }
-
-    /// The policy: each part from here, else from `rest`.
-    pub fn or_default(self, rest: Policy) -> Policy {
-        Policy { ratio: self.ratio.unwrap_or(rest.ratio), base: self.base.unwrap_or(rest.base) }
-    }
-
-    /// Reads the values of the two annotations; what cannot be read is left out and told.
-    pub fn read(ratio: Option<&str>, base: Option<&str>) -> (Self, Vec<Invalid>) {
-        let mut invalid = Vec::new();
-        let ratio = ratio.and_then(|text| text.parse().map_err(|e| invalid.push(Invalid::Ratio(e))).ok());
-        let base = base.and_then(|text| read_base(text).map_err(|e| invalid.push(Invalid::Base(e))).ok());
-        (Self { ratio, base }, invalid)
-    }
 }
 
-/// A part of a policy that someone stated and we cannot read.
+/// Why a text from a store is not a policy.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Invalid {
-    /// The ratio.
-    #[error(transparent)]
-    Ratio(#[from] RatioError),
-    /// The on-demand base.
-    #[error(transparent)]
-    Base(#[from] BaseError),
+pub enum DecodePolicyError {
+    /// The text has no such key.
+    #[error("the policy has no {0}")]
+    Missing(&'static str),
+    /// The value of a known key is invalid.
+    #[error("the policy's {}: {}", .0.field.key(), .0)]
+    Invalid(#[from] InvalidField),
 }
 
-/// Why a text is not an on-demand base.
+/// A field whose value is invalid. The message says which value and what is accepted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an on-demand base; accepted: a whole number from 0 to {max}", max = BaseError::MOST)]
-pub struct BaseError(String);
-
-impl BaseError {
-    /// The largest base: far above any job, and far below where the scripts' numbers lose exactness.
-    pub const MOST: u32 = 1_000_000;
+#[error("{cause}")]
+pub struct InvalidField {
+    /// The field.
+    pub field: PolicyField,
+    /// What is wrong with its value.
+    pub cause: InvalidValue,
 }
 
-fn read_base(text: &str) -> Result<u32, BaseError> {
+/// A text that is not an on-demand base.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not an on-demand base; accepted: a whole number from 0 to {max}", max = OnDemandBaseError::MAX)]
+pub struct OnDemandBaseError(String);
+
+impl OnDemandBaseError {
+    /// The largest on-demand base. It is far above the size of any job, and far below 2^53, up to which the
+    /// numbers of Redis scripts are exact.
+    pub const MAX: u32 = 1_000_000;
+}
+
+fn parse_on_demand_base(text: &str) -> Result<u32, OnDemandBaseError> {
     let trimmed = text.trim();
     match trimmed.parse() {
-        // `u32::from_str` takes a sign; a base has none.
-        Ok(base) if base <= BaseError::MOST && !trimmed.starts_with('+') => Ok(base),
-        _ => Err(BaseError(shorten(trimmed))),
+        // `u32::from_str` accepts a plus sign; a number of executors has none.
+        Ok(base) if base <= OnDemandBaseError::MAX && !trimmed.starts_with('+') => Ok(base),
+        _ => Err(OnDemandBaseError(shorten(trimmed))),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    use PolicyField::{OnDemandBase, SpotRatio};
+
+    fn parse(texts: &[(PolicyField, &'static str)]) -> (PolicyOverrides, Vec<InvalidField>) {
+        PolicyOverrides::parse(|field| texts.iter().find(|(other, _)| *other == field).map(|(_, text)| *text))
+    }
+
+    /// Other fields have their defaults.
+    fn policy(spot_ratio: Ratio, on_demand_base: u32) -> Policy {
+        let ratio_only = Policy { spot_ratio, ..Policy::DEFAULT };
+        Policy { on_demand_base, ..ratio_only }
+    }
 
     #[test]
-    fn a_valid_part_stands_beside_an_invalid_one() {
-        let (overrides, invalid) = PolicyOverrides::read(Some("lots"), Some("2"));
-        assert_eq!(overrides, PolicyOverrides { ratio: None, base: Some(2) });
+    fn one_invalid_field_does_not_affect_the_others() {
+        let (overrides, invalid) = parse(&[(SpotRatio, "lots"), (OnDemandBase, "2")]);
+        assert_eq!(overrides, PolicyOverrides { on_demand_base: Some(2), ..PolicyOverrides::default() });
         assert_eq!(invalid.len(), 1);
-        let (overrides, invalid) = PolicyOverrides::read(Some("0.7"), Some("-1"));
-        assert_eq!(overrides.ratio, "0.7".parse().ok());
-        assert_eq!(overrides.base, None);
+        assert!(matches!(invalid[0].cause, InvalidValue::SpotRatio(RatioError::NotARatio(_))), "{invalid:?}");
+        let (overrides, invalid) = parse(&[(SpotRatio, "0.7"), (OnDemandBase, "-1")]);
+        assert_eq!(overrides.spot_ratio, "0.7".parse().ok());
+        assert_eq!(overrides.on_demand_base, None);
+        assert_eq!(invalid[0].field, PolicyField::OnDemandBase);
         assert!(invalid[0].to_string().contains("\"-1\""), "{}", invalid[0]);
     }
 
     #[test]
-    fn a_base_is_a_whole_number_within_its_bounds() {
+    fn on_demand_base_is_a_whole_number_within_its_range() {
         for (text, base) in [
             ("0", Some(0)),
             (" 3 ", Some(3)),
@@ -129,7 +301,51 @@ mod tests {
             ("-0", None),
             ("99999999999999999999", None),
         ] {
-            assert_eq!(read_base(text).ok(), base, "{text:?}");
+            assert_eq!(parse_on_demand_base(text).ok(), base, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn decode_ignores_unknown_keys_and_reports_missing_and_invalid_ones() {
+        let policy = policy("0.7".parse().unwrap(), 2);
+        let encoded = policy.encode();
+        assert!(encoded.starts_with("spot-ratio=0.7 on-demand-base=2"), "{encoded}");
+        assert_eq!(Policy::decode(&format!("pool=a {encoded} x")), Ok(policy));
+        for (part, replacement, error) in [
+            ("spot-ratio=", "spot-ratios=", "the policy has no spot-ratio"),
+            ("on-demand-base=2", "", "the policy has no on-demand-base"),
+            ("base=2", "base=-2", "the policy's on-demand-base: \"-2\" is not an on-demand base"),
+            ("ratio=0.7", "ratio=", "the policy's spot-ratio: \"\" is not a ratio"),
+        ] {
+            let message = Policy::decode(&encoded.replace(part, replacement)).unwrap_err().to_string();
+            assert!(message.starts_with(error), "{message}");
+        }
+    }
+
+    #[test]
+    fn encode_over_keeps_unknown_keys() {
+        let policy = policy(Ratio::ONE, 0);
+        let stored = "pool=a spot-ratio=0.7 flag on-demand-base=2 spot-ratios=1";
+        let encoded = policy.encode_over(stored);
+        assert_eq!(encoded, format!("{policy} pool=a flag spot-ratios=1"));
+        assert_eq!(policy.encode_over(&encoded), encoded);
+    }
+
+    #[test]
+    fn keys_labels_and_annotations_are_unique_and_safe() {
+        let texts = [PolicyField::key, PolicyField::default_annotation, PolicyField::metric_label];
+        for text in texts {
+            let all: std::collections::HashSet<_> = PolicyField::ALL.iter().map(|field| text(*field)).collect();
+            assert_eq!(all.len(), PolicyField::ALL.len());
+            assert!(all.iter().all(|text| !text.contains([' ', '='])), "{all:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn decode_returns_what_encode_wrote(billionths in 0..=Ratio::ONE_IN_BILLIONTHS, base in 0..=OnDemandBaseError::MAX) {
+            let policy = policy(Ratio::from_billionths(billionths).unwrap(), base);
+            prop_assert_eq!(Policy::decode(&policy.encode()), Ok(policy));
         }
     }
 }

@@ -32,11 +32,14 @@ impl Ratio {
     /// Everything on spot.
     pub const ONE: Self = Self(Self::ONE_IN_BILLIONTHS);
 
-    /// Names for people who should not have to think in raw numbers (DESIGN section 3).
+    /// Half on spot.
+    pub const HALF: Self = Self(Self::ONE_IN_BILLIONTHS / 2);
+
+    /// Names for people who should not have to think in raw numbers.
     pub const NAMES: [(&'static str, Self); 5] = [
         ("RELIABILITY_ONLY", Self::ZERO),
         ("RELIABILITY_OVER_COST", Self(300_000_000)),
-        ("BALANCED", Self(500_000_000)),
+        ("BALANCED", Self::HALF),
         ("COST_OVER_RELIABILITY", Self(800_000_000)),
         ("COST_ONLY", Self::ONE),
     ];

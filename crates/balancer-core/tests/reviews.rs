@@ -79,7 +79,7 @@ fn a_drivers_creation_states_its_jobs_policy() {
     let review = Review::decode(DRIVER_1_36).unwrap();
     let Action::Learn(driver) = Action::of(&review, &conventions) else { panic!() };
     assert_eq!((driver.job.namespace, driver.job.app_id), ("sandbox", "00000003abc"));
-    assert_eq!(driver.overrides, PolicyOverrides { ratio: "0.7".parse().ok(), base: None });
+    assert_eq!(driver.overrides, PolicyOverrides { spot_ratio: "0.7".parse().ok(), ..PolicyOverrides::default() });
 }
 
 #[test]
@@ -339,7 +339,7 @@ fn an_executors_own_annotations_are_read_and_wrong_ones_told() {
     });
     let review = Review::decode(&bytes).unwrap();
     let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
-    assert_eq!(executor.overrides, PolicyOverrides { ratio: Some(Ratio::ONE), base: None });
+    assert_eq!(executor.overrides, PolicyOverrides { spot_ratio: Some(Ratio::ONE), ..PolicyOverrides::default() });
     assert_eq!(executor.invalid.len(), 1);
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::bail;
-use balancer_core::{Conventions, Defaults};
+use balancer_core::{Conventions, Policy};
 use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::{Args, Parser};
@@ -115,7 +115,7 @@ impl ReconcileArguments {
 pub(crate) struct Settings {
     pub(crate) reconcile: ReconcileSettings,
     pub(crate) conventions: Arc<Conventions>,
-    pub(crate) defaults: Defaults,
+    pub(crate) defaults: Policy,
     pub(crate) store: StoreSettings,
     pub(crate) telemetry: TelemetryArguments,
 }
@@ -133,7 +133,7 @@ impl Arguments {
         Ok(Settings {
             reconcile: reconcile.settings(),
             conventions: Arc::new(conventions.conventions()?),
-            defaults: defaults.defaults(),
+            defaults: defaults.policy(),
             store,
             telemetry,
         })

@@ -21,7 +21,7 @@ mod watched;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Defaults};
+use balancer_core::{Conventions, Policy};
 use balancer_runtime::admin::{self, Admin, Readiness};
 use balancer_runtime::cluster;
 use balancer_runtime::shutdown::Signals;
@@ -50,7 +50,7 @@ pub struct Parts<L> {
     /// How the cluster names things.
     pub conventions: Arc<Conventions>,
     /// What holds where a driver states nothing; the same as the webhook's.
-    pub defaults: Defaults,
+    pub defaults: Policy,
     /// What is reconciled, and when.
     pub settings: ReconcileSettings,
     /// What is counted.

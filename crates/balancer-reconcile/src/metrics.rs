@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use balancer_core::{Drift, Invalid};
-use balancer_runtime::metric_labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
+use balancer_core::{Drift, InvalidField};
+use balancer_runtime::metric_labels::{CapacityLabel, InvalidFieldLabels, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
 use prometheus_client::metrics::counter::Counter;
@@ -68,7 +68,6 @@ label_sets! {
     CauseLabels { cause: Cause }
     WatchLabels { resource: WatchedLabel }
     ExecutorLabels { capacity: CapacityLabel }
-    InvalidLabels { part: InvalidPart }
 }
 
 /// What is counted.
@@ -81,7 +80,7 @@ pub struct Metrics {
     resync_seconds: Histogram,
     watch_restarts: Family<WatchLabels, Counter>,
     store_errors: Family<StoreErrorLabels, Counter>,
-    invalid_edits: Family<InvalidLabels, Counter>,
+    invalid_edits: Family<InvalidFieldLabels, Counter>,
     jobs: Gauge,
     executors: Family<ExecutorLabels, Gauge>,
     leader: Gauge,
@@ -127,8 +126,8 @@ impl Metrics {
         for kind in StoreError::KINDS {
             drop(metrics.store_errors.get_or_create(&StoreErrorLabels { kind }));
         }
-        for &part in InvalidPart::ALL {
-            drop(metrics.invalid_edits.get_or_create(&InvalidLabels { part }));
+        for labels in InvalidFieldLabels::all() {
+            drop(metrics.invalid_edits.get_or_create(&labels));
         }
         metrics.live(Totals::default());
         metrics
@@ -208,8 +207,8 @@ impl Metrics {
         self.store_errors.get_or_create(&StoreErrorLabels { kind: error.kind() }).inc();
     }
 
-    pub(crate) fn invalid(&self, invalid: &Invalid) {
-        self.invalid_edits.get_or_create(&InvalidLabels { part: invalid.into() }).inc();
+    pub(crate) fn invalid(&self, invalid: &InvalidField) {
+        self.invalid_edits.get_or_create(&invalid.field.into()).inc();
     }
 
     pub(crate) fn live(&self, totals: Totals) {

@@ -452,7 +452,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> Follow<K> 
 
 #[cfg(test)]
 mod tests {
-    use balancer_core::Defaults;
+    use balancer_core::Policy;
 
     use super::*;
 
@@ -473,7 +473,7 @@ mod tests {
             sees_since: None,
             tasks: JoinSet::new(),
         };
-        let view = View::new(Arc::new(Conventions::default()), Defaults::default());
+        let view = View::new(Arc::new(Conventions::default()), Policy::default());
         Bench { watches, view, _say: say }
     }
 

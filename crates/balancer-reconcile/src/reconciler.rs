@@ -10,7 +10,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Counts, Defaults, Drift, JobId, ReconcileOutcome, ReconcileSummary, Term};
+use balancer_core::{Counts, Drift, JobId, Policy, ReconcileOutcome, ReconcileSummary, Term};
 use balancer_store::{Ledger, StoreError};
 use futures::{FutureExt, StreamExt, stream};
 use tokio::sync::{Semaphore, watch};
@@ -62,7 +62,7 @@ pub struct Reconciler<L> {
     /// What is watched.
     pub(crate) sources: Sources,
     /// What holds where a driver states nothing.
-    pub(crate) defaults: Defaults,
+    pub(crate) defaults: Policy,
     /// From one round of all jobs to the next.
     pub(crate) interval: Duration,
     /// What is counted.
@@ -305,10 +305,10 @@ impl<L: Ledger> Working<'_, L> {
                 return;
             }
         }
-        let (mut from, mut ended) = (Some(0), 0);
+        let (mut from, mut ended) = (Some(None), 0);
         self.skipped.clear();
-        while let Some(page) = from {
-            let page = match self.reconciler.ledger.list_jobs(page).await {
+        while let Some(cursor) = from {
+            let page = match self.reconciler.ledger.list_jobs(cursor).await {
                 Ok(page) => page,
                 Err(error) => {
                     self.reconciler.metrics.store_failed(&error);
@@ -319,7 +319,7 @@ impl<L: Ledger> Working<'_, L> {
                     break;
                 }
             };
-            from = page.next;
+            from = page.next.map(Some);
             let gone: Vec<_> = page
                 .jobs
                 .into_iter()

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Invalid};
+use balancer_core::{Conventions, InvalidField};
 use balancer_runtime::cluster;
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::api::events::v1::Event;
@@ -51,7 +51,7 @@ impl Reports {
     pub(crate) fn tell(&self, complaint: Complaint) {
         let Complaint { job, driver, invalid, holds, .. } = &complaint;
         for invalid in invalid {
-            let annotation = self.conventions.annotation(invalid);
+            let annotation = self.conventions.annotation(invalid.field);
             let holds = in_words(*holds, invalid);
             tracing::warn!(namespace = job.namespace, job = job.app_id, %driver, annotation, %invalid, holds, "cannot be read");
         }
@@ -61,13 +61,9 @@ impl Reports {
     }
 }
 
-async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint, invalid: &Invalid) {
+async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint, invalid: &InvalidField) {
     let Complaint { job, driver, uid, invalid: _, holds } = complaint;
-    let reason = match invalid {
-        Invalid::Ratio(_) => "InvalidSpotRatio",
-        Invalid::Base(_) => "InvalidOnDemandBase",
-    };
-    let note = format!("{}: {invalid}; {}", conventions.annotation(invalid), in_words(*holds, invalid));
+    let note = format!("{}: {invalid}; {}", conventions.annotation(invalid.field), in_words(*holds, invalid));
     let event = Event {
         metadata: ObjectMeta {
             generate_name: Some(format!("{}-", driver.get(..MOST_NAME).unwrap_or(driver))),
@@ -76,7 +72,7 @@ async fn tell(client: &Client, conventions: &Conventions, complaint: &Complaint,
         },
         event_time: Some(MicroTime(Timestamp::now())),
         type_: Some("Warning".into()),
-        reason: Some(reason.into()),
+        reason: Some(invalid.field.event_reason().into()),
         note: Some(note),
         action: Some("ReadPolicy".into()),
         reporting_controller: Some("spot-balancer".into()),

@@ -5,8 +5,8 @@ use std::mem;
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, Defaults, DriverPod, ExecutorPod, Invalid, JobId, JobPod, JobState, LiveExecutor, Pod,
-    Policy, PolicyOverrides, Ratio,
+    Capacity, Conventions, DriverPod, ExecutorPod, InvalidField, JobId, JobPod, JobState, LiveExecutor, Pod, Policy,
+    PolicyOverrides,
 };
 
 /// All live executors and drivers, by their jobs, and the capacities of the nodes.
@@ -16,7 +16,7 @@ use balancer_core::{
 #[derive(Debug)]
 pub struct View {
     conventions: Arc<Conventions>,
-    defaults: Defaults,
+    defaults: Policy,
     jobs: HashMap<Arc<JobId>, Job>,
     /// Which job a pod is of: namespace → pod → job.
     pods: HashMap<Box<str>, HashMap<Arc<str>, Arc<JobId>>>,
@@ -52,7 +52,7 @@ struct Driver {
     /// What it last stated validly, or the default where it states nothing; `None` where it never
     /// stated anything that can be read.
     overrides: PolicyOverrides,
-    invalid: Vec<Invalid>,
+    invalid: Vec<InvalidField>,
     list: u32,
 }
 
@@ -98,7 +98,7 @@ pub struct Complaint {
     /// The driver's uid.
     pub uid: Box<str>,
     /// What is stated wrongly, and was not told yet.
-    pub invalid: Vec<Invalid>,
+    pub invalid: Vec<InvalidField>,
     /// What holds instead, as far as it is known here.
     pub holds: PolicyOverrides,
 }
@@ -131,7 +131,7 @@ fn note(changed: &mut HashMap<Arc<JobId>, Change>, job: Arc<JobId>, change: Chan
 
 impl View {
     /// Of a cluster of which nothing is known yet.
-    pub fn new(conventions: Arc<Conventions>, defaults: Defaults) -> Self {
+    pub fn new(conventions: Arc<Conventions>, defaults: Policy) -> Self {
         Self {
             conventions,
             defaults,
@@ -327,15 +327,10 @@ impl View {
         let before = known.drivers.remove(&name).filter(|before| *before.uid == *uid);
         // A part that cannot be read leaves in force what was read last; one that is not there, the default.
         let last = before.as_ref().map(|before| before.overrides).unwrap_or_default();
-        let Policy { ratio, base } = self.defaults.policy();
-        let mut rest = PolicyOverrides { ratio: Some(ratio), base: Some(base) };
-        for part in &invalid {
-            match part {
-                Invalid::Ratio(_) => rest.ratio = last.ratio,
-                Invalid::Base(_) => rest.base = last.base,
-            }
-        }
-        let overrides = PolicyOverrides { ratio: overrides.ratio.or(rest.ratio), base: overrides.base.or(rest.base) };
+        let is_invalid = |field| invalid.iter().any(|invalid| invalid.field == field);
+        let overrides = overrides
+            .or_overrides(last.filter(is_invalid))
+            .or_overrides(PolicyOverrides::from(self.defaults).filter(|field| !is_invalid(field)));
         let told = before.as_ref().map(|before| before.invalid.as_slice()).unwrap_or_default();
         let untold: Vec<_> = invalid.iter().filter(|invalid| !told.contains(invalid)).cloned().collect();
         let same = before.is_some_and(|before| before.overrides == overrides);
@@ -428,12 +423,9 @@ impl View {
 }
 
 /// What holds of a part, in words for the person who edited it.
-pub(crate) fn in_words(holds: PolicyOverrides, invalid: &Invalid) -> String {
-    let unknown = "what held before holds on".to_owned();
-    match invalid {
-        Invalid::Ratio(_) => holds.ratio.map_or(unknown, |ratio: Ratio| format!("{ratio} holds on")),
-        Invalid::Base(_) => holds.base.map_or(unknown, |base| format!("{base} holds on")),
-    }
+pub(crate) fn in_words(holds: PolicyOverrides, invalid: &InvalidField) -> String {
+    let value = holds.value(invalid.field);
+    value.map_or_else(|| "what held before holds on".to_owned(), |value| format!("{value} holds on"))
 }
 
 #[cfg(test)]
@@ -441,9 +433,10 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use balancer_core::PolicyField;
 
     fn view() -> View {
-        View::new(Arc::new(Conventions::default()), Defaults::default())
+        View::new(Arc::new(Conventions::default()), Policy::default())
     }
 
     fn job() -> JobId {
@@ -476,8 +469,8 @@ mod tests {
     }
 
     fn policy(view: &View) -> Option<(String, u32)> {
-        let Policy { ratio, base } = view.observe(&job()).overrides.or(None)?;
-        Some((ratio.to_string(), base))
+        let policy = view.observe(&job()).overrides.or(None)?;
+        Some((policy.spot_ratio.to_string(), policy.on_demand_base))
     }
 
     #[test]
@@ -568,7 +561,7 @@ mod tests {
         drive(&mut view, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "x"}));
         let told = view.take_complaints();
         assert!(
-            matches!(told.as_slice(), [Complaint { invalid, .. }] if matches!(invalid.as_slice(), [Invalid::Base(_)])),
+            matches!(told.as_slice(), [Complaint { invalid, .. }] if matches!(invalid.as_slice(), [InvalidField { field: PolicyField::OnDemandBase, .. }])),
             "{told:?}"
         );
         drive(&mut view, "d", json!({"workload/on-demand-base": "4"}));
@@ -579,7 +572,13 @@ mod tests {
     fn a_part_that_was_never_read_is_left_to_the_ledger() {
         let mut view = view();
         drive(&mut view, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "4"}));
-        assert_eq!(view.observe(&job()).overrides, PolicyOverrides { ratio: None, base: Some(4) });
+        assert_eq!(
+            view.observe(&job()).overrides,
+            PolicyOverrides {
+                spot_ratio: None,
+                ..PolicyOverrides::from(Policy { on_demand_base: 4, ..Policy::DEFAULT })
+            }
+        );
         let told = view.take_complaints();
         assert_eq!(in_words(told[0].holds, &told[0].invalid[0]), "what held before holds on");
     }

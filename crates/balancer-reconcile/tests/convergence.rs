@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, Defaults, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, Ratio,
+    Capacity, Conventions, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, Ratio,
     ReconcileOutcome, ReconcileSummary, Term,
 };
 use balancer_reconcile::view::View;
@@ -21,7 +21,8 @@ use serde_json::json;
 
 const GRACE: Millis = 60;
 const TERM: Term = Term(1);
-const POLICY: Policy = Policy { ratio: Ratio::ONE, base: 2 };
+const POLICY: Policy = Policy { on_demand_base: 2, ..ALL_SPOT };
+const ALL_SPOT: Policy = Policy { spot_ratio: Ratio::ONE, ..Policy::DEFAULT };
 const JOBS: [&str; 2] = ["a", "b"];
 const NODES: [&str; 3] = ["n0", "n1", "n2"];
 
@@ -108,7 +109,7 @@ impl World {
             pod_words: VecDeque::new(),
             node_words: VecDeque::new(),
             late_reviews: Vec::new(),
-            view: View::new(Arc::new(Conventions::default()), Defaults::default()),
+            view: View::new(Arc::new(Conventions::default()), Policy::default()),
             ledgers: JOBS.iter().map(|job| (*job, JobLedger::default())).collect(),
             changed: BTreeSet::new(),
             now: 1_000,

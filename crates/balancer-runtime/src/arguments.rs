@@ -5,23 +5,23 @@ use std::ops::RangeInclusive;
 use std::str::FromStr;
 
 use anyhow::{Context, bail};
-use balancer_core::{Conventions, Defaults, Ratio, SpotPreference};
+use balancer_core::{Conventions, Policy, PolicyField, Ratio, SpotPreference};
 use clap::Args;
 
-/// What holds where a job states nothing.
+/// What applies to a job that states nothing.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct DefaultArguments {
     /// Share of spot for a job that states none: 0 to 1 such as 0.7, a percentage such as 70%, or
     /// RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY, COST_ONLY
-    #[arg(long, env, default_value = "0.5")]
+    #[arg(long, env, default_value_t = Policy::DEFAULT.spot_ratio)]
     default_spot_ratio: Ratio,
 }
 
 impl DefaultArguments {
-    /// The defaults.
-    pub fn defaults(self) -> Defaults {
+    /// The policy of a job that states nothing.
+    pub fn policy(self) -> Policy {
         let Self { default_spot_ratio } = self;
-        Defaults { ratio: default_spot_ratio }
+        Policy { spot_ratio: default_spot_ratio, ..Policy::DEFAULT }
     }
 }
 
@@ -65,11 +65,11 @@ pub struct ConventionArguments {
     job_id_label: Vec<String>,
 
     /// Annotation of the wanted share of spot, on the driver or on the executor itself
-    #[arg(long, env, default_value = "workload/spot-ratio", value_parser = label_key)]
+    #[arg(long, env, default_value = PolicyField::SpotRatio.default_annotation(), value_parser = label_key)]
     spot_ratio_annotation: String,
 
     /// Annotation of the number of executors that must be on-demand before the ratio applies
-    #[arg(long, env, default_value = "workload/on-demand-base", value_parser = label_key)]
+    #[arg(long, env, default_value = PolicyField::OnDemandBase.default_annotation(), value_parser = label_key)]
     on_demand_base_annotation: String,
 
     /// Annotation that is written on each placed executor; empty writes none

@@ -1,8 +1,10 @@
 //! Labels of metrics. They are enums: how many there can be is fixed when it is compiled, and nothing
 //! from outside can make a series.
 
-use balancer_core::{Capacity, Invalid};
-use prometheus_client::encoding::EncodeLabelSet;
+use std::fmt::{self, Write as _};
+
+use balancer_core::{Capacity, PolicyField};
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
 
 #[doc(hidden)]
 pub use prometheus_client;
@@ -68,22 +70,33 @@ impl From<Capacity> for CapacityLabel {
     }
 }
 
-label! {
-    /// Which part of a policy was stated wrongly.
-    InvalidPart {
-        /// The ratio.
-        Ratio = "ratio",
-        /// The on-demand base.
-        Base = "base",
+/// A field of a policy, as the metric label that the policy table gives it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FieldLabel(pub PolicyField);
+
+impl EncodeLabelValue for FieldLabel {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> fmt::Result {
+        encoder.write_str(self.0.metric_label())
     }
 }
 
-impl From<&Invalid> for InvalidPart {
-    fn from(invalid: &Invalid) -> Self {
-        match invalid {
-            Invalid::Ratio(_) => Self::Ratio,
-            Invalid::Base(_) => Self::Base,
-        }
+/// The label of metrics that count invalid values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct InvalidFieldLabels {
+    /// The invalid field.
+    pub field: FieldLabel,
+}
+
+impl InvalidFieldLabels {
+    /// One set of labels for each field of a policy.
+    pub fn all() -> impl Iterator<Item = Self> {
+        PolicyField::ALL.iter().map(|&field| Self { field: FieldLabel(field) })
+    }
+}
+
+impl From<PolicyField> for InvalidFieldLabels {
+    fn from(field: PolicyField) -> Self {
+        Self { field: FieldLabel(field) }
     }
 }
 

@@ -97,7 +97,8 @@ fn job(id: &str) -> JobRef<'_> {
 }
 
 fn policy(ratio: u32, base: u32) -> Policy {
-    Policy { ratio: Ratio::from_billionths(ratio).unwrap_or(Ratio::ONE), base }
+    let ratio_only = Policy { spot_ratio: Ratio::from_billionths(ratio).unwrap_or(Ratio::ONE), ..Policy::DEFAULT };
+    Policy { on_demand_base: base, ..ratio_only }
 }
 
 fn all_spot() -> Policy {
@@ -130,8 +131,13 @@ fn asking(policy: Policy) -> JobState<'static> {
     JobState { overrides: overrides(policy), ..JobState::default() }
 }
 
+fn overrides_of(spot_ratio: Option<Ratio>, on_demand_base: Option<u32>) -> PolicyOverrides {
+    let ratio_only = PolicyOverrides { spot_ratio, ..PolicyOverrides::default() };
+    PolicyOverrides { on_demand_base, ..ratio_only }
+}
+
 fn overrides(policy: Policy) -> PolicyOverrides {
-    PolicyOverrides { ratio: Some(policy.ratio), base: Some(policy.base) }
+    policy.into()
 }
 
 /// A reconcile in the first term.
@@ -143,7 +149,7 @@ async fn mend(
 ) -> Result<ReconcileSummary, StoreError> {
     match ledger.reconcile(job, &seen, grace, Term(1)).await? {
         ReconcileOutcome::Done(mended) => Ok(mended),
-        ReconcileOutcome::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
+        ReconcileOutcome::Superseded(by) => Err(StoreError::InvalidReply(format!("superseded by {by}"))),
     }
 }
 
@@ -224,8 +230,10 @@ pub async fn peeking_answers_what_placing_would_and_writes_nothing(ledger: &impl
 /// The webhook then looks the driver up.
 pub async fn without_any_policy_it_asks_for_one_and_enters_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("no-policy");
-    let half =
-        PlaceRequest { overrides: PolicyOverrides { ratio: Some(Ratio::ONE), base: None }, ..request("e1", None) };
+    let half = PlaceRequest {
+        overrides: PolicyOverrides { spot_ratio: Some(Ratio::ONE), ..PolicyOverrides::default() },
+        ..request("e1", None)
+    };
     for asked in [request("e1", None), half] {
         assert_eq!(ledger.place(job, &asked).await?, PlaceOutcome::NeedPolicy);
     }
@@ -266,9 +274,8 @@ pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Chec
 pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger) -> Checked {
     let job = job("own");
     ledger.learn(job, policy(Ratio::ONE_IN_BILLIONTHS, 1)).await?;
-    let own = |ratio, base| PolicyOverrides { ratio, base };
-    let ratio = PlaceRequest { overrides: own(Some(Ratio::ZERO), None), ..request("e1", None) };
-    let base = PlaceRequest { overrides: own(None, Some(3)), ..request("e2", None) };
+    let ratio = PlaceRequest { overrides: overrides_of(Some(Ratio::ZERO), None), ..request("e1", None) };
+    let base = PlaceRequest { overrides: overrides_of(None, Some(3)), ..request("e2", None) };
     assert_eq!(ledger.place(job, &ratio).await?, placed(OnDemand, NEW, 0, 1));
     assert_eq!(ledger.place(job, &PlaceRequest { key: "e3", ..ratio }).await?, placed(OnDemand, NEW, 0, 2));
     assert_eq!(ledger.place(job, &base).await?, placed(OnDemand, NEW, 0, 3));
@@ -280,7 +287,7 @@ pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger
 /// And is asked for no look-up.
 pub async fn an_executor_that_states_all_needs_no_policy(ledger: &impl Ledger) -> Checked {
     let job = job("own-all");
-    let overrides = PolicyOverrides { ratio: Some(Ratio::ONE), base: Some(0) };
+    let overrides = overrides(all_spot());
     assert_eq!(ledger.place(job, &PlaceRequest { overrides, ..request("e1", None) }).await?, placed(Spot, NEW, 1, 0));
     assert_eq!(ledger.place(job, &request("e2", None)).await?, PlaceOutcome::NeedPolicy);
     assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), None);
@@ -506,8 +513,12 @@ pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a
     let noted = async || -> Result<Option<Policy>, StoreError> {
         Ok(ledger.get(job).await?.and_then(|ledger| ledger.policy()))
     };
-    let ratio = JobState { overrides: PolicyOverrides { ratio: Some(Ratio::ZERO), base: None }, ..seen(&[]) };
-    let base = JobState { overrides: PolicyOverrides { ratio: None, base: Some(7) }, ..seen(&[]) };
+    let ratio = JobState {
+        overrides: PolicyOverrides { spot_ratio: Some(Ratio::ZERO), ..PolicyOverrides::default() },
+        ..seen(&[])
+    };
+    let base =
+        JobState { overrides: PolicyOverrides { on_demand_base: Some(7), ..PolicyOverrides::default() }, ..seen(&[]) };
     let there = [live("e1", "u", Some(Spot))];
     for part in [ratio, base] {
         mend(ledger, job, part, LONG).await?;
@@ -640,11 +651,11 @@ pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checke
     mend(ledger, of("spark-0"), JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
     ledger.release(of("spark-1"), "e1", None).await?;
 
-    let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(0), 0);
-    while let Some(page) = from {
-        let JobPage { jobs, next } = ledger.list_jobs(page).await?;
+    let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(None), 0);
+    while let Some(cursor) = from {
+        let JobPage { jobs, next } = ledger.list_jobs(cursor).await?;
         told.extend(jobs.into_iter().filter(|job| job.namespace == "contract-jobs").map(|job| job.app_id));
-        from = next;
+        from = next.map(Some);
         pages += 1;
         assert!(pages < 10_000, "there is always another page");
     }
@@ -723,7 +734,7 @@ pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
     let mut shown = Vec::new();
     for job in jobs {
         let ledger = ledger.get(job).await?.unwrap_or_default();
-        shown.push((ledger.policy().map(|policy| policy.ratio.billionths()), ledger.counts().total()));
+        shown.push((ledger.policy().map(|policy| policy.spot_ratio.billionths()), ledger.counts().total()));
     }
     assert_eq!(shown, [(Some(0), 1), (Some(1_000), 0), (Some(2), 2), (Some(3), 2), (Some(4), 2)]);
     Ok(())
@@ -814,10 +825,10 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
             Just(Ratio::ONE_IN_BILLIONTHS),
             0..=1u32 << 29
         ]
-        .prop_map(|billionths| policy(billionths, 0).ratio)
+        .prop_map(|billionths| policy(billionths, 0).spot_ratio)
     };
     let base = || 0u32..4;
-    let policy = move || (ratio(), base()).prop_map(|(ratio, base)| Policy { ratio, base });
+    let policy = move || (ratio(), base()).prop_map(|(ratio, base)| policy(ratio.billionths(), base));
     let seldom = |strategy: BoxedStrategy<_>| prop::option::weighted(0.2, strategy);
     let ask = move || {
         (
@@ -830,14 +841,14 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(executor, required, ratio, base, policy)| Ask {
                 executor,
                 required,
-                overrides: PolicyOverrides { ratio, base },
+                overrides: overrides_of(ratio, base),
                 policy,
             })
     };
     let live = (executor(), uid(), prop::option::weighted(0.7, capacity()))
         .prop_map(|(executor, uid, capacity)| LiveExecutor { key: executor, uid, capacity });
     let overrides = (seldom(ratio().boxed()), prop::option::weighted(0.2, base()))
-        .prop_map(|(ratio, base)| PolicyOverrides { ratio, base });
+        .prop_map(|(ratio, base)| overrides_of(ratio, base));
     // Mostly the same, so that most reconciles are not superseded; the largest is seldom the first.
     let term = prop_oneof![1 => Just(9), 12 => Just(10), 1 => Just(11)].prop_map(Term);
     let few = prop_oneof![prop::collection::vec(live.clone(), 0..8), Just(Vec::new())];

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use balancer_core::{
-    Action, Capacity, Conventions, Counts, Defaults, Driver, Executor, IgnoreReason, Invalid, PlaceOutcome,
-    PlaceRequest, Placed, Policy, PolicyOverrides, Reply, Review, ReviewError, decide_without_ledger,
+    Action, Capacity, Conventions, Counts, Driver, Executor, IgnoreReason, InvalidField, PlaceOutcome, PlaceRequest,
+    Placed, Policy, PolicyField, PolicyOverrides, Reply, Review, ReviewError, decide_without_ledger,
 };
 use balancer_store::{Ledger, StoreError};
 
@@ -23,7 +23,7 @@ pub struct Admission<L> {
     /// How the cluster names things.
     pub conventions: Arc<Conventions>,
     /// What holds where a job states nothing.
-    pub defaults: Defaults,
+    pub defaults: Policy,
     /// What is counted.
     pub metrics: Arc<Metrics>,
 }
@@ -120,7 +120,8 @@ impl<L: Ledger> Admission<L> {
     /// there is no ledger to ask, decides by the closed form.
     async fn decide(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Placement {
         let mut request = PlaceRequest::of(executor);
-        let mut policy = if request.overrides.ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
+        let mut policy =
+            if request.overrides.spot_ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
         let mut known = executor.overrides.or(None);
         let mut answer = self.ask(executor, &request, dry_run).await;
         if matches!(answer, Ok(PlaceOutcome::NeedPolicy)) {
@@ -131,7 +132,7 @@ impl<L: Ledger> Admission<L> {
                 request.policy = Some(jobs);
             } else {
                 // A default that nobody told must not be noted as the job's policy.
-                request.overrides = PolicyOverrides { ratio: Some(complete.ratio), base: Some(complete.base) };
+                request.overrides = complete.into();
             }
             answer = self.ask(executor, &request, dry_run).await;
         }
@@ -146,7 +147,9 @@ impl<L: Ledger> Admission<L> {
                 return Placement { capacity, source, policy, counts: Ok(counts) };
             }
             // A ledger that asks again though it was told is as good as none.
-            Ok(PlaceOutcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
+            Ok(PlaceOutcome::NeedPolicy) => {
+                StoreError::InvalidReply("it asks for a policy that it was told".to_owned())
+            }
             Err(error) => error,
         };
         let capacity = match (executor.required, known) {
@@ -190,21 +193,22 @@ impl<L: Ledger> Admission<L> {
             self.warn_of_default(reply, invalid);
         }
         if *from != PolicySource::Executor {
-            *from = match overrides.ratio {
+            *from = match overrides.spot_ratio {
                 Some(_) => PolicySource::Driver,
-                None if invalid.iter().any(|invalid| matches!(invalid, Invalid::Ratio(_))) => PolicySource::Invalid,
+                None if invalid.iter().any(|invalid| invalid.field == PolicyField::SpotRatio) => PolicySource::Invalid,
                 None => PolicySource::Default,
             };
         }
-        (told, self.defaults.complete(&overrides))
+        (told, overrides.or_default(self.defaults))
     }
 
     async fn learn(&self, driver: &Driver<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
         for invalid in &driver.invalid {
             self.warn_of_default(reply, invalid);
         }
-        let policy = self.defaults.complete(&driver.overrides);
-        let (namespace, job, ratio, base) = (driver.job.namespace, driver.job.app_id, policy.ratio, policy.base);
+        let policy = driver.overrides.or_default(self.defaults);
+        let (namespace, job, ratio, base) =
+            (driver.job.namespace, driver.job.app_id, policy.spot_ratio, policy.on_demand_base);
         let invalid = driver.invalid.first().map(tracing::field::display);
         let mut outcome = OutcomeLabel::DryRun;
         if !dry_run {
@@ -246,17 +250,14 @@ impl<L: Ledger> Admission<L> {
         Admitted { role: RoleLabel::Executor, operation: OperationLabel::Delete, outcome }
     }
 
-    fn warn_of_default(&self, reply: &mut Reply<'_>, invalid: &Invalid) {
-        let holds = match invalid {
-            Invalid::Ratio(_) => format!("the default {} holds", self.defaults.ratio),
-            Invalid::Base(_) => "no base holds".to_owned(),
-        };
-        self.warn(reply, invalid, &holds);
+    fn warn_of_default(&self, reply: &mut Reply<'_>, invalid: &InvalidField) {
+        let default = PolicyOverrides::from(self.defaults).value(invalid.field).unwrap_or_default();
+        self.warn(reply, invalid, &format!("using the default {default}"));
     }
 
     /// Tells whoever submits the pod, and whoever runs the cluster, of an annotation that is wrong.
-    fn warn(&self, reply: &mut Reply<'_>, invalid: &Invalid, holds: &str) {
-        let annotation = self.conventions.annotation(invalid);
+    fn warn(&self, reply: &mut Reply<'_>, invalid: &InvalidField, holds: &str) {
+        let annotation = self.conventions.annotation(invalid.field);
         self.metrics.invalid(invalid);
         reply.warnings.push(format!("{annotation}: {invalid}; {holds}"));
     }

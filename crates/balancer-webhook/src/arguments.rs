@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Defaults};
+use balancer_core::{Conventions, Policy};
 use balancer_reconcile::{ReconcileArguments, ReconcileSettings};
 use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number, yes_or_no};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
@@ -59,7 +59,7 @@ pub struct Arguments {
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) conventions: Arc<Conventions>,
-    pub(crate) defaults: Defaults,
+    pub(crate) defaults: Policy,
     /// How long one admission may wait for the Kubernetes API.
     pub(crate) look_up_limit: Duration,
     pub(crate) port: u16,
@@ -94,7 +94,7 @@ impl Arguments {
         let reconciles = !dev && reconcile_enabled.unwrap_or(store.in_memory());
         Ok(Settings {
             conventions: Arc::new(conventions.conventions()?),
-            defaults: defaults.defaults(),
+            defaults: defaults.policy(),
             look_up_limit: budget.saturating_sub(2 * store.timeout()),
             port,
             certificate: if dev {

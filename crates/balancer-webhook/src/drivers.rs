@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use balancer_core::{Conventions, Invalid, JobRef, Pod, PolicyOverrides};
+use balancer_core::{Conventions, InvalidField, JobRef, Pod, PolicyOverrides};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use kube::api::ListParams;
@@ -33,7 +33,7 @@ pub enum DriverPolicy {
         /// What its annotations validly state.
         overrides: PolicyOverrides,
         /// What they state and we cannot read.
-        invalid: Vec<Invalid>,
+        invalid: Vec<InvalidField>,
     },
     /// The cluster has no driver of that job, or none to ask.
     NoDriver,
@@ -250,7 +250,9 @@ mod tests {
 
     fn ratio(looked: &DriverPolicy) -> String {
         match looked {
-            DriverPolicy::Found { overrides, .. } => overrides.ratio.map(|ratio| ratio.to_string()).unwrap_or_default(),
+            DriverPolicy::Found { overrides, .. } => {
+                overrides.spot_ratio.map(|ratio| ratio.to_string()).unwrap_or_default()
+            }
             other => format!("{other:?}"),
         }
     }

@@ -4,8 +4,8 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use balancer_core::{Capacity, IgnoreReason, Invalid};
-use balancer_runtime::metric_labels::{CapacityLabel, InvalidPart, StoreErrorLabels};
+use balancer_core::{Capacity, IgnoreReason, InvalidField};
+use balancer_runtime::metric_labels::{CapacityLabel, InvalidFieldLabels, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
 use prometheus_client::encoding::EncodeLabelSet;
@@ -186,7 +186,6 @@ label_sets! {
     StoreLabels { call: StoreCall }
     LookUpLabels { outcome: LookUpLabel }
     RefusalLabels { reason: Refusal }
-    InvalidLabels { part: InvalidPart }
 }
 
 /// What is counted.
@@ -200,7 +199,7 @@ pub struct Metrics {
     store_errors: Family<StoreErrorLabels, Counter>,
     look_ups: Family<LookUpLabels, Counter>,
     refusals: Family<RefusalLabels, Counter>,
-    invalid: Family<InvalidLabels, Counter>,
+    invalid: Family<InvalidFieldLabels, Counter>,
     connections: Gauge,
 }
 
@@ -260,8 +259,8 @@ impl Metrics {
         for &reason in Refusal::ALL {
             drop(self.refusals.get_or_create(&RefusalLabels { reason }));
         }
-        for &part in InvalidPart::ALL {
-            drop(self.invalid.get_or_create(&InvalidLabels { part }));
+        for labels in InvalidFieldLabels::all() {
+            drop(self.invalid.get_or_create(&labels));
         }
     }
 
@@ -337,8 +336,8 @@ impl Metrics {
         self.look_ups.get_or_create(&LookUpLabels { outcome }).inc();
     }
 
-    pub(crate) fn invalid(&self, invalid: &Invalid) {
-        self.invalid.get_or_create(&InvalidLabels { part: invalid.into() }).inc();
+    pub(crate) fn invalid(&self, invalid: &InvalidField) {
+        self.invalid.get_or_create(&invalid.field.into()).inc();
     }
 
     pub(crate) fn refused(&self, reason: Refusal) {
