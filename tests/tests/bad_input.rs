@@ -213,7 +213,7 @@ async fn each_wrong_request_gets_its_own_status_and_sentence_and_holds_up_nothin
     // Of each protocol.
     for (reason, count) in [("review", 2 * reviews), ("content_type", 5), ("path", 6), ("method", 6), ("too_large", 4)]
     {
-        let counted = metrics.sum("spot_balancer_refused_requests_total", &[("reason", reason)]);
+        let counted = metrics.sum("spot_balancer_rejected_requests_total", &[("reason", reason)]);
         assert_eq!(counted, Some(f64::from(2 * count)), "{reason}");
     }
     let beside = beside.stop().await?;

@@ -87,7 +87,7 @@ async fn a_creation_that_is_retried_counts_once() -> Result<()> {
         assert_eq!(placed(&scenario.pods().get(&format!("again-exec-{id}")).await?)?, first);
         scenario.ensure_ledger_is_true("again").await?.ensure_near(0.5, 1.0)?;
     }
-    assert_eq!(scenario.metric("spot_balancer_placements_total", &[("source", "reused")]).await?, 40.0);
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &[("source", "existing")]).await?, 40.0);
     Ok(())
 }
 
@@ -261,11 +261,11 @@ async fn a_driver_that_was_there_before_us_is_looked_up_once_and_the_newest_live
     balancer_tests::pods::set_phase(&scenario.pods(), "failed-attempt", "Failed").await?;
     scenario.redis.flush().await?;
     let found = [("outcome", "found")];
-    let before = scenario.metric("spot_balancer_driver_look_ups_total", &found).await?;
+    let before = scenario.metric("spot_balancer_driver_lookups_total", &found).await?;
     for id in 1..=5 {
         assert_eq!(scenario.executor("found", id).await?, "spot");
     }
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &found).await? - before, 1.0);
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &found).await? - before, 1.0);
     assert_eq!(scenario.metric("spot_balancer_policies_total", &[("source", "driver")]).await?, 1.0);
     Ok(())
 }

@@ -91,7 +91,7 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
     })
     .await?;
     scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 

@@ -210,7 +210,7 @@ async fn a_job_that_was_there_before_us_is_entered_with_its_policy() -> Result<(
     scenario.ensure_ledger_is_real(JOB).await?;
     assert_eq!(scenario.policy(JOB).await?, (Some("0.5".to_owned()), Some("0".to_owned())));
     scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 

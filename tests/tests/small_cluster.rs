@@ -95,7 +95,7 @@ async fn a_ledger_in_memory_is_rebuilt_before_the_webhook_is_ready() -> Result<(
     scenario.webhooks.push(webhook);
     scenario.send_to_webhooks();
     ensure_placed_by_the_truth(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 

@@ -43,7 +43,7 @@ pub struct Arguments {
     defaults: DefaultArguments,
     /// Whether the webhook's process also runs the reconciler. Accepted: true or false. Never with --dev [default: true
     /// with the memory store, which no other process can reconcile, and false with redis]
-    #[arg(long, env, value_parser = switch, num_args = 0..=1, default_missing_value = "true", help_heading = "Reconciler")]
+    #[arg(long, env, value_parser = switch, num_args = 0..=1, default_missing_value = "true", help_heading = "Reconciling")]
     reconcile_enabled: Option<bool>,
 
     #[command(flatten)]
