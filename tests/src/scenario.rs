@@ -23,7 +23,7 @@ use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::RedisServer;
 use crate::registration::Registration;
-use crate::wait::{until, until_true};
+use crate::wait::{SOON, until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
 
 /// The grace of the scenarios' reconcilers: how long a placement may wait for its pod.
@@ -35,7 +35,6 @@ const MORE: usize = 20;
 
 const LEASE: &str = "spot-balancer-reconciler";
 const DECISION: &str = "workload/capacity-type";
-const SOON: Duration = Duration::from_secs(60);
 /// Between two looks at a ledger that is to stay true.
 const HOLDS: Duration = Duration::from_millis(300);
 /// Between two looks at one that is not true yet: a look lists all pods of a job.

@@ -3,8 +3,6 @@
 
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::{Options, Plane};
 use balancer_tests::deployed::{RECONCILER, WEBHOOK, as_deployed, lead, prepare};
@@ -14,7 +12,7 @@ use balancer_tests::original::Original;
 use balancer_tests::pods::{Posted, executor};
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{REPAIRED, Scenario};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{guide, need};
 use k8s_openapi::api::core::v1::Namespace;
@@ -23,7 +21,6 @@ use serde_json::{Value, json};
 
 const JOB: &str = "etl";
 const RATIO: f64 = 0.7;
-const SOON: Duration = Duration::from_secs(30);
 
 /// The one block of commands in the guide that has `part` in it.
 fn documented(part: &str) -> Result<String> {

@@ -3,21 +3,18 @@
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
 use balancer_tests::helm::{Helm, RELEASE, object, objects, repository};
 use balancer_tests::prometheus::{self, Prometheus, Target};
 use balancer_tests::scenario::{Scenario, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{endpoint, need, pods, reviews};
 use k8s_openapi::api::rbac::v1::RoleBinding;
 use kube::api::{Api, DeleteParams, ListParams};
 use serde_json::{Value, json};
-
-const SOON: Duration = Duration::from_secs(60);
 
 type Names = BTreeSet<String>;
 

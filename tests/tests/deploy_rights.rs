@@ -13,7 +13,7 @@ use balancer_tests::helm::RELEASE;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::release::Release;
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{need, nodes, pods, reviews};
 use k8s_openapi::api::authorization::v1::SubjectAccessReview;
@@ -23,8 +23,6 @@ use k8s_openapi::api::events::v1::Event;
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::{Value, json};
-
-const SOON: Duration = Duration::from_secs(60);
 
 /// One verb of one rule of an installed role.
 #[derive(Debug, Clone)]

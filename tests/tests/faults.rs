@@ -14,12 +14,11 @@ use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
 use balancer_tests::scenario::{Scenario, placed, strict};
 use balancer_tests::steady::Steady;
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use futures::{StreamExt, TryStreamExt};
 use kube::Client;
 
-const SOON: Duration = Duration::from_secs(30);
 /// What an admission may take at most, by the webhook's own setting.
 const BUDGET: Duration = Duration::from_secs(5);
 /// The store's time-out of half a second and slack for a busy machine, as a bucket of the webhook's

@@ -15,7 +15,7 @@ use balancer_tests::kubelet::Kubelet;
 use balancer_tests::process::scratch_path;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::registration::Registration;
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::{need, nodes, pods};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -23,8 +23,6 @@ use kube::api::{Api, DeleteParams, ListParams, WatchEvent, WatchParams};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use redis::AsyncCommands;
-
-const SOON: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn an_executor_is_bound_to_the_capacity_it_selects_runs_and_goes() -> Result<()> {

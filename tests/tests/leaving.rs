@@ -10,7 +10,7 @@ use balancer_tests::raw::{Connection, Protocol, Unanswered, tls};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
 use balancer_tests::scenario::{Scenario, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
@@ -20,7 +20,6 @@ use tokio::time::{sleep, timeout};
 
 /// Each of these tests loads the machine, or counts on it to be quick.
 static MACHINE: Mutex<()> = Mutex::const_new(());
-const SOON: Duration = Duration::from_secs(30);
 /// The grace that a cluster gives a pod to end.
 const GRACE: Duration = Duration::from_secs(30);
 /// Frames of HTTP/2.
@@ -178,7 +177,7 @@ async fn one_of_two_webhooks_ends_under_load_and_the_apiserver_does_not_notice()
     let _alone = MACHINE.lock().await;
     let mut scenario = Scenario::start("one-ends", 2, strict()).await?;
     scenario.driver("busy", "0.7").await?;
-    let mut leaver = scenario.webhooks.remove(0);
+    let mut webhooks = std::mem::take(&mut scenario.webhooks);
     let (made, ended) = (AtomicU32::new(0), AtomicBool::new(false));
     let make = async |id| {
         scenario.executor("busy", id).await?;
@@ -200,9 +199,16 @@ async fn one_of_two_webhooks_ends_under_load_and_the_apiserver_does_not_notice()
     };
     let ending = async {
         until_true(SOON, "creations", async || Ok(made.load(Ordering::Relaxed) >= 50)).await?;
-        let served = leaver.metrics().await?.sum("spot_balancer_placements_total", &[]);
-        ensure!(served > Some(0.0), "the one that ends had nothing to do");
-        let status = leaver.terminate(GRACE).await?;
+        // A new apiserver keeps a single HTTP/2 connection, so one of the two may have nothing to do.
+        let mut busy = None;
+        for webhook in &mut webhooks {
+            let placed = webhook.metrics().await?.sum("spot_balancer_placements_total", &[]);
+            if placed > Some(0.0) {
+                busy = Some(webhook);
+                break;
+            }
+        }
+        let status = busy.context("no webhook placed anything")?.terminate(GRACE).await?;
         ended.store(true, Ordering::Relaxed);
         ensure!(status.success(), "it ended with {status}");
         Ok(())

@@ -1,18 +1,14 @@
 //! Executors placed through a real kube-apiserver, with a real Redis behind the release binary.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::need;
 use balancer_tests::pods::{driver, executor};
 use balancer_tests::scenario::{Counts, Scenario, placed, selected, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::WebhookOptions;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
-
-const SOON: Duration = Duration::from_secs(30);
 
 #[tokio::test]
 async fn at_every_step_a_job_is_within_one_executor_of_its_ratio_and_runs_on_what_was_decided() -> Result<()> {
@@ -45,10 +41,10 @@ async fn three_hundred_at_once_keep_the_ratio_with_one_webhook_and_with_two() ->
         scenario.driver("crowd", "0.7").await?;
         scenario.executors("crowd", 1..=300, 32).await?;
         scenario.ensure_ledger_is_true("crowd").await?.ensure_near(0.7, 1.0)?;
-        for webhook in &scenario.webhooks {
-            let served = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "ledger")]);
-            ensure!(served > Some(0.0), "one of {replicas} webhooks placed nothing");
-        }
+        // Which of two webhooks placed how many depends on the apiserver: an old one opens many connections, a new
+        // one keeps a single HTTP/2 connection, and the address before the webhooks balances connections.
+        let placed = scenario.metric("spot_balancer_placements_total", &[("source", "ledger")]).await?;
+        assert_eq!(placed, 300.0, "all {replicas} webhooks together");
     }
     Ok(())
 }

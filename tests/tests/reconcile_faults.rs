@@ -12,13 +12,12 @@ use balancer_tests::pods::{self, executor};
 use balancer_tests::process::Signal;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario, placed};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
 use kube::api::EvictParams;
 use tokio::time::{Instant, sleep, sleep_until};
 
-const SOON: Duration = Duration::from_secs(60);
 /// How long a leader that is gone still counts as one.
 const LEASE: Duration = Duration::from_secs(15);
 /// To find out that a lease was given up, or has run out.

@@ -7,12 +7,11 @@ use balancer_tests::need;
 use balancer_tests::pods::{self, annotate};
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use k8s_openapi::api::events::v1::Event;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 
-const SOON: Duration = Duration::from_secs(60);
 /// An edit is followed within this.
 const FOLLOWED: Duration = Duration::from_secs(2);
 const JOB: &str = "etl";

@@ -1,7 +1,5 @@
 //! The reconciler as the person who runs it meets it: its settings, its rights, its probes and metrics.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::account::{Account, EVENTS, LEASES, NODES, PODS, Right};
 use balancer_tests::control_plane::Plane;
@@ -10,10 +8,9 @@ use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::release::refusal;
 use balancer_tests::scenario::{REPAIRED, Scenario, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::{endpoint, need, nodes};
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use balancer_tests::pods::{self, executor, set_phase};
 use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::registration::Registration;
 use balancer_tests::scenario::{Counts, Executors, GRACE, REPAIRED, Scenario, placed, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::WebhookOptions;
 use balancer_tests::{need, nodes, port};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
@@ -21,7 +21,6 @@ use kube::api::{Api, DeleteParams, EvictParams, ListParams, PostParams};
 use redis::AsyncCommands;
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 #[tokio::test]

@@ -11,13 +11,12 @@ use balancer_tests::balance::Balance;
 use balancer_tests::control_plane::{Plane, kubeconfig_through};
 use balancer_tests::pods::annotate;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::{Webhook, WebhookOptions};
 use balancer_tests::{endpoint, need};
 use kube::api::EvictParams;
 use tokio::time::sleep;
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 /// What a webhook alone in a small cluster may do: no leases.

@@ -4,7 +4,6 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
@@ -14,12 +13,10 @@ use balancer_tests::process::{Process, Signal, scratch_path};
 use balancer_tests::raw::{Connection, Protocol};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, fixture, patch, patched};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::{Webhook, WebhookOptions};
 use balancer_tests::{endpoint, port, release};
 use http::HeaderMap;
-
-const SOON: Duration = Duration::from_secs(30);
 
 fn file(name: &str, text: &str) -> Result<PathBuf> {
     let path = scratch_path(name)?;
