@@ -95,7 +95,7 @@ async fn bundles(client: &Client) -> Result<Vec<Vec<u8>>> {
 }
 
 #[tokio::test]
-async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_without_a_trace() -> Result<()> {
+async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_completely() -> Result<()> {
     need!(Helm, ControlPlane, ControllerManager);
     let options = Options { controller_manager: true, ..Options::default() };
     let (plane, mut helm) = cluster(options, &["jobs-a", "jobs-b"]).await?;
@@ -147,7 +147,7 @@ async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_without_a_t
 }
 
 #[tokio::test]
-async fn several_releases_keep_apart_and_what_cannot_is_refused_before_anything_is_made() -> Result<()> {
+async fn several_releases_coexist_and_conflicting_ones_are_refused_before_anything_is_created() -> Result<()> {
     need!(Helm, ControlPlane);
     let (plane, mut helm) = cluster(Options::default(), &["elsewhere", "2024"]).await?;
     let client = plane.client()?;
@@ -201,7 +201,7 @@ async fn keep_ready(client: Client) -> Result<()> {
 }
 
 #[tokio::test]
-async fn helm_4_does_the_same_by_applying_on_the_servers_side() -> Result<()> {
+async fn helm_4_with_server_side_apply_does_the_same() -> Result<()> {
     need!(Helm, ControlPlane);
     let (plane, mut helm) = cluster(Options::default(), &[]).await?;
     let client = plane.client()?;
@@ -270,7 +270,7 @@ async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_small_redis_as_the_chart_starts_it_keeps_ledgers_within_its_bound_and_nothing_on_disk() -> Result<()> {
+async fn the_charts_redis_keeps_within_its_memory_limit_and_writes_nothing_to_disk() -> Result<()> {
     need!(Helm, Redis, Webhook);
     let rendered = Helm::start().await?.render(&json!({})).await?;
     let deployment = object(&rendered, "Deployment", "spot-balancer-redis")?;
@@ -347,7 +347,7 @@ async fn restrict(plane: &ControlPlane) -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_pods_are_admitted_as_they_are_where_pod_security_is_restricted() -> Result<()> {
+async fn the_pods_pass_restricted_pod_security_unchanged() -> Result<()> {
     need!(Helm, ControlPlane, ControllerManager);
     let options = Options { controller_manager: true, pod_security_policy: true, ..Options::default() };
     let (plane, mut helm) = cluster(options, &[JOBS]).await?;
@@ -384,7 +384,7 @@ async fn the_pods_are_admitted_as_they_are_where_pod_security_is_restricted() ->
 }
 
 #[tokio::test]
-async fn a_user_of_redis_with_the_documented_rights_is_enough() -> Result<()> {
+async fn a_redis_user_with_the_documented_rights_is_enough() -> Result<()> {
     need!(Helm, ControlPlane, Redis, Webhook, Reconciler);
     let documented = std::fs::read_to_string(repository("docs/install.md"))?;
     let rights = documented.lines().find(|line| line.starts_with("~exec-")).context("no rights in docs/install.md")?;
@@ -449,7 +449,7 @@ async fn called_for(client: &Client, webhook: &Webhook, round: &str) -> Result<B
 }
 
 #[tokio::test]
-async fn the_webhook_is_called_for_the_pods_of_chosen_namespaces_and_for_no_other() -> Result<()> {
+async fn the_webhook_is_called_for_the_chosen_namespaces_only() -> Result<()> {
     need!(Helm, ControlPlane, Webhook);
     let (plane, mut helm) = cluster(Options::default(), &[JOBS, "labelled", "other"]).await?;
     let client = plane.client()?;
@@ -506,7 +506,7 @@ async fn budget_generations(client: &Client, old: bool) -> Result<BTreeMap<Strin
 }
 
 #[tokio::test]
-async fn the_plain_manifests_and_the_node_pools_apply_cleanly_and_again() -> Result<()> {
+async fn manifests_and_node_pools_apply_cleanly_twice() -> Result<()> {
     need!(Helm, ControlPlane, ControllerManager, Kubectl);
     // Which ends namespaces.
     let plane = ControlPlane::start(Options { controller_manager: true, ..Options::default() }).await?;

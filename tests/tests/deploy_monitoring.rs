@@ -56,7 +56,7 @@ async fn every_alert_fires_when_it_should_and_only_then() -> Result<()> {
 }
 
 #[tokio::test]
-async fn no_alert_is_there_that_would_tell_of_what_is_not() -> Result<()> {
+async fn alerts_for_parts_that_are_not_installed_are_left_out() -> Result<()> {
     need!(Helm);
     let all = alerts(&rules(json!({})).await?)?;
     let without = async |values: Value| -> Result<Names> {
@@ -102,7 +102,7 @@ fn list(value: &Value) -> Result<&Vec<Value>> {
 }
 
 #[test]
-fn the_panels_of_the_dashboard_are_whole_and_lie_beside_one_another() -> Result<()> {
+fn dashboard_panels_are_complete_and_do_not_overlap() -> Result<()> {
     let dashboard = dashboard()?;
     let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
     for panel in list(&dashboard["panels"])? {
@@ -210,7 +210,7 @@ async fn until_fired(prometheus: &Prometheus, names: &[&str], mut act: impl Asyn
 }
 
 #[tokio::test]
-async fn dashboard_and_alerts_tell_what_happens_to_running_programs() -> Result<()> {
+async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<()> {
     need!(Helm, Redis, ControlPlane, Scheduler, Webhook, Reconciler, Prometheus);
     let monitoring = json!({"serviceMonitor": {"enabled": true}, "prometheusRule": {"enabled": true}});
     let rendered = Helm::start().await?.render(&json!({"monitoring": monitoring})).await?;

@@ -154,7 +154,7 @@ async fn use_all_rights(plane: &ControlPlane, account: &str, redis: &RedisServer
 }
 
 #[tokio::test]
-async fn each_verb_of_each_rule_is_needed_and_no_other_is() -> Result<()> {
+async fn each_verb_of_each_rule_is_needed_and_sufficient() -> Result<()> {
     need!(Helm, ControlPlane, Redis, Webhook, Reconciler);
     let (plane, mut helm) = cluster(Options::default(), &[JOBS]).await?;
     let client = plane.client()?;

@@ -29,7 +29,7 @@ async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
     static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
     let options = Options { scheduler: true, controller_manager: true, ..Options::default() };
     let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
-    nodes::of_the_executor_pool(&plane.client()?).await?;
+    nodes::ensure_executor_pool(&plane.client()?).await?;
     let mut scenario = Scenario::without_nodes(Plane::Shared(plane), purpose).await?;
     scenario.kubelet = None;
     scenario.job_id_label = APPLICATION;
@@ -68,7 +68,7 @@ async fn until_nothing_is_left(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_pass_with_real_spark_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
     if !containers::allowed().await? {
         return Ok(());
@@ -145,7 +145,7 @@ impl<'a> Pi<'a> {
 }
 
 #[tokio::test]
-async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_empty_ledger() -> Result<()> {
+async fn a_spark_job_replaces_a_lost_executor_and_leaves_an_empty_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
     if !containers::allowed().await? {
         return Ok(());
@@ -154,7 +154,7 @@ async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_em
     let pi = Pi::submit(&scenario, &containers, TASKS).await?;
     pi.until_computing().await.with_context(|| containers.last_words())?;
     let asked = Counts { spot: 3, on_demand: 1 };
-    assert_eq!(scenario.until_ledger_is_true(&pi.id, SOON).await?, asked);
+    assert_eq!(scenario.until_ledger_matches_pods(&pi.id, SOON).await?, asked);
     scenario.ensure_bound_as_placed(&pi.id).await?;
 
     let lost = scenario.some(&pi.id, "spot", 1).await?.pop().context("no executor")?;
@@ -166,7 +166,7 @@ async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_em
     let replaced = replaced.await.with_context(|| containers.last_words())?;
     assert!(replaced.keys().any(|name| name.ends_with("-exec-5")), "{replaced:?}");
     // Spark may ask for it before the loss is in the ledger: no review tells of a process that ended.
-    let counts = scenario.until_ledger_is_true(&pi.id, SOON).await?;
+    let counts = scenario.until_ledger_matches_pods(&pi.id, SOON).await?;
     assert_eq!(counts.spot + counts.on_demand, 4);
     counts.ensure_near(0.7, 1.0)?;
 
@@ -176,7 +176,7 @@ async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_em
         log.lines().find(|line| line.starts_with("Pi is roughly ")).with_context(|| containers.last_words())?;
     assert!(result.starts_with("Pi is roughly 3.1"), "{result}");
     until_true(SOON, "the executors to be gone", async || Ok(scenario.live(&pi.id).await?.is_empty())).await?;
-    assert_eq!(scenario.until_ledger_is_true(&pi.id, SOON).await?, Counts::default());
+    assert_eq!(scenario.until_ledger_matches_pods(&pi.id, SOON).await?, Counts::default());
     let computed = pi.finished()?;
     for id in ["1", "2", "3", "4"].into_iter().filter(|id| !lost.ends_with(&format!("-exec-{id}"))) {
         assert!(computed.iter().any(|by| by == id), "executor {id} computed nothing: {computed:?}");
