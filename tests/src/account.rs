@@ -53,7 +53,7 @@ impl Account {
 
     /// Makes one with the rights of a reconciler that follows these namespaces, or all where there are
     /// none.
-    pub async fn of_a_reconciler(plane: &ControlPlane, namespace: &str, watched: &[&str]) -> Result<Self> {
+    pub async fn for_reconciler(plane: &ControlPlane, namespace: &str, watched: &[&str]) -> Result<Self> {
         let account = Self::new(plane, namespace, "reconciler").await?;
         account.allow(plane, namespace, LEASES).await?;
         account.allow_everywhere(plane, NODES).await?;

@@ -73,6 +73,11 @@ impl Containers {
         self.runtime.process(pod, |process| process.log())
     }
 
+    /// How many bytes all containers have written so far: a measure of their progress.
+    pub fn log_length(&self) -> Result<u64> {
+        lock(&self.runtime.processes).values().map(Process::log_length).sum()
+    }
+
     /// The last lines of every container, for whoever has to find out what went wrong.
     pub fn last_words(&self) -> String {
         let processes = lock(&self.runtime.processes);

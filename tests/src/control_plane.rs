@@ -4,8 +4,8 @@
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::authentication::v1::TokenRequest;
@@ -21,9 +21,8 @@ use crate::metrics::Metrics;
 use crate::parts::program;
 use crate::port;
 use crate::process::{Process, scratch_path};
+use crate::wait::SOON;
 
-/// Two seconds on an idle machine, many more on a busy one.
-const START: Duration = Duration::from_secs(60);
 const ADMIN_TOKEN: &str = "admin-token";
 
 /// Which programs run besides etcd and the apiserver.
@@ -34,8 +33,9 @@ pub struct Options {
     /// kube-controller-manager, less its node lifecycle controller, which would evict from nodes
     /// that no kubelet reports on: collects pods whose owner is gone, ends namespaces, counts quotas.
     pub controller_manager: bool,
-    /// An admission plugin that is off by default.
-    pub plugin: Option<&'static str>,
+    /// The admission plugin PodSecurityPolicy, if the apiserver has it: 1.25 removed it, and has pod security
+    /// admission by labels of namespaces instead.
+    pub pod_security_policy: bool,
 }
 
 /// A running control plane. Dropping it kills it.
@@ -52,7 +52,7 @@ pub struct ControlPlane {
     port: u16,
     etcd_port: u16,
     certificate: ServerCertificate,
-    plugin: Option<&'static str>,
+    pod_security_policy: bool,
     /// Holds the token file and the keys of the service accounts.
     folder: PathBuf,
     kubeconfig: PathBuf,
@@ -85,7 +85,7 @@ impl ControlPlane {
             port,
             etcd_port,
             certificate: authority()?.issue()?,
-            plugin: options.plugin,
+            pod_security_policy: options.pod_security_policy && program_minor_version()? < 25,
             folder,
             kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
         };
@@ -116,7 +116,7 @@ impl ControlPlane {
                 "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
                 "--service-account-issuer=https://kubernetes.default.svc",
             ]);
-            command.args(self.plugin.map(|plugin| format!("--enable-admission-plugins={plugin}")));
+            command.args(self.pod_security_policy.then_some("--enable-admission-plugins=PodSecurityPolicy"));
             command.args(tls_arguments(&self.certificate)).args([
                 format!("--secure-port={}", self.port),
                 format!("--etcd-servers={}", http(self.etcd_port)),
@@ -126,7 +126,7 @@ impl ControlPlane {
                 format!("--service-account-signing-key-file={}", self.file("accounts.key")),
             ]);
         })?;
-        apiserver.until_ok(START, &self.client()?, "/readyz").await?;
+        apiserver.until_ok(SOON, &self.client()?, "/readyz").await?;
         self.apiserver = Some(apiserver);
         Ok(())
     }
@@ -170,7 +170,7 @@ impl ControlPlane {
         self.port
     }
 
-    /// The apiserver's version, less the 1 before it.
+    /// The apiserver's minor version: 20 of 1.20.2.
     pub async fn minor_version(&self) -> Result<u32> {
         Ok(self.client()?.apiserver_version().await?.minor.trim_end_matches('+').parse()?)
     }
@@ -221,7 +221,7 @@ impl ControlPlane {
                 .args(settings);
         })?;
         let client = endpoint::client(&https(port))?;
-        controller.until_ok(START, &client, "/healthz").await?;
+        controller.until_ok(SOON, &client, "/healthz").await?;
         self.controllers.push(controller);
         Ok(())
     }
@@ -283,8 +283,20 @@ async fn start_etcd(port: u16) -> Result<Process> {
             format!("--initial-cluster=default={peer_url}"),
         ]);
     })?;
-    etcd.until_ok(START, &endpoint::client(&url)?, "/health").await?;
+    etcd.until_ok(SOON, &endpoint::client(&url)?, "/health").await?;
     Ok(etcd)
+}
+
+/// The minor version of the kube-apiserver program, for flags that have to be right before it can be asked.
+fn program_minor_version() -> Result<u32> {
+    let output = Command::new(program("kube-apiserver")?).arg("--version").output()?;
+    let text = String::from_utf8(output.stdout)?;
+    parse_minor_version(&text).with_context(|| format!("kube-apiserver --version prints {text:?}"))
+}
+
+/// The minor version in a line such as `Kubernetes v1.20.2`.
+fn parse_minor_version(text: &str) -> Option<u32> {
+    text.trim().strip_prefix("Kubernetes v1.")?.split('.').next()?.parse().ok()
 }
 
 fn tls_arguments(certificate: &ServerCertificate) -> [String; 2] {
@@ -329,4 +341,17 @@ fn write_json(kubeconfig: &Value) -> Result<PathBuf> {
     let path = scratch_path("kubeconfig")?;
     std::fs::write(&path, kubeconfig.to_string())?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_minor_version;
+
+    #[test]
+    fn the_minor_version_is_read_from_what_the_apiserver_prints() {
+        for (text, minor) in [("Kubernetes v1.20.2\n", Some(20)), ("Kubernetes v1.36.0-rc.1\n", Some(36)), ("v2", None)]
+        {
+            assert_eq!(parse_minor_version(text), minor, "{text}");
+        }
+    }
 }

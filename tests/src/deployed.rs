@@ -2,7 +2,6 @@
 //! configurations led to them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::ByteString;
@@ -24,9 +23,7 @@ use crate::metrics::Metrics;
 use crate::pods;
 use crate::redis::RedisServer;
 use crate::release::Options as Settings;
-use crate::wait::until_true;
-
-const SOON: Duration = Duration::from_secs(60);
+use crate::wait::{SOON, until_true};
 
 /// The webhook's Deployment, Service and ServiceAccount.
 pub const WEBHOOK: &str = "spot-balancer-webhook";

@@ -6,7 +6,7 @@ use crate::guide::administrator;
 use crate::helm::repository;
 use crate::scenario::Scenario;
 
-/// What one of the programs made of it.
+/// The result of one of the programs.
 #[derive(Debug)]
 pub struct Outcome {
     /// Whether it was content.
@@ -17,11 +17,11 @@ pub struct Outcome {
 
 /// Runs one of the programs to its end, with these settings, in the namespace of the scenario.
 pub async fn run(scenario: &Scenario, name: &str, settings: &[(&str, &str)]) -> Result<Outcome> {
-    let mut command = administrator(&scenario.plane, 500)?;
+    let mut command = administrator(&scenario.plane, 1500)?;
     command
         .arg(repository("deploy/e2e").join(name))
         .env("NAMESPACE", &scenario.namespace)
-        .env("TIMEOUT", "200")
+        .env("TIMEOUT", "600")
         .envs(settings.iter().copied());
     // Beside the runtime, which the stand-in for the kubelet runs on.
     let output = tokio::task::spawn_blocking(move || command.output()).await??;

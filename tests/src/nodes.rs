@@ -38,7 +38,7 @@ pub async fn of_pool(client: &Client, pool: &str, capacity: &str) -> Result<Stri
 
 /// Makes nodes as the executor pool of `deploy/node-pools.yaml` has them, one of each capacity, for executors
 /// alone; and an open one for drivers and all else.
-pub async fn of_the_executor_pool(client: &Client) -> Result<()> {
+pub async fn ensure_executor_pool(client: &Client) -> Result<()> {
     let taint = json!([{"key": "spark-role", "value": "executor", "effect": "NoSchedule"}]);
     for capacity in ["spot", "on-demand"] {
         let name = format!("executors-{capacity}");

@@ -138,8 +138,8 @@ fn folder(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from the release folder beside this test's own
-/// target folder.
+/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from this test's own target folder: the cheap `release`
+/// build for a test, the `dist` build of the image for a benchmark.
 fn release_binary(name: &str) -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("SPOT_BALANCER_BINARIES") {
         let binary = Path::new(&folder).join(name);
@@ -149,13 +149,19 @@ fn release_binary(name: &str) -> Result<PathBuf> {
     // target/<profile>/deps/<test>
     let this = std::env::current_exe()?;
     let target = this.ancestors().nth(3).context("this test runs from no target folder")?;
-    let binary = target.join("release").join(name);
-    let build = "run cargo build --release --workspace";
+    let profile = if measuring() { "dist" } else { "release" };
+    let binary = target.join(profile).join(name);
+    let build = format!("run cargo build --profile {profile} -p balancer-webhook -p balancer-reconcile");
     ensure!(binary.is_file(), "{} is missing; {build}", binary.display());
     if let Some(source) = newer_source(&binary)? {
         bail!("{} is older than {source}; {build}", binary.display());
     }
     Ok(binary)
+}
+
+/// Whether this process is a benchmark run by `cargo bench`, which passes `--bench`.
+pub fn measuring() -> bool {
+    std::env::args().any(|argument| argument == "--bench")
 }
 
 /// A source file that changed after the binary was built, by the list that cargo leaves beside it:

@@ -159,6 +159,11 @@ impl Process {
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     }
 
+    /// How many bytes the process has written so far.
+    pub fn log_length(&self) -> Result<u64> {
+        Ok(self.log.metadata()?.len())
+    }
+
     /// The last lines of the log.
     pub fn log_tail(&self) -> String {
         let log = self.log().unwrap_or_else(|error| format!("no log: {error:#}"));

@@ -23,7 +23,7 @@ use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::RedisServer;
 use crate::registration::Registration;
-use crate::wait::{until, until_true};
+use crate::wait::{SOON, until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
 
 /// The grace of the scenarios' reconcilers: how long a placement may wait for its pod.
@@ -35,7 +35,6 @@ const MORE: usize = 20;
 
 const LEASE: &str = "spot-balancer-reconciler";
 const DECISION: &str = "workload/capacity-type";
-const SOON: Duration = Duration::from_secs(60);
 /// Between two looks at a ledger that is to stay true.
 const HOLDS: Duration = Duration::from_millis(300);
 /// Between two looks at one that is not true yet: a look lists all pods of a job.
@@ -191,7 +190,7 @@ impl Scenario {
     /// As whom the scenario's reconcilers run.
     pub async fn account(&mut self) -> Result<&Account> {
         if self.account.is_none() {
-            self.account = Some(Account::of_a_reconciler(&self.plane, &self.namespace, &[&self.namespace]).await?);
+            self.account = Some(Account::for_reconciler(&self.plane, &self.namespace, &[&self.namespace]).await?);
         }
         self.account.as_ref().context("no account")
     }
@@ -308,12 +307,12 @@ impl Scenario {
         self.driver(job, ratio).await?.pod()?;
         self.executors(job, 1..=count, 4).await?;
         self.until_bound(job).await?;
-        self.until_pods_are_known(job).await?;
-        self.until_ledger_is_true(job, REPAIRED).await
+        self.until_uids_recorded(job).await?;
+        self.until_ledger_matches_pods(job, REPAIRED).await
     }
 
     /// Fails unless the ledger, entries and counts, is what really runs.
-    pub async fn ensure_ledger_is_real(&self, job: &str) -> Result<Counts> {
+    pub async fn ensure_ledger_matches_pods(&self, job: &str) -> Result<Counts> {
         let (real, entries, ledger) = (self.real(job).await?, self.entries(job).await?, self.ledger(job).await?);
         let mut counts = Counts::default();
         for capacity in real.values() {
@@ -333,9 +332,9 @@ impl Scenario {
     }
 
     /// Waits until the ledger is what really runs, and stays so.
-    pub async fn until_ledger_is_true(&self, job: &str, within: Duration) -> Result<Counts> {
+    pub async fn until_ledger_matches_pods(&self, job: &str, within: Duration) -> Result<Counts> {
         until(within, &format!("the ledger of {job} to be true"), async || {
-            let look = async || match self.ensure_ledger_is_real(job).await {
+            let look = async || match self.ensure_ledger_matches_pods(job).await {
                 Ok(counts) => Ok(counts),
                 Err(error) => {
                     sleep(LOOK).await;
@@ -350,7 +349,7 @@ impl Scenario {
     }
 
     /// Waits until the reconciler has seen the pods of all that are in the ledger.
-    pub async fn until_pods_are_known(&self, job: &str) -> Result<()> {
+    pub async fn until_uids_recorded(&self, job: &str) -> Result<()> {
         until_true(REPAIRED, "the reconciler to have seen all pods", async || {
             sleep(LOOK).await;
             let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
@@ -365,9 +364,9 @@ impl Scenario {
 
     /// Makes 20 more executors; fails unless they bring the job within one of its ratio, and the ledger
     /// is true then.
-    pub async fn ensure_ratio_comes_right(&self, job: &str, ratio: f64) -> Result<()> {
+    pub async fn ensure_ratio_recovers(&self, job: &str, ratio: f64) -> Result<()> {
         self.executors(job, self.fresh_ids().take(MORE), 4).await?;
-        self.until_ledger_is_true(job, REPAIRED).await?.ensure_near(ratio, 1.0)
+        self.until_ledger_matches_pods(job, REPAIRED).await?.ensure_near(ratio, 1.0)
     }
 
     /// Ids that no executor of the scenario had.
@@ -376,7 +375,7 @@ impl Scenario {
     }
 
     /// Fails unless ledger and live executors are the same.
-    pub async fn ensure_ledger_is_true(&self, job: &str) -> Result<Counts> {
+    pub async fn ensure_counts_match_pods(&self, job: &str) -> Result<Counts> {
         let (live, ledger) = (self.counts(job).await?, self.ledger(job).await?);
         ensure!(live == ledger, "live are {live:?}, and the ledger says {ledger:?}");
         Ok(live)

@@ -24,7 +24,7 @@ async fn until_cleaned_up(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_pass_where_executors_are_placed_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_pass_if_executors_are_placed_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Kubectl);
     for (purpose, options) in [("strict", strict()), ("effort", WebhookOptions::default())] {
         let scenario = Scenario::start(purpose, 1, options).await?;
@@ -40,7 +40,7 @@ async fn the_end_to_end_tests_pass_where_executors_are_placed_and_leave_nothing(
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_fail_where_no_webhook_is_called_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_fail_without_a_webhook_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Kubectl);
     let scenario = Scenario::bare(Plane::shared().await?, "bare").await?;
     let Outcome { content, said } = run(&scenario).await?;

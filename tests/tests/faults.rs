@@ -14,12 +14,11 @@ use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
 use balancer_tests::scenario::{Scenario, placed, strict};
 use balancer_tests::steady::Steady;
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use futures::{StreamExt, TryStreamExt};
 use kube::Client;
 
-const SOON: Duration = Duration::from_secs(30);
 /// What an admission may take at most, by the webhook's own setting.
 const BUDGET: Duration = Duration::from_secs(5);
 /// The store's time-out of half a second and slack for a busy machine, as a bucket of the webhook's
@@ -56,7 +55,7 @@ async fn ensure_admissions_were_quick(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_and_keeps_the_ratio() -> Result<()> {
+async fn a_lost_store_fails_and_delays_no_creation_and_keeps_the_ratio() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let mut scenario = Scenario::start("store-lost", 1, strict()).await?;
     for job in ["calm", "crowd"] {
@@ -107,7 +106,7 @@ async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_
 }
 
 #[tokio::test]
-async fn a_store_that_hangs_delays_a_creation_by_its_time_out_and_no_more() -> Result<()> {
+async fn a_hanging_store_delays_a_creation_by_its_timeout_at_most() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("store-hangs", 1, strict()).await?;
     scenario.driver("hung", "0.7").await?;
@@ -287,7 +286,7 @@ async fn a_certificate_swapped_by_the_kubelet_is_served_without_a_failed_admissi
 }
 
 #[tokio::test]
-async fn a_broken_certificate_is_told_and_the_one_before_is_served_until_a_good_one_comes() -> Result<()> {
+async fn an_invalid_certificate_is_reported_and_the_previous_one_stays_in_use() -> Result<()> {
     need!(Webhook);
     let webhook = Webhook::start(strict().without_cluster()?).await?;
     let files = &webhook.certificate;
