@@ -1,6 +1,8 @@
 //! The reference pages docs/configuration.md and docs/metrics.md are generated from the programs. With
 //! SPOT_BALANCER_UPDATE=1 the tests write the pages instead of checking them.
 
+#![allow(clippy::expect_used, reason = "a test")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 use std::path::Path;
