@@ -2,6 +2,7 @@
 //! at its start.
 
 use std::ops::RangeInclusive;
+use std::sync::LazyLock;
 
 use anyhow::{Context, bail};
 use balancer_core::{Conventions, Policy, Ratio, SpotPreference};
@@ -27,6 +28,9 @@ impl DefaultArguments {
         Policy { spot_ratio: default_spot_ratio, ..Policy::DEFAULT }
     }
 }
+
+/// As one text, because `--help` would otherwise show it with a space for the comma.
+static DEFAULT_JOB_ID_LABEL: LazyLock<String> = LazyLock::new(|| Conventions::default().job_id_label.join(","));
 
 /// The labels and annotations of the cluster.
 #[derive(Args, Clone, Debug)]
@@ -62,7 +66,7 @@ pub struct ConventionArguments {
     #[arg(
         long,
         env,
-        default_values_t = Conventions::default().job_id_label,
+        default_value = DEFAULT_JOB_ID_LABEL.as_str(),
         value_delimiter = ',',
         value_parser = label_key
     )]
