@@ -73,7 +73,7 @@ impl<L: Ledger> Admission<L> {
             self.warn(reply, invalid, "it is ignored, and the job's own holds");
         }
         let Placement { capacity, source, policy, counts } = self.decide(executor, dry_run, reply).await;
-        reply.patch = self.conventions.patch(executor, capacity);
+        reply.patch = self.conventions.profile().apply(executor.pod, capacity, executor.placeholder);
         if !dry_run {
             self.metrics.placed(capacity, source, policy);
         }
