@@ -1,4 +1,4 @@
-//! A Kubernetes control plane of a test's own: etcd, kube-apiserver and, where asked for, the scheduler
+//! A Kubernetes control plane of a test's own: etcd, kube-apiserver and, on request, the scheduler
 //! and the controller manager. There are no machines; [`nodes`](crate::nodes) and
 //! [`kubelet`](crate::kubelet) stand in for them.
 
@@ -25,12 +25,12 @@ use crate::wait::SOON;
 
 const ADMIN_TOKEN: &str = "admin-token";
 
-/// Which programs run besides etcd and the apiserver.
+/// Which programs run next to etcd and the apiserver.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
     /// kube-scheduler: binds pods to nodes.
     pub scheduler: bool,
-    /// kube-controller-manager, less its node lifecycle controller, which would evict from nodes
+    /// kube-controller-manager without its node lifecycle controller, which would evict from nodes
     /// that no kubelet reports on: collects pods whose owner is gone, ends namespaces, counts quotas.
     pub controller_manager: bool,
     /// The admission plugin PodSecurityPolicy, if the apiserver has it: 1.25 removed it, and has pod security
@@ -59,7 +59,7 @@ pub struct ControlPlane {
 }
 
 impl ControlPlane {
-    /// The control plane that all tests of this test process share, with a scheduler where one is
+    /// The control plane that all tests of this test process share, with a scheduler if one is
     /// installed. It ends with the process. Tests keep apart by [`namespace`](Self::namespace).
     pub async fn shared() -> Result<&'static Self> {
         static SHARED: OnceCell<ControlPlane> = OnceCell::const_new();
@@ -104,7 +104,7 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// Starts the apiserver, on the same port as ever and with what etcd holds.
+    /// Starts the apiserver, always on the same port and with the objects in etcd.
     pub async fn start_apiserver(&mut self) -> Result<()> {
         let mut apiserver = Process::start(&program("kube-apiserver")?, |command| {
             command.args([
@@ -131,7 +131,7 @@ impl ControlPlane {
         Ok(())
     }
 
-    /// Ends the apiserver at once: an outage of the API. What it wrote stays in etcd.
+    /// Kills the apiserver: an outage of the API. What it wrote stays in etcd.
     pub fn stop_apiserver(&mut self) {
         self.apiserver = None;
     }
@@ -142,12 +142,12 @@ impl ControlPlane {
         self.start_apiserver().await
     }
 
-    /// Makes the cluster forget its past: a watch from an older resourceVersion gets `410 Gone`.
-    /// That takes an outage, since the apiserver remembers the latest changes by itself.
+    /// Removes the cluster's history: a watch from an older resourceVersion gets `410 Gone`.
+    /// That takes an outage, because the apiserver caches the latest changes.
     pub async fn compact(&mut self) -> Result<()> {
         let etcd = endpoint::client(&http(self.etcd_port))?;
         self.stop_apiserver();
-        // Any key will do, the answer's header tells the revision.
+        // Any key: the header of the reply has the revision.
         let now = endpoint::post(&etcd, "/v3/kv/range", &json!({"key": "AA=="})).await?;
         let request = json!({"revision": now.json()?["header"]["revision"], "physical": true});
         let done = endpoint::post(&etcd, "/v3/kv/compaction", &request).await?;
@@ -155,7 +155,7 @@ impl ControlPlane {
         self.start_apiserver().await
     }
 
-    /// A new client of the administrator's.
+    /// A new client with the administrator's rights.
     pub fn client(&self) -> Result<Client> {
         endpoint::client_with_token(&https(self.port), Some(ADMIN_TOKEN))
     }
@@ -208,7 +208,7 @@ impl ControlPlane {
     }
 
     async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
-        // Before 1.23 they serve plain HTTP too, on a port for all, unless told not to.
+        // Before 1.23 they serve plain HTTP too, on a fixed port, unless that is disabled.
         let old = self.minor_version().await? < 23;
         let port = port::free()?;
         let mut controller = Process::start(&program(name)?, |command| {
@@ -251,7 +251,7 @@ impl Plane {
         Ok(Self::Own(Box::new(ControlPlane::start(options).await?)))
     }
 
-    /// To break it; an error where others run on it too.
+    /// For a test that breaks it; an error if other tests share it.
     pub fn own_mut(&mut self) -> Result<&mut ControlPlane> {
         match self {
             Self::Own(plane) => Ok(plane),
@@ -329,7 +329,7 @@ pub(crate) fn write_kubeconfig(port: u16, token: &str, namespace: Option<&str>) 
     write_json(&kubeconfig)
 }
 
-/// The same kubeconfig for the apiserver behind another port of this machine, such as a
+/// The same kubeconfig with the apiserver behind another port of this machine, such as a
 /// [`Balance`](crate::balance::Balance)'s.
 pub fn kubeconfig_through(port: u16, kubeconfig: &Path) -> Result<PathBuf> {
     let mut kubeconfig: Value = serde_json::from_slice(&std::fs::read(kubeconfig)?)?;

@@ -1,5 +1,5 @@
 //! A release of the chart on a control plane: the programs as its Deployments run them, and its webhook
-//! configurations led to them.
+//! configurations directed to them.
 
 use std::collections::BTreeMap;
 
@@ -58,7 +58,7 @@ pub async fn deployment(client: &Client, name: &str) -> Result<Value> {
     Ok(serde_json::to_value(Api::<Deployment>::namespaced(client.clone(), RELEASE).get(name).await?)?)
 }
 
-/// The variables of a Deployment's container that are told by value.
+/// The variables of a Deployment's container that have literal values.
 pub fn environment(deployment: &Value) -> BTreeMap<String, String> {
     let variables = deployment["spec"]["template"]["spec"]["containers"][0]["env"].as_array();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();

@@ -9,10 +9,10 @@ use crate::scenario::Scenario;
 /// The result of one of the programs.
 #[derive(Debug)]
 pub struct Outcome {
-    /// Whether it was content.
-    pub content: bool,
-    /// What it said.
-    pub said: String,
+    /// Whether its exit status was 0.
+    pub success: bool,
+    /// Its standard output, then its standard error.
+    pub output: String,
 }
 
 /// Runs one of the programs to its end, with these settings, in the namespace of the scenario.
@@ -23,8 +23,8 @@ pub async fn run(scenario: &Scenario, name: &str, settings: &[(&str, &str)]) -> 
         .env("NAMESPACE", &scenario.namespace)
         .env("TIMEOUT", "600")
         .envs(settings.iter().copied());
-    // Beside the runtime, which the stand-in for the kubelet runs on.
-    let output = tokio::task::spawn_blocking(move || command.output()).await??;
-    let said = String::from_utf8(output.stdout)? + &String::from_utf8(output.stderr)?;
-    Ok(Outcome { content: output.status.success(), said })
+    // Not on the runtime, which the simulated kubelet needs.
+    let ended = tokio::task::spawn_blocking(move || command.output()).await??;
+    let output = String::from_utf8(ended.stdout)? + &String::from_utf8(ended.stderr)?;
+    Ok(Outcome { success: ended.status.success(), output })
 }

@@ -9,16 +9,16 @@ use tokio::time::{Instant, sleep, timeout_at};
 /// slow and busy.
 pub const SOON: Duration = Duration::from_secs(120);
 
-/// Between two looks at a condition.
+/// Between two checks of a condition.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long [`while_progressing`] waits for the next progress.
 const STALLED: Duration = SOON;
 /// How long a look of [`while_progressing`] may take.
 const LOOK: Duration = Duration::from_secs(30);
 
-/// Polls `probe` until it answers with a value, for at most `within`.
+/// Polls `probe` until it returns a value, for at most `within`.
 ///
-/// An error of the probe counts as "not yet"; the last one is told when the time is up. A probe that
+/// An error of the probe counts as "not yet"; the error at the deadline contains the last one. A probe that
 /// hangs is cut off at the deadline.
 ///
 /// ```

@@ -74,12 +74,12 @@ async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
         return Ok(());
     }
     let (scenario, containers) = scenario("ratios").await?;
-    let Outcome { content, said } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
-    ensure!(content, "{said}\n{}", containers.last_words());
+    let Outcome { success, output } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
+    ensure!(success, "{output}\n{}", containers.last_words());
     for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
-        assert!(said.contains(line), "{said}");
+        assert!(output.contains(line), "{output}");
     }
-    assert!(said.contains("all as asked"), "{said}");
+    assert!(output.contains("all as asked"), "{output}");
     until_nothing_is_left(&scenario).await?;
     // A driver that is deleted after its executors makes others in their place.
     assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);
@@ -108,8 +108,8 @@ impl<'a> Pi<'a> {
             ("SPARK_IMAGE", "docker.io/apache/spark:3.5.6"),
             ("SPOT_RATIO_ANNOTATION", "workload/spot-ratio"),
         ];
-        let Outcome { content, said } = end_to_end::run(scenario, "submit-spark", &settings).await?;
-        ensure!(content, "{said}");
+        let Outcome { success, output } = end_to_end::run(scenario, "submit-spark", &settings).await?;
+        ensure!(success, "{output}");
         let drivers = ListParams::default().labels("spark-role=driver");
         let driver = while_progressing("the driver", async || {
             Ok((containers.log_length()?, scenario.pods().list(&drivers).await?.items.pop()))
