@@ -307,8 +307,8 @@ async fn the_small_redis_as_the_chart_starts_it_keeps_ledgers_within_its_bound_a
     place(100..2500).await?;
     let keys: usize = redis::cmd("DBSIZE").query_async(&mut connection).await?;
     ensure!((200..5000).contains(&keys), "{keys} keys: the bound was not met");
-    let degraded = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "degraded")]);
-    assert_eq!(degraded, Some(0.0), "{}", webhook.process().log()?);
+    let fallback = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "fallback")]);
+    assert_eq!(fallback, Some(0.0), "{}", webhook.process().log()?);
     Ok(())
 }
 
