@@ -158,7 +158,7 @@ async fn several_releases_keep_apart_and_what_cannot_is_refused_before_anything_
     helm.namespace = "elsewhere".into();
     let refusal = helm.install(&by_helm("STRICT")).await.err().context("two of one name")?;
     let refusal = format!("{refusal:#}");
-    assert!(refusal.contains("of a release in the namespace spot-balancer") && refusal.contains("choose"), "{refusal}");
+    assert!(refusal.contains("a release in the namespace spot-balancer") && refusal.contains("Choose"), "{refusal}");
     helm.release = "1st".into();
     let refusal = helm.install(&by_helm("STRICT")).await.err().context("a Service that begins with a digit")?;
     assert!(format!("{refusal:#}").contains("Set fullnameOverride"), "{refusal:#}");
