@@ -33,7 +33,7 @@ async fn the_end_to_end_tests_pass_where_executors_are_placed_and_leave_nothing(
         for line in ["ratio 1.0: 10 of 10 on spot", "ratio 0.0: 0 of 10 on spot", "ratio 0.7: 7 of 10 on spot"] {
             assert!(said.contains(line), "{said}");
         }
-        assert!(said.contains("all as asked"), "{said}");
+        assert!(said.contains("all ratios as expected"), "{said}");
         until_cleaned_up(&scenario).await?;
     }
     Ok(())

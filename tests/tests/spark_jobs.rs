@@ -82,7 +82,7 @@ async fn the_end_to_end_tests_pass_with_real_spark_and_leave_nothing() -> Result
     for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
         assert!(said.contains(line), "{said}");
     }
-    assert!(said.contains("all as asked"), "{said}");
+    assert!(said.contains("all ratios as expected"), "{said}");
     until_nothing_is_left(&scenario).await?;
     // A driver that is deleted after its executors makes others in their place.
     assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);
