@@ -78,7 +78,7 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
     scenario.driver("waiting", "0.9").await?.pod()?;
     // By which a loss is told.
     until_true(SOON, "a mark in the store", async || {
-        Ok(redis::cmd("EXISTS").arg("exec-reconciler").query_async(&mut scenario.redis.connection().await?).await?)
+        Ok(redis::cmd("EXISTS").arg("exec-heartbeat").query_async(&mut scenario.redis.connection().await?).await?)
     })
     .await?;
     scenario.redis.flush().await?;
