@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBuilder};
-use balancer_core::Conventions;
+use balancer_core::{Conventions, Profile};
 use balancer_runtime::cluster;
 use futures::TryStreamExt;
 use k8s_openapi::api::core::v1::Node;
@@ -216,7 +216,7 @@ impl Watches {
     }
 
     /// Tells the view.
-    pub(crate) fn tell(&mut self, view: &mut View, word: Word, capacity_type_label: &str) {
+    pub(crate) fn tell(&mut self, view: &mut View, word: Word, profile: Profile<'_>) {
         match word.0 {
             Said::Pods(namespace, news) => {
                 let of = namespace.as_ref();
@@ -239,7 +239,8 @@ impl Watches {
             Said::Nodes(news) => match news {
                 News::ListBegins => view.begin_nodes(),
                 News::Listed(node) | News::Now(node) => {
-                    view.see_node(&node.name_any(), node.labels().get(capacity_type_label).map(String::as_str));
+                    let labels = node.labels();
+                    view.see_node(&node.name_any(), profile.of_node(|key| labels.get(key).map(String::as_str)));
                 }
                 News::Gone(node) => view.forget_node(&node.name_any()),
                 News::ListEnds => {
@@ -479,11 +480,15 @@ mod tests {
 
     impl Bench {
         fn pods(&mut self, namespace: &str, news: News<WatchedPod>) {
-            self.watches.tell(&mut self.view, Word(Said::Pods(Some(namespace.into()), news)), "capacity");
+            self.watches.tell(
+                &mut self.view,
+                Word(Said::Pods(Some(namespace.into()), news)),
+                Conventions::default().profile(),
+            );
         }
 
         fn nodes(&mut self, news: News<PartialObjectMeta<Node>>) {
-            self.watches.tell(&mut self.view, Word(Said::Nodes(news)), "capacity");
+            self.watches.tell(&mut self.view, Word(Said::Nodes(news)), Conventions::default().profile());
         }
 
         fn sees(&mut self, namespace: &str, at: Instant) -> bool {

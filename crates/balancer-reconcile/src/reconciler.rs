@@ -226,10 +226,10 @@ impl<L: Ledger> Working<'_, L> {
 
     /// Takes in all that the watches have to tell now.
     fn hear(&mut self, watches: &mut Watches, first: Word) {
-        let label = &self.reconciler.sources.conventions.capacity_type_label;
+        let conventions = Arc::clone(&self.reconciler.sources.conventions);
         let (mut next, mut left) = (Some(first), MOST_WORDS);
         while let Some(word) = next.take() {
-            watches.tell(&mut self.view, word, label);
+            watches.tell(&mut self.view, word, conventions.profile());
             left -= 1;
             if left > 0 {
                 next = watches.next().now_or_never();

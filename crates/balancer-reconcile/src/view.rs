@@ -216,11 +216,10 @@ impl View {
     }
 
     /// A node has, or has now, this value of the capacity label.
-    pub fn see_node(&mut self, name: &str, label: Option<&str>) {
+    pub fn see_node(&mut self, name: &str, capacity: Option<Capacity>) {
         let list = self.node_lists;
         let name = self.node(name);
         let Some(node) = self.nodes.get_mut(&name) else { return };
-        let capacity = label.map(Capacity::of_label);
         if node.capacity != capacity {
             for (job, _) in &node.jobs {
                 note(&mut self.changed, Arc::clone(job), Change::Other);
@@ -476,7 +475,7 @@ mod tests {
     #[test]
     fn the_capacity_of_a_node_that_is_gone_is_remembered_for_its_executors_and_no_longer() {
         let mut view = view();
-        view.see_node("n", Some("on-demand"));
+        view.see_node("n", Some(Capacity::OnDemand));
         see(&mut view, "e", "executor", |pod| {
             pod["spec"]["nodeName"] = json!("n");
             pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
@@ -494,11 +493,11 @@ mod tests {
     fn nodes_without_executors_are_kept_while_they_exist() {
         let mut view = view();
         for node in ["a", "b", "c"] {
-            view.see_node(node, Some("spot"));
+            view.see_node(node, Some(Capacity::Spot));
         }
         view.forget_node("a");
         view.begin_nodes();
-        view.see_node("b", Some("spot"));
+        view.see_node("b", Some(Capacity::Spot));
         view.end_nodes();
         assert_eq!(view.nodes.len(), 1);
     }

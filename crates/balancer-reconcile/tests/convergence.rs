@@ -233,7 +233,7 @@ impl World {
             Word::Pod { name, now } => self.view.see_pod(&pod(*name, now), None),
             Word::PodGone { name } => self.view.forget_pod("etl", &executor(*name)),
             Word::Node { node, capacity } => {
-                self.view.see_node(NODES[usize::from(*node)], capacity.map(Capacity::as_str));
+                self.view.see_node(NODES[usize::from(*node)], *capacity);
             }
         }
         self.note_changes();
@@ -247,7 +247,7 @@ impl World {
         self.view.end_pods(None);
         self.view.begin_nodes();
         for (node, capacity) in &self.nodes {
-            self.view.see_node(NODES[usize::from(*node)], capacity.map(Capacity::as_str));
+            self.view.see_node(NODES[usize::from(*node)], *capacity);
         }
         self.view.end_nodes();
         self.note_changes();
