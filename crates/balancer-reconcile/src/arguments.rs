@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use balancer_core::{Conventions, Policy};
 use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number};
+use balancer_runtime::k8s_names::{is_dns_label, is_dns_subdomain};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::{Args, Parser};
 
@@ -59,7 +60,7 @@ struct Namespaces(Vec<Arc<str>>);
 fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
     let mut namespaces = Vec::new();
     for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
-        if name.len() > 63 || !is_plain(name) {
+        if !is_dns_label(name) {
             bail!("{name:?} is not a namespace; accepted: 1 to 63 of a-z, 0-9 and '-', not '-' at an end");
         }
         if !namespaces.iter().any(|known: &Arc<str>| **known == *name) {
@@ -70,18 +71,10 @@ fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
 }
 
 fn lease(name: &str) -> anyhow::Result<Arc<str>> {
-    if name.len() > 253 || !name.split('.').all(is_plain) {
+    if !is_dns_subdomain(name) {
         bail!("{name:?} is not a Lease's name; accepted: 1 to 253 of a-z, 0-9, '-' and '.', not '-' or '.' at an end");
     }
     Ok(name.into())
-}
-
-/// Whether it has the letters of a label, as RFC 1123 and the API want them.
-fn is_plain(name: &str) -> bool {
-    !name.is_empty()
-        && !name.starts_with('-')
-        && !name.ends_with('-')
-        && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
 }
 
 /// What is reconciled, and when.

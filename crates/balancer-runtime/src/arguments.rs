@@ -1,5 +1,5 @@
-//! The settings that both binaries know (DESIGN section 3). Each is an environment variable and a
-//! flag; what cannot be read stops the program at its start.
+//! The settings that both binaries share. Each is an environment variable and a flag; an
+//! invalid value stops the program at its start.
 
 use std::ops::RangeInclusive;
 use std::str::FromStr;
@@ -7,6 +7,8 @@ use std::str::FromStr;
 use anyhow::{Context, bail};
 use balancer_core::{Conventions, Policy, PolicyField, Ratio, SpotPreference};
 use clap::Args;
+
+use crate::k8s_names::{is_label_key, is_label_value};
 
 /// What applies to a job that states nothing.
 #[derive(Args, Clone, Copy, Debug)]
@@ -136,22 +138,10 @@ pub fn yes_or_no(text: &str) -> anyhow::Result<bool> {
     }
 }
 
-/// A label or annotation key as Kubernetes accepts it: `name` or `prefix/name`.
+/// The key of a label or an annotation; a parser for a flag.
 fn label_key(text: &str) -> anyhow::Result<String> {
-    let accepted = "accepted: a label key such as spark-role or example.com/role";
-    let (prefix, name) = match text.split_once('/') {
-        Some((prefix, name)) => (Some(prefix), name),
-        None => (None, text),
-    };
-    let prefix_fits = prefix.is_none_or(|prefix| {
-        (1..=253).contains(&prefix.len())
-            && prefix.split('.').all(|part| {
-                is_edged_by_alphanumerics(part)
-                    && part.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
-            })
-    });
-    if !prefix_fits || name.is_empty() || label_value(name).is_err() {
-        bail!("{text:?} is not a label key; {accepted}");
+    if !is_label_key(text) {
+        bail!("{text:?} is not a label key; accepted: a label key such as spark-role or example.com/role");
     }
     Ok(text.to_owned())
 }
@@ -160,20 +150,12 @@ fn label_key_or_empty(text: &str) -> anyhow::Result<String> {
     if text.is_empty() { Ok(String::new()) } else { label_key(text).context("or empty, to write none") }
 }
 
-/// A label value as Kubernetes accepts it.
+/// The value of a label; a parser for a flag.
 fn label_value(text: &str) -> anyhow::Result<String> {
-    let fits = text.len() <= 63
-        && is_edged_by_alphanumerics(text)
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'));
-    if !fits {
+    if !is_label_value(text) {
         bail!("{text:?} is not a label value; accepted: 1 to 63 letters, digits, '-', '_' and '.'");
     }
     Ok(text.to_owned())
-}
-
-fn is_edged_by_alphanumerics(text: &str) -> bool {
-    let bytes = text.as_bytes();
-    [bytes.first(), bytes.last()].iter().all(|b| b.is_some_and(u8::is_ascii_alphanumeric))
 }
 
 /// How much is logged, and as what.
@@ -235,16 +217,6 @@ impl FromStr for LogFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn label_keys_are_those_that_kubernetes_accepts() {
-        for key in ["spark-role", "karpenter.sh/capacity-type", "a", "A_b.c", "x.y-z.io/N"] {
-            assert!(label_key(key).is_ok(), "{key:?}");
-        }
-        for key in ["", "/", "a/", "/a", "a/b/c", "-a", "a-", "Upper.io/x", "a b", "é", "x..y/z", &"a".repeat(64)] {
-            assert!(label_key(key).is_err(), "{key:?}");
-        }
-    }
 
     #[test]
     fn pythons_level_names_are_known_in_any_case() {
