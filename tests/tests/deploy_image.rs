@@ -1,4 +1,4 @@
-//! What goes into the image, without anything that builds images.
+//! The files of the image, put together by deploy/image without Docker.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -46,14 +46,13 @@ fn image() -> Result<PathBuf> {
     Ok(root)
 }
 
-/// Runs a command with the image's files as all that there are: in a user namespace, so that it takes no
-/// root.
+/// Runs a program with the image's files as its only files: in a user namespace, so that this needs no root.
 fn inside(command: &mut Command, root: &Path, name: &str) {
     command.args(["--map-root-user", "--root"]).arg(root).arg(format!("/{name}"));
 }
 
 #[test]
-fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()> {
+fn the_image_has_the_programs_their_libraries_and_ca_roots() -> Result<()> {
     need!(Webhook, Reconciler);
     let root = image()?;
     let mut found = BTreeSet::new();
@@ -67,6 +66,7 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
         "lib/libm.so.6",
         platform().1,
     ];
+    found.retain(|file| !file.starts_with("licenses/"));
     assert_eq!(found, wanted.map(str::to_owned).into());
 
     for name in ["balancer-webhook", "balancer-reconcile"] {
@@ -79,8 +79,41 @@ fn the_image_has_the_programs_what_they_are_linked_to_and_the_cas() -> Result<()
     Ok(())
 }
 
+#[test]
+fn the_image_has_the_licence_texts_of_its_contents() -> Result<()> {
+    need!(Webhook, Reconciler);
+    let licenses = image()?.join("licenses");
+    let read = |name: &str| std::fs::read_to_string(licenses.join(name)).with_context(|| name.to_owned());
+    for (name, text) in [
+        ("LICENSE-APACHE", "Apache License"),
+        ("LICENSE-MIT", "Permission is hereby granted, free of charge"),
+        ("RUST.html", "Rust Standard Library"),
+        ("debian/libc6", "GNU Lesser General Public"),
+        ("debian/libgcc-s1", "GCC Runtime Library Exception"),
+        ("debian/ca-certificates", "Mozilla Public License"),
+        ("debian/LGPL-2.1", "GNU LESSER GENERAL PUBLIC LICENSE"),
+        ("debian/GPL-3", "GNU GENERAL PUBLIC LICENSE"),
+        ("debian/MPL-2.0", "Mozilla Public License Version 2.0"),
+        ("debian/SOURCES", "https://snapshot.debian.org/package/glibc/"),
+    ] {
+        ensure!(read(name)?.contains(text), "{name} does not contain {text:?}");
+    }
+    // Each crate is listed, and has a text; ring's are several.
+    let third_party = read("THIRD-PARTY")?;
+    let (list, texts) = third_party.split_once("\n====").context("THIRD-PARTY has no texts")?;
+    let crates: Vec<_> = list.lines().skip(2).filter_map(|line| Some(line.split_once(": ")?.0)).collect();
+    ensure!(crates.len() > 100, "{list}");
+    for name in &crates {
+        ensure!(texts.lines().any(|line| line.starts_with(name)), "{name} has no text");
+    }
+    for name in ["kube ", "redis ", "ring ", "rustls ", "tokio "] {
+        ensure!(crates.iter().any(|listed| listed.starts_with(name)), "{name}is not listed");
+    }
+    Ok(())
+}
+
 #[tokio::test]
-async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hosts() -> Result<()> {
+async fn the_webhook_of_the_image_finds_redis_by_cluster_dns_and_by_hosts() -> Result<()> {
     need!(Webhook, Reconciler, Redis, Dns);
     let dns = address::free()?;
     let _dns = Process::start(&program("dnsmasq")?, |command| {
@@ -92,7 +125,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
             "--bind-interfaces",
         ]);
         command.arg(format!("--listen-address={dns}")).arg("--user=root").arg("--pid-file");
-        // Other names of the cluster do not exist, and it knows of no one to ask.
+        // Other names of the cluster do not exist, and there is no upstream server.
         command.args([
             "--local=/cluster.local/",
             "--address=/spot-balancer-redis.spot-balancer.svc.cluster.local/127.0.0.1",
@@ -100,7 +133,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
     })?;
     let redis = RedisServer::start().await?;
     let root = image()?;
-    // What the kubelet mounts into a pod.
+    // The files that the kubelet mounts into a pod.
     let resolve = format!(
         "search spot-balancer.svc.cluster.local svc.cluster.local cluster.local\nnameserver {dns}\noptions ndots:5\n"
     );
@@ -123,7 +156,7 @@ async fn the_webhook_of_the_image_finds_its_redis_by_the_clusters_dns_and_by_hos
             inside(command, &root, "balancer-webhook");
             command.env("REDIS_URL", format!("redis://{host}:{}", redis.port()));
             command.env("PORT", https.to_string()).env("ADMIN_PORT", admin.to_string());
-            // There is no cluster: the default ratio will do.
+            // There is no cluster, so the default ratio applies.
             command.env("KUBERNETES_SERVICE_HOST", "127.0.0.1").env("KUBERNETES_SERVICE_PORT", "1");
         })?;
         let admin = endpoint::client(&endpoint::http(admin))?;

@@ -109,7 +109,7 @@ impl<'a> Pi<'a> {
             ("PARTITIONS", partitions.as_str()),
             ("TEMPLATE", &*template),
             ("SPARK_IMAGE", "docker.io/apache/spark:3.5.6"),
-            ("ratio_annotation", "workload/spot-ratio"),
+            ("SPOT_RATIO_ANNOTATION", "workload/spot-ratio"),
         ];
         let Outcome { content, said } = end_to_end::run(scenario, "submit-spark", &settings).await?;
         ensure!(content, "{said}");

@@ -277,7 +277,7 @@ async fn after_a_failover_it_leaves_the_old_master_for_the_new_one() -> Result<(
 /// What the documentation of `RedisLedger` says that an ACL user needs: key patterns and commands.
 fn documented_rights() -> Result<(Vec<&'static str>, Vec<&'static str>)> {
     let source = include_str!("../../crates/balancer-store/src/redis.rs");
-    let (_, sentence) = source.split_once("/// An ACL user of its own needs").context("no such sentence")?;
+    let (_, sentence) = source.split_once("/// An ACL user needs").context("no such sentence")?;
     let (sentence, _) = sentence.split_once(".\n").context("it does not end")?;
     let (keys, commands) = sentence.split_once("commands").context("it tells no commands")?;
     let quoted = |text: &'static str| text.split('`').skip(1).step_by(2).collect();
@@ -308,7 +308,7 @@ async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_th
         ledger.release(JOB, "e2", Some("u")).await?;
         assert_eq!(ledger.get(JOB).await?.context("nothing was written")?.counts().total(), 1);
         assert_eq!(ledger.counts(JOB).await?.context("nothing was written")?.total(), 1);
-        assert_eq!(ledger.list_jobs(0).await?.jobs, [JOB.to_job_id()]);
+        assert_eq!(ledger.list_jobs(None).await?.jobs, [JOB.to_job_id()]);
         ledger.heartbeat(1).await?;
 
         // Both ways in which a ledger ends.

@@ -305,10 +305,10 @@ impl<L: Ledger> Working<'_, L> {
                 return;
             }
         }
-        let (mut from, mut ended) = (Some(0), 0);
+        let (mut from, mut ended) = (Some(None), 0);
         self.skipped.clear();
-        while let Some(page) = from {
-            let page = match self.reconciler.ledger.list_jobs(page).await {
+        while let Some(cursor) = from {
+            let page = match self.reconciler.ledger.list_jobs(cursor).await {
                 Ok(page) => page,
                 Err(error) => {
                     self.reconciler.metrics.store_failed(&error);
@@ -319,7 +319,7 @@ impl<L: Ledger> Working<'_, L> {
                     break;
                 }
             };
-            from = page.next;
+            from = page.next.map(Some);
             let gone: Vec<_> = page
                 .jobs
                 .into_iter()

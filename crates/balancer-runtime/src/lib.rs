@@ -13,6 +13,8 @@ pub mod store;
 
 use std::process::ExitCode;
 
+pub use balancer_store::coalesce_wakeups;
+
 /// How a program ends: well, or with its error and the causes of it on standard error.
 pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {

@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use balancer_core::{
     Capacity, Counts, JobLedger, JobRef, JobState, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome, Term,
 };
-use balancer_store::{JobPage, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
+use balancer_store::{Cursor, JobPage, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
 use clap::Args;
 
 use crate::arguments::number;
@@ -199,12 +199,12 @@ impl Ledger for Store {
         hand_on!(self.counts(job))
     }
 
-    async fn list_jobs(&self, from: u64) -> Result<JobPage, StoreError> {
-        hand_on!(self.list_jobs(from))
+    async fn list_jobs(&self, cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
+        hand_on!(self.list_jobs(cursor))
     }
 
-    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
-        hand_on!(self.heartbeat(mark))
+    async fn heartbeat(&self, heartbeat: u64) -> Result<Option<u64>, StoreError> {
+        hand_on!(self.heartbeat(heartbeat))
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {

@@ -1,21 +1,21 @@
-//! Batches what goes out on a connection: a task that writes for many others runs after them.
+//! Lets ready tasks run before the task that writes for them, so that one write carries what several tasks send.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::task::Poll;
 
-/// Runs a task's future, and each time that it is woken lets the tasks go first that are ready by then.
+/// Runs a task's future and, each time the task is woken, lets the tasks that are ready by then run first.
 ///
-/// For one that sends what other tasks hand to it. Tokio runs a task that was woken as the very next one,
-/// so it would be woken, and would write to the connection, for each of them by itself. To be awaited as a
-/// whole task: whatever else the task waits for is put off too.
+/// For a task that sends what other tasks hand to it. Tokio runs a woken task next, so the sending task would be
+/// woken once for each of the others, and would write to its connection once for each. Use it for a whole task:
+/// everything else that the task waits for is delayed too.
 pub async fn coalesce_wakeups<F: Future>(future: F) -> F::Output {
     let mut future = pin!(future);
-    let mut gave_way = false;
+    let mut yielded = false;
     poll_fn(|cx| {
-        gave_way = !gave_way;
-        if gave_way {
-            // Woken while it runs, a task is queued behind those that are ready.
+        yielded = !yielded;
+        if yielded {
+            // A task that is woken while it runs is queued behind the tasks that are ready.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -30,23 +30,23 @@ mod tests {
     use tokio::sync::mpsc;
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-    async fn what_several_tasks_hand_over_is_taken_at_once() {
-        let handing_over = async {
+    async fn one_poll_receives_what_several_tasks_send() {
+        let send_from_tasks = async {
             let (sender, mut receiver) = mpsc::unbounded_channel();
-            let taking = tokio::spawn(coalesce_wakeups(async move {
-                let mut taken = Vec::new();
-                receiver.recv_many(&mut taken, 8).await;
-                taken.len()
+            let receiving = tokio::spawn(coalesce_wakeups(async move {
+                let mut received = Vec::new();
+                receiver.recv_many(&mut received, 8).await;
+                received.len()
             }));
-            // Until it waits.
+            // Until the receiver waits.
             tokio::task::yield_now().await;
             for number in 0..3 {
                 let sender = sender.clone();
                 tokio::spawn(async move { sender.send(number) });
             }
-            taking.await
+            receiving.await
         };
-        // On the worker, where the tasks are.
-        assert_eq!(tokio::spawn(handing_over).await.unwrap().unwrap(), 3);
+        // Run on the worker thread, like the tasks.
+        assert_eq!(tokio::spawn(send_from_tasks).await.unwrap().unwrap(), 3);
     }
 }

@@ -149,7 +149,7 @@ async fn mend(
 ) -> Result<ReconcileSummary, StoreError> {
     match ledger.reconcile(job, &seen, grace, Term(1)).await? {
         ReconcileOutcome::Done(mended) => Ok(mended),
-        ReconcileOutcome::Superseded(by) => Err(StoreError::Unreadable(format!("superseded by {by}"))),
+        ReconcileOutcome::Superseded(by) => Err(StoreError::InvalidReply(format!("superseded by {by}"))),
     }
 }
 
@@ -651,11 +651,11 @@ pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checke
     mend(ledger, of("spark-0"), JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
     ledger.release(of("spark-1"), "e1", None).await?;
 
-    let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(0), 0);
-    while let Some(page) = from {
-        let JobPage { jobs, next } = ledger.list_jobs(page).await?;
+    let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(None), 0);
+    while let Some(cursor) = from {
+        let JobPage { jobs, next } = ledger.list_jobs(cursor).await?;
         told.extend(jobs.into_iter().filter(|job| job.namespace == "contract-jobs").map(|job| job.app_id));
-        from = next;
+        from = next.map(Some);
         pages += 1;
         assert!(pages < 10_000, "there is always another page");
     }

@@ -1,40 +1,49 @@
-//! Why a store gave no answer.
+//! Why a call to a store failed.
 
 use std::time::Duration;
 
-/// Why a store gave no answer. None of them is about the job that was asked for.
+/// Why a call to a store failed. No cause is about the job that the call was for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StoreError {
-    /// There is no connection now; nothing was sent, or it was lost underway.
+    /// There is no connection now. The command was not sent, or the connection was lost before the reply.
     #[error("no connection to the store now: {0}")]
     NoConnection(String),
-    /// No answer came in the time given. The change may yet happen.
+    /// No reply came within the call's time limit. The change may still happen.
     #[error("the store did not answer within {0:?}")]
     TimedOut(Duration),
-    /// The server answered that it will not: a wrong password, a read-only replica, no memory left.
+    /// The server returned an error: a wrong password, a read-only replica, no memory left.
     #[error("the store refused: {code} {detail}")]
     Refused {
-        /// The server's own word for the cause, such as `READONLY`, `OOM` or `WRONGPASS`.
+        /// The server's error code, such as `READONLY`, `OOM` or `WRONGPASS`.
         code: String,
-        /// Its sentence.
+        /// The server's error message.
         detail: String,
     },
-    /// The server answered what none of the scripts answers.
-    #[error("the store's answer cannot be read: {0}")]
-    Unreadable(String),
+    /// The server returned a reply that none of the scripts returns.
+    #[error("the store returned an invalid reply: {0}")]
+    InvalidReply(String),
 }
 
-impl StoreError {
-    /// Every [`kind`](Self::kind) that there is.
-    pub const KINDS: [&str; 4] = ["no_connection", "timed_out", "refused", "unreadable"];
+/// Implements both [`StoreError::KINDS`] and [`StoreError::kind`] from one table.
+macro_rules! kinds {
+    ($($error:pat => $kind:literal,)+) => {
+        impl StoreError {
+            /// Every [`kind`](Self::kind) that there is.
+            pub const KINDS: [&str; [$($kind),+].len()] = [$($kind),+];
 
-    /// A short word for the cause, for metrics; it stays the same from version to version.
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::NoConnection(_) => "no_connection",
-            Self::TimedOut(_) => "timed_out",
-            Self::Refused { .. } => "refused",
-            Self::Unreadable(_) => "unreadable",
+            /// A short name for the cause, for metrics. It stays the same from version to version.
+            pub const fn kind(&self) -> &'static str {
+                match self {
+                    $($error => $kind,)+
+                }
+            }
         }
-    }
+    };
+}
+
+kinds! {
+    Self::NoConnection(_) => "no_connection",
+    Self::TimedOut(_) => "timed_out",
+    Self::Refused { .. } => "refused",
+    Self::InvalidReply(_) => "invalid_reply",
 }

@@ -1,21 +1,20 @@
-//! Where the ledgers of jobs are kept, and by whom an executor's placement is remembered.
+//! The stores that keep the ledgers of jobs: in memory, or in Redis.
 //!
-//! [`Ledger`] is the one interface. [`MemoryLedger`] keeps [`JobLedger`]s under a lock, for one process.
-//! [`RedisLedger`] keeps the same in Redis, for any number of processes: every change is one atomic
-//! script. Both do what [`JobLedger`] does; the feature `contract` holds the tests that say so, for any
-//! further store as well.
+//! [`Ledger`] is the interface of both. [`MemoryLedger`] keeps [`JobLedger`]s under a lock, for one process.
+//! [`RedisLedger`] keeps the same in Redis, for any number of processes: every change is one atomic script. Both do
+//! what [`JobLedger`] does. The feature `contract` has the tests for that, for any other store too.
 //!
 //! ```
-//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, Ratio, PolicyOverrides};
+//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio};
 //! use balancer_store::{Ledger, MemoryLedger};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
-//! let job = JobRef { namespace: "etl", id: "spark-1" };
+//! let job = JobRef { namespace: "etl", app_id: "spark-1" };
 //! ledger.learn(job, Policy { spot_ratio: Ratio::ONE, ..Policy::default() }).await?;
-//! let placing = PlaceRequest { key: "exec-1", pinned: None, stated: PolicyOverrides::default(), policy: None };
-//! assert!(matches!(ledger.place(job, &placing).await?, PlaceOutcome::Placed(_)));
+//! let request = PlaceRequest { key: "exec-1", required: None, overrides: PolicyOverrides::default(), policy: None };
+//! assert!(matches!(ledger.place(job, &request).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())
 //! # }
 //! ```
@@ -33,6 +32,6 @@ mod redis;
 
 pub use self::coalesce_wakeups::coalesce_wakeups;
 pub use self::error::StoreError;
-pub use self::ledger::{JobPage, Ledger};
+pub use self::ledger::{Cursor, JobPage, Ledger};
 pub use self::memory::MemoryLedger;
 pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};

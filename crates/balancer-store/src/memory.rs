@@ -11,7 +11,7 @@ use balancer_core::{
     Term,
 };
 
-use crate::{JobPage, Ledger, StoreError};
+use crate::{Cursor, JobPage, Ledger, StoreError};
 
 /// [`JobLedger`]s under a lock. It never fails.
 ///
@@ -159,7 +159,7 @@ impl Ledger for MemoryLedger {
     }
 
     /// All in one page: a map has no order in which a next one could begin.
-    async fn list_jobs(&self, _from: u64) -> Result<JobPage, StoreError> {
+    async fn list_jobs(&self, _cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
         let jobs = self.lock();
         let now = (self.clock)();
         let living = jobs.kept.iter().filter(|(_, kept)| self.lives(kept, now));
@@ -234,9 +234,9 @@ mod tests {
         assert_eq!(ledger.counts(job("a")).await?.map(Counts::total), Some(1));
         hand.store(2_100, Ordering::Relaxed);
         assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, ReconcileOutcome::Superseded(Term(2)));
-        assert_eq!(ledger.list_jobs(0).await?.jobs, [job("a").to_job_id()]);
+        assert_eq!(ledger.list_jobs(None).await?.jobs, [job("a").to_job_id()]);
         hand.store(2_200, Ordering::Relaxed);
-        assert_eq!(ledger.list_jobs(0).await?, JobPage::default());
+        assert_eq!(ledger.list_jobs(None).await?, JobPage::default());
         assert_eq!(ledger.counts(job("a")).await?, None);
         Ok(())
     }

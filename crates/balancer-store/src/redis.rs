@@ -1,53 +1,57 @@
-//! Ledgers in Redis: each job two keys, each change one atomic script (DESIGN section 6).
+//! Ledgers in Redis: two keys for each job, and one atomic script for each change.
 
 mod address;
-mod link;
+mod connection;
+mod dial;
+#[cfg(test)]
+mod peer;
+mod reply;
 mod scripts;
+mod single_server;
+mod supervisor;
 mod tls;
+mod transport;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LiveExecutor, Millis, PlaceOutcome,
-    PlaceRequest, Placed, Policy, PolicyOverrides, ReconcileOutcome, ReconcileSummary, Term,
+    Capacity, Counts, JobLedger, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides,
+    ReconcileOutcome, Term,
 };
-use redis::{Cmd, RedisWrite, Value};
+use redis::{Cmd, RedisWrite};
 
 use self::address::Address;
 pub use self::address::InvalidRedisUrl;
-use self::link::Link;
 use self::scripts::{Script, Scripts};
-use crate::{JobPage, Ledger, StoreError};
+use self::single_server::SingleServer;
+use self::transport::Transport;
+use crate::{Cursor, JobPage, Ledger, StoreError};
 
-/// How much longer than other calls a reconcile may take, for each live executor that it tells. The
-/// server is at each for about 5 µs, and answers nobody meanwhile: 100,000 of them take as long as the
-/// usual time-out. This leaves room for a server or a network four times as slow.
-const PER_LIVE_EXECUTOR: Duration = Duration::from_micros(20);
-
-/// How many of the server's keys are gone through for a page of jobs, at about 1 µs each.
-const KEYS_PER_PAGE: usize = 500;
+/// How much longer than other calls a reconcile may take for each live executor. The server needs about 5 µs for each,
+/// and answers nobody meanwhile: 100,000 of them take as long as the usual time limit. This leaves room for a server
+/// or a network that is four times as slow.
+const TIME_PER_LIVE_EXECUTOR: Duration = Duration::from_micros(20);
 
 /// How a [`RedisLedger`] behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct RedisOptions {
     /// The most that one call may take.
     pub timeout: Duration,
-    /// How long a job's ledger outlives its last touch.
+    /// How long a job's ledger is kept after the last call for the job.
     pub ttl: Duration,
 }
 
 /// The ledgers in a Redis or Valkey server, 6.0 or newer.
 ///
-/// One connection carries all calls at once. While there is none, or the server has stopped
-/// answering on it, calls fail at once, and a task of this ledger's connects anew.
+/// One connection carries all calls at once. While there is no connection, or the server has stopped answering on it,
+/// calls fail at once, and a task of this ledger reconnects.
 ///
-/// An ACL user of its own needs the keys `exec-count:*`, `exec-pods:*` and `exec-reconciler` and the
+/// An ACL user needs the keys `exec-count:*`, `exec-pods:*` and `exec-reconciler` and the
 /// commands `evalsha`, `script|load`, `time`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals`,
 /// `hgetall`, `del`, `scan`, `get` and `set`.
 pub struct RedisLedger {
-    link: Link,
+    transport: SingleServer,
     scripts: Scripts,
     /// In milliseconds, as the scripts take it.
     ttl: String,
@@ -56,29 +60,28 @@ pub struct RedisLedger {
 impl RedisLedger {
     /// Connects to the server that the URL names.
     ///
-    /// It waits for the connection for `options.timeout` at most, and succeeds without one too: a
-    /// server that is down now is connected to once it is up. Only a URL that cannot be read is an
-    /// error. Has to be called on a Tokio runtime.
+    /// Waits for the connection, at most for `options.timeout`, and succeeds without one too: the ledger connects as
+    /// soon as the server is up. Only an invalid URL is an error. Must be called on a Tokio runtime.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, InvalidRedisUrl> {
         let ttl = millis(options.ttl).to_string();
-        let link = Link::open(Address::parse(url)?, options.timeout).await;
-        Ok(Self { link, scripts: Scripts::default(), ttl })
+        let transport = SingleServer::connect(Address::parse(url)?, options.timeout).await;
+        Ok(Self { transport, scripts: Scripts::default(), ttl })
     }
 
-    /// `EVALSHA` of a script on a job's two keys, with room for so many more arguments.
+    /// `EVALSHA` of a script on a job's two keys, with room for this many arguments of this many bytes.
     fn command(script: &Script, job: JobRef<'_>, arguments: usize, bytes: usize) -> Cmd {
-        let JobRef { namespace, app_id: id } = job;
-        let keys = 2 * (namespace.len() + id.len()) + "exec-count:{:}exec-pods:{:}".len();
+        let JobRef { namespace, app_id } = job;
+        let keys = 2 * (namespace.len() + app_id.len()) + "exec-count:{:}exec-pods:{:}".len();
         let mut command = Cmd::with_capacity(5 + arguments, "EVALSHA2".len() + script.sha().len() + keys + bytes);
         command.write_arg(b"EVALSHA");
         command.write_arg(script.sha().as_bytes());
         command.write_arg(b"2");
-        command.write_arg_fmt(format_args!("exec-count:{{{namespace}:{id}}}"));
-        command.write_arg_fmt(format_args!("exec-pods:{{{namespace}:{id}}}"));
+        command.write_arg_fmt(format_args!("exec-count:{{{namespace}:{app_id}}}"));
+        command.write_arg_fmt(format_args!("exec-pods:{{{namespace}:{app_id}}}"));
         command
     }
 
-    async fn ask(
+    async fn place_with(
         &self,
         script: &Script,
         job: JobRef<'_>,
@@ -89,28 +92,24 @@ impl RedisLedger {
         let mut command = Self::command(script, job, 7, self.ttl.len() + executor.len() + 40);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg(executor.as_bytes());
-        // The usual executor tells nothing more.
+        // Most executors have none of the rest.
         if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
             command.write_arg(text(required).as_bytes());
             write_or_nothing(&mut command, overrides.spot_ratio);
             write_or_nothing(&mut command, overrides.on_demand_base);
             write_policy(&mut command, policy);
         }
-        match self.link.run(script, command).await? {
-            Value::Nil => Ok(PlaceOutcome::NeedPolicy),
-            Value::Int(number) if number >= 0 => Ok(PlaceOutcome::Placed(read_placed(number.unsigned_abs()))),
-            other => Err(unreadable(&other)),
-        }
+        reply::placed(&self.transport.run(script, command).await?)
     }
 }
 
 impl Ledger for RedisLedger {
     async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        self.ask(&self.scripts.place, job, request).await
+        self.place_with(&self.scripts.place, job, request).await
     }
 
     async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        self.ask(&self.scripts.peek, job, request).await
+        self.place_with(&self.scripts.peek, job, request).await
     }
 
     async fn release(
@@ -128,12 +127,7 @@ impl Ledger for RedisLedger {
             command.write_arg(uid.as_bytes());
             command.write_arg_fmt(JobLedger::RELEASED_REMEMBERED);
         }
-        match self.link.run(script, command).await? {
-            Value::Nil => Ok(None),
-            Value::Int(1) => Ok(Some(Capacity::Spot)),
-            Value::Int(0) => Ok(Some(Capacity::OnDemand)),
-            other => Err(unreadable(&other)),
-        }
+        reply::released_capacity(&self.transport.run(script, command).await?)
     }
 
     async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
@@ -141,18 +135,18 @@ impl Ledger for RedisLedger {
         let mut command = Self::command(script, job, 3, self.ttl.len() + 20);
         command.write_arg(self.ttl.as_bytes());
         write_policy(&mut command, Some(policy));
-        self.link.run(script, command).await.map(drop)
+        self.transport.run(script, command).await.map(drop)
     }
 
     async fn reconcile(
         &self,
         job: JobRef<'_>,
-        seen: &JobState<'_>,
+        state: &JobState<'_>,
         grace: Duration,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         let script = &self.scripts.reconcile;
-        let JobState { live, overrides, ended } = *seen;
+        let JobState { live, overrides, ended } = *state;
         let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand".len()).sum();
         // Sixty bytes hold the grace, a ratio, a base and a term.
         let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
@@ -167,63 +161,44 @@ impl Ledger for RedisLedger {
             command.write_arg(uid.as_bytes());
             command.write_arg(text(capacity).as_bytes());
         }
-        let longer = PER_LIVE_EXECUTOR.saturating_mul(u32::try_from(live.len()).unwrap_or(u32::MAX));
-        let answer = self.link.run_longer(script, command, longer).await?;
-        read_reconciled(&answer).ok_or_else(|| unreadable(&answer))
+        let extra = TIME_PER_LIVE_EXECUTOR.saturating_mul(u32::try_from(live.len()).unwrap_or(u32::MAX));
+        reply::reconciled(&self.transport.run_longer(script, command, extra).await?)
     }
 
     async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
-        let script = &self.scripts.tally;
+        let script = &self.scripts.counts;
         let mut command = Self::command(script, job, 1, self.ttl.len());
         command.write_arg(self.ttl.as_bytes());
-        match self.link.run(script, command).await? {
-            Value::Nil => Ok(None),
-            answer => match read_numbers(&answer) {
-                Some([spot, on_demand]) => Ok(Some(Counts { spot, on_demand })),
-                None => Err(unreadable(&answer)),
-            },
-        }
+        reply::counts(&self.transport.run(script, command).await?)
     }
 
-    async fn list_jobs(&self, from: u64) -> Result<JobPage, StoreError> {
-        let mut command = redis::cmd("SCAN");
-        command.arg(from).arg("MATCH").arg("exec-count:{*:*}").arg("COUNT").arg(KEYS_PER_PAGE);
-        // A key of another type is not ours.
-        command.arg("TYPE").arg("hash");
-        let answer = self.link.ask(command).await?;
-        read_page(&answer).ok_or_else(|| unreadable(&answer))
+    async fn list_jobs(&self, cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
+        let page = self.transport.list_keys("exec-count:{*:*}", cursor).await?;
+        Ok(JobPage { jobs: page.keys.iter().filter_map(reply::job).collect(), next: page.next })
     }
 
-    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
-        let script = &self.scripts.mark;
-        let mut command = redis::cmd("EVALSHA");
-        command.arg(script.sha()).arg(1).arg("exec-reconciler").arg(&self.ttl).arg(mark);
-        match self.link.run(script, command).await? {
-            Value::Nil => Ok(None),
-            answer => match read_text(&answer) {
-                // One that is no number was noted by nobody here.
-                Some(before) => Ok(before.parse().ok()),
-                None => Err(unreadable(&answer)),
-            },
-        }
+    async fn heartbeat(&self, heartbeat: u64) -> Result<Option<u64>, StoreError> {
+        reply::heartbeat(&self.transport.heartbeat(&self.scripts.heartbeat, &self.ttl, heartbeat).await?)
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
-        let script = &self.scripts.show;
-        let answer = self.link.run(script, Self::command(script, job, 0, 0)).await?;
-        let ledger = read_ledger(&answer).ok_or_else(|| unreadable(&answer))?;
+        let script = &self.scripts.get;
+        let ledger = reply::ledger(&self.transport.run(script, Self::command(script, job, 0, 0)).await?)?;
         Ok(Some(ledger).filter(|ledger| ledger.policy().is_some() || !ledger.entries().is_empty()))
     }
 }
 
 impl fmt::Debug for RedisLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisLedger").field("link", &self.link).field("ttl", &self.ttl).finish_non_exhaustive()
+        f.debug_struct("RedisLedger")
+            .field("transport", &self.transport)
+            .field("ttl", &self.ttl)
+            .finish_non_exhaustive()
     }
 }
 
-/// As the scripts take it. Redis adds it to the time now, in 64 bits, and a Lua number is exact up to
-/// here; three hundred thousand years are enough.
+/// As the scripts take it. Redis adds it to the current time, in 64 bits, and a Lua number is exact up to here; three
+/// hundred thousand years are enough.
 fn millis(duration: Duration) -> u128 {
     duration.as_millis().min(1 << 53)
 }
@@ -245,104 +220,4 @@ fn write_or_nothing(command: &mut Cmd, value: Option<impl fmt::Display>) {
 fn write_policy(command: &mut Cmd, policy: Option<Policy>) {
     write_or_nothing(command, policy.map(|policy| policy.spot_ratio));
     write_or_nothing(command, policy.map(|policy| policy.on_demand_base));
-}
-
-/// See `answer.lua`.
-fn read_placed(number: u64) -> Placed {
-    Placed {
-        capacity: if number & 1 == 1 { Capacity::Spot } else { Capacity::OnDemand },
-        is_new: number & 2 == 0,
-        counts: Counts { spot: number >> 2 & 0xff_ffff, on_demand: number >> 26 },
-    }
-}
-
-fn read_numbers<const N: usize>(answer: &Value) -> Option<[u64; N]> {
-    let Value::Array(values) = answer else { return None };
-    let values: &[Value; N] = values.as_slice().try_into().ok()?;
-    let mut numbers = [0; N];
-    for (number, value) in numbers.iter_mut().zip(values) {
-        let Value::Int(value) = value else { return None };
-        *number = u64::try_from(*value).ok()?;
-    }
-    Some(numbers)
-}
-
-/// See `reconcile.lua`.
-fn read_reconciled(answer: &Value) -> Option<ReconcileOutcome> {
-    if let Some(later) = read_text(answer) {
-        return Some(ReconcileOutcome::Superseded(Term(later.parse().ok()?)));
-    }
-    let ([missing, stale, wrong_capacity, spot, on_demand], recheck_after) = match read_numbers(answer) {
-        Some([a, b, c, d, e, recheck_after]) => ([a, b, c, d, e], Some(recheck_after)),
-        None => (read_numbers(answer)?, None),
-    };
-    let drift = Drift { missing, stale, wrong_capacity };
-    Some(ReconcileOutcome::Done(ReconcileSummary { drift, counts: Counts { spot, on_demand }, recheck_after }))
-}
-
-/// The answer to `SCAN`: where to go on, 0 for nowhere, and some keys.
-fn read_page(answer: &Value) -> Option<JobPage> {
-    let Value::Array(parts) = answer else { return None };
-    let [next, Value::Array(keys)] = parts.as_slice() else { return None };
-    let next: u64 = read_text(next)?.parse().ok()?;
-    Some(JobPage { jobs: keys.iter().filter_map(read_key).collect(), next: Some(next).filter(|next| *next != 0) })
-}
-
-/// The job of a key; `None` for a key that is not ours. A namespace has no colon, a job id may.
-fn read_key(key: &Value) -> Option<JobId> {
-    let job = read_text(key)?.strip_prefix("exec-count:{")?.strip_suffix('}')?;
-    let (namespace, id) = job.split_once(':')?;
-    Some(JobRef { namespace, app_id: id }.to_job_id())
-}
-
-fn read_ledger(answer: &Value) -> Option<JobLedger> {
-    let Value::Array(parts) = answer else { return None };
-    let [ratio, base, released, term, Value::Array(pods)] = parts.as_slice() else { return None };
-    let policy = match (read_text(ratio), read_text(base)) {
-        (Some(ratio), Some(base)) => {
-            Policy::decode(&format!("spot-ratio={ratio} on-demand-base={base}")).map(Some).ok()?
-        }
-        _ => None,
-    };
-    let mut entries = HashMap::with_capacity(pods.len() / 2);
-    for pod in pods.chunks_exact(2) {
-        let [executor, entry] = pod else { return None };
-        entries.insert(read_text(executor)?.to_owned(), read_entry(read_text(entry)?)?);
-    }
-    let term = Term(read_text(term).map_or(Some(0), |term| term.parse().ok())?);
-    Some(JobLedger::from_parts(policy, entries, read_released(released)?, term))
-}
-
-fn read_entry(text: &str) -> Option<Entry> {
-    let mut parts = text.splitn(3, ' ');
-    let capacity = Capacity::parse(parts.next()?)?;
-    let placed_at = parts.next()?.parse().ok()?;
-    let uid = parts.next()?;
-    Some(Entry { capacity, placed_at, uid: (uid != "-").then(|| uid.to_owned()) })
-}
-
-/// Times and uids, each of both behind its length in bytes and a colon.
-fn read_released(value: &Value) -> Option<Vec<(String, Millis)>> {
-    let mut rest = read_text(value).unwrap_or_default();
-    let mut released = Vec::new();
-    while !rest.is_empty() {
-        let (length, after) = rest.split_once(':')?;
-        let (release, after) = after.split_at_checked(length.parse().ok()?)?;
-        let (at, uid) = release.split_once(' ')?;
-        released.push((uid.to_owned(), at.parse().ok()?));
-        rest = after;
-    }
-    Some(released)
-}
-
-fn read_text(value: &Value) -> Option<&str> {
-    match value {
-        Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
-        _ => None,
-    }
-}
-
-fn unreadable(answer: &Value) -> StoreError {
-    // An answer may be a whole ledger.
-    StoreError::Unreadable(format!("{answer:?}").chars().take(200).collect())
 }

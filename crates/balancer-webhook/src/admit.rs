@@ -147,7 +147,9 @@ impl<L: Ledger> Admission<L> {
                 return Placement { capacity, source, policy, counts: Ok(counts) };
             }
             // A ledger that asks again though it was told is as good as none.
-            Ok(PlaceOutcome::NeedPolicy) => StoreError::Unreadable("it asks for a policy that it was told".to_owned()),
+            Ok(PlaceOutcome::NeedPolicy) => {
+                StoreError::InvalidReply("it asks for a policy that it was told".to_owned())
+            }
             Err(error) => error,
         };
         let capacity = match (executor.required, known) {

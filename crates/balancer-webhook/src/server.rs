@@ -12,8 +12,9 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use balancer_runtime::admin::{listen, pause_after_refused_accept};
+use balancer_runtime::coalesce_wakeups;
 use balancer_runtime::shutdown::Shutdown;
-use balancer_store::{Ledger, coalesce_wakeups};
+use balancer_store::Ledger;
 use http::header::{CONNECTION, HeaderValue};
 use http::{Request, Version};
 use hyper::body::Incoming;

@@ -1,7 +1,7 @@
 -- Decides and enters an executor, in one step. Asked again for the same executor it gives the same
 -- answer and counts once; the pod may be a new one by that name, so its uid is unknown again.
 --
--- KEYS, ARGV[1], ARGV[2..7], returns: as at the top of shared.lua and answer.lua
+-- KEYS, ARGV[1], ARGV[2..7], returns: as at the top of shared.lua and decide.lua
 if capacity then
   call('HSET', KEYS[2], ARGV[2], capacity .. ' ' .. now() .. ' -')
   if recounted or before and before ~= capacity then

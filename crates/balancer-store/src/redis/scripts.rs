@@ -1,4 +1,4 @@
-//! The scripts, put together when this crate is compiled, each with the hash that calls it.
+//! The scripts, composed when this crate is compiled, each with the hash that calls it.
 
 /// One script and its hash.
 pub(super) struct Script(redis::Script, &'static str);
@@ -8,45 +8,45 @@ impl Script {
         Self(redis::Script::new(code), code)
     }
 
-    /// By what `EVALSHA` knows it.
+    /// The hash that `EVALSHA` takes.
     pub(super) fn sha(&self) -> &str {
         self.0.get_hash()
     }
 
-    /// What `SCRIPT LOAD` takes.
+    /// The code that `SCRIPT LOAD` takes.
     pub(super) const fn code(&self) -> &'static str {
         self.1
     }
 }
 
-/// A script's file after those of what it shares with others.
+/// A script's file after the files that it shares with others.
 macro_rules! script {
     ($($file:literal),+) => { Script::new(concat!($(include_str!($file)),+)) };
 }
 
-/// All that a ledger is asked.
+/// One script for each call of a ledger.
 pub(super) struct Scripts {
     pub(super) place: Script,
     pub(super) peek: Script,
     pub(super) release: Script,
     pub(super) learn: Script,
     pub(super) reconcile: Script,
-    pub(super) tally: Script,
-    pub(super) mark: Script,
-    pub(super) show: Script,
+    pub(super) counts: Script,
+    pub(super) heartbeat: Script,
+    pub(super) get: Script,
 }
 
 impl Default for Scripts {
     fn default() -> Self {
         Self {
-            place: script!("shared.lua", "answer.lua", "place.lua"),
-            peek: script!("shared.lua", "answer.lua", "peek.lua"),
+            place: script!("shared.lua", "decide.lua", "place.lua"),
+            peek: script!("shared.lua", "decide.lua", "peek.lua"),
             release: script!("shared.lua", "release.lua"),
             learn: script!("shared.lua", "learn.lua"),
             reconcile: script!("shared.lua", "reconcile.lua"),
-            tally: script!("shared.lua", "tally.lua"),
-            mark: script!("mark.lua"),
-            show: script!("show.lua"),
+            counts: script!("shared.lua", "counts.lua"),
+            heartbeat: script!("heartbeat.lua"),
+            get: script!("get.lua"),
         }
     }
 }

@@ -4,7 +4,7 @@
 --          releases, the newest first, each "<at, ms> <uid>" behind its length; and term, the one in which
 --          it was last reconciled
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
--- ARGV[1]  of every script but peek and show: how long both keys live after this touch, in ms
+-- ARGV[1]  of every script but peek and get: how long both keys live after this touch, in ms
 local call = redis.call
 
 -- What an entry counts as. One that no script wrote counts as on-demand.

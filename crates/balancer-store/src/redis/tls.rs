@@ -1,5 +1,5 @@
-//! TLS to the server, trusting whom the system trusts: its certificate store, or what `SSL_CERT_FILE`
-//! and `SSL_CERT_DIR` name.
+//! TLS to the server. Trusts the certificate authorities that the system trusts: its certificate store, or what
+//! `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
 
 use std::io;
 use std::sync::Arc;
@@ -13,8 +13,8 @@ use tokio_rustls::client::TlsStream;
 
 pub(super) async fn secure(stream: TcpStream, host: &str) -> io::Result<TlsStream<TcpStream>> {
     let server = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    // Anew for each connection, so that a renewed certificate store is seen; off the runtime, since it
-    // reads many files.
+    // Once for each connection, so that a renewed certificate store takes effect; on a thread for blocking work,
+    // because it reads many files.
     let config = tokio::task::spawn_blocking(config).await.map_err(io::Error::other)??;
     TlsConnector::from(Arc::new(config)).connect(server, stream).await
 }
@@ -30,7 +30,7 @@ fn config() -> io::Result<ClientConfig> {
             "no certificate authority to trust: {reasons}; install the system's CA certificates or set SSL_CERT_FILE"
         )));
     }
-    // Named, so that another part of the program cannot change what is used here.
+    // Chosen here, so that another part of the program cannot change it.
     let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .map_err(io::Error::other)?;

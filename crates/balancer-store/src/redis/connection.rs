@@ -1,0 +1,147 @@
+//! One connection to a server: commands and their replies, and how long they may take.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Cmd, ErrorKind, RedisConnectionInfo, RedisError, Value};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use super::scripts::Script;
+use crate::{StoreError, coalesce_wakeups};
+
+/// The error code of a read-only replica.
+pub(super) const READ_ONLY: &str = "READONLY";
+
+/// A connection that carries all calls at once.
+pub(super) struct Connection {
+    redis: MultiplexedConnection,
+    /// How much longer than usual the calls in flight may take together, in µs. The server runs one script after
+    /// another, and answers nobody meanwhile.
+    extra: AtomicU64,
+    /// A call timed out: does the server still answer?
+    pub(super) probe_now: Notify,
+    /// The server has become a read-only replica: another server is the master now.
+    pub(super) read_only: Notify,
+}
+
+impl Connection {
+    /// Speaks Redis on a stream. Nothing is sent yet. The connection breaks when the task is dropped.
+    pub(super) async fn on<S>(stream: S) -> Result<(Self, IoTask), StoreError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        // Each call has a time limit of its own.
+        let config = AsyncConnectionConfig::new().set_response_timeout(None);
+        let silent = RedisConnectionInfo::default().set_skip_set_lib_name();
+        let (redis, io) = MultiplexedConnection::new_with_config(&silent, stream, config)
+            .await
+            .map_err(|error| store_error(&error))?;
+        let connection = Self { redis, extra: AtomicU64::new(0), probe_now: Notify::new(), read_only: Notify::new() };
+        Ok((connection, IoTask(tokio::spawn(coalesce_wakeups(io)))))
+    }
+
+    /// Sends a command.
+    pub(super) async fn send(&self, command: &Cmd) -> Result<Value, StoreError> {
+        match self.redis.clone().send_packed_command(command).await {
+            Ok(Value::ServerError(refusal)) => Err(StoreError::Refused {
+                code: refusal.code().to_owned(),
+                detail: refusal.details().unwrap_or_default().to_owned(),
+            }),
+            Ok(reply) => Ok(reply),
+            Err(error) => Err(store_error(&error)),
+        }
+    }
+
+    /// Sends a command, with a script that it runs, and limits the time that it may take.
+    pub(super) async fn call(
+        &self,
+        script: Option<&Script>,
+        command: &Cmd,
+        limit: Duration,
+    ) -> Result<Value, StoreError> {
+        let Ok(reply) = timeout(limit, self.run(script, command)).await else {
+            self.probe_now.notify_one();
+            return Err(StoreError::TimedOut(limit));
+        };
+        if reply.as_ref().is_err_and(is_read_only) {
+            self.read_only.notify_one();
+        }
+        reply
+    }
+
+    async fn run(&self, script: Option<&Script>, command: &Cmd) -> Result<Value, StoreError> {
+        match (self.send(command).await, script) {
+            // The server was restarted, or got SCRIPT FLUSH.
+            (Err(StoreError::Refused { code, .. }), Some(script)) if code == "NOSCRIPT" => {
+                self.send(redis::cmd("SCRIPT").arg("LOAD").arg(script.code())).await?;
+                self.send(command).await
+            }
+            (reply, _) => reply,
+        }
+    }
+
+    /// Counts a call that may take longer than usual by `extra` as in flight, until the result is dropped.
+    pub(super) fn begin(&self, extra: Duration) -> InFlight<'_> {
+        let extra = u64::try_from(extra.as_micros()).unwrap_or(u64::MAX);
+        self.extra.fetch_add(extra, Ordering::Relaxed);
+        InFlight { connection: self, extra }
+    }
+
+    /// The time after which all calls in flight are over, if most of them may take `usual`.
+    pub(super) fn time_in_flight(&self, usual: Duration) -> Duration {
+        usual.saturating_add(Duration::from_micros(self.extra.load(Ordering::Relaxed)))
+    }
+
+    /// Whether the server answers at all. An error is an answer too.
+    pub(super) async fn still_answers(&self, usual: Duration) -> bool {
+        match timeout(self.time_in_flight(usual), self.send(&redis::cmd("PING"))).await {
+            Ok(Ok(_) | Err(StoreError::Refused { .. })) => true,
+            Ok(Err(_)) | Err(_) => false,
+        }
+    }
+}
+
+/// A call that may take longer than usual.
+pub(super) struct InFlight<'a> {
+    connection: &'a Connection,
+    extra: u64,
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.connection.extra.fetch_sub(self.extra, Ordering::Relaxed);
+    }
+}
+
+/// The task that reads from and writes to a connection. It ends when this is dropped, or the connection breaks.
+pub(super) struct IoTask(JoinHandle<()>);
+
+impl IoTask {
+    /// Waits until the connection breaks.
+    pub(super) async fn ended(&mut self) {
+        // A panic breaks the connection too.
+        let _ = (&mut self.0).await;
+    }
+}
+
+impl Drop for IoTask {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn store_error(error: &RedisError) -> StoreError {
+    match error.kind() {
+        ErrorKind::Parse => StoreError::InvalidReply(error.to_string()),
+        _ => StoreError::NoConnection(error.to_string()),
+    }
+}
+
+fn is_read_only(error: &StoreError) -> bool {
+    // Up to Redis 6, the error of a command in a script is quoted in an ERR.
+    matches!(error, StoreError::Refused { code, detail } if code == READ_ONLY || detail.contains("-READONLY "))
+}
