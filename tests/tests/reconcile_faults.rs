@@ -186,7 +186,7 @@ async fn an_outage_of_the_api_ends_no_reconciler_and_a_past_that_is_forgotten_is
     scenario.until_ledger_is_true(JOB, REPAIRED).await?;
     scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
     let log = scenario.reconcilers[0].process().log()?;
-    ensure!(log.contains("has forgotten where the watch was"), "its past was not forgotten");
+    ensure!(log.contains("no longer has the resource version to resume from"), "its past was not forgotten");
     Ok(())
 }
 
@@ -238,7 +238,7 @@ async fn a_reconciler_that_is_cut_off_from_the_api_strikes_nothing_that_it_canno
     // Two outages of ten seconds and more.
     let log = scenario.reconcilers[0].process().log()?;
     let outages: Vec<&str> = log.lines().skip(told).collect();
-    let broken = outages.iter().filter(|line| line.contains("a watch broke off")).count();
+    let broken = outages.iter().filter(|line| line.contains("watch disconnected")).count();
     ensure!((2..=4).contains(&broken) && outages.len() <= 60, "{} lines:\n{}", outages.len(), outages.join("\n"));
     scenario.ensure_ratio_comes_right(JOB, 0.5).await
 }

@@ -90,6 +90,13 @@ pub struct ReconcileSettings {
     pub lease: Arc<str>,
 }
 
+impl ReconcileSettings {
+    /// Whether the namespace's pods are watched.
+    pub(crate) fn watches(&self, namespace: &str) -> bool {
+        self.namespaces.is_empty() || self.namespaces.iter().any(|watched| **watched == *namespace)
+    }
+}
+
 impl ReconcileArguments {
     /// The settings.
     pub fn settings(self) -> ReconcileSettings {

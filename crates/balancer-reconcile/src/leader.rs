@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::metrics::Metrics;
-use crate::observe::TELL_EVERY;
+use crate::watch::LOG_EVERY;
 
 /// How long others wait for a leader that no longer renews.
 const DURATION: Duration = Duration::from_secs(15);
@@ -37,7 +37,7 @@ const CALL_LIMIT: Duration = Duration::from_secs(3);
 
 /// Whether this process leads. Clones share it.
 #[derive(Clone, Debug)]
-pub struct Leadership {
+pub(crate) struct Leadership {
     standing: watch::Receiver<Standing>,
     superseded: Arc<watch::Sender<Term>>,
 }
@@ -54,13 +54,13 @@ enum Standing {
 
 impl Leadership {
     /// Of a process whose ledgers are its own: it leads for ever.
-    pub fn alone() -> Self {
+    pub(crate) fn alone() -> Self {
         let leads = Standing::Leads { term: Term(1), until: None };
         Self { standing: watch::channel(leads).1, superseded: Arc::new(watch::channel(Term(0)).0) }
     }
 
     /// The term in which this process may write now; `None` where another leads, or may.
-    pub fn term(&self) -> Option<Term> {
+    pub(crate) fn term(&self) -> Option<Term> {
         match *self.standing.borrow() {
             Standing::Leads { term, until } => until.is_none_or(|until| Instant::now() < until).then_some(term),
             Standing::Unknown | Standing::Follows => None,
@@ -68,12 +68,12 @@ impl Leadership {
     }
 
     /// Whether it is known that this process does not lead.
-    pub fn follows(&self) -> bool {
+    pub(crate) fn follows(&self) -> bool {
         *self.standing.borrow() == Standing::Follows
     }
 
     /// A ledger knows a later term than ours. Whoever truly leads goes on in a term later than that.
-    pub fn superseded(&self, by: Term) {
+    pub(crate) fn superseded(&self, by: Term) {
         self.superseded.send_if_modified(|known| {
             let later = by > *known;
             *known = by.max(*known);
@@ -82,7 +82,7 @@ impl Leadership {
     }
 
     /// Waits until it may have changed who leads.
-    pub async fn changed(&mut self) {
+    pub(crate) async fn changed(&mut self) {
         if self.standing.changed().await.is_err() {
             // Nobody is there any more to change it.
             std::future::pending().await
@@ -91,7 +91,7 @@ impl Leadership {
 }
 
 /// Stands for election, with a Lease.
-pub struct Elector {
+pub(crate) struct Elector {
     leases: Api<Lease>,
     /// The Lease's name.
     name: Arc<str>,
@@ -136,7 +136,7 @@ impl ElectionError {
 
 impl Elector {
     /// Stands for the Lease of this name in the client's own namespace, which it does not ask for yet.
-    pub fn new(client: Client, name: Arc<str>, metrics: Arc<Metrics>) -> (Self, Leadership) {
+    pub(crate) fn new(client: Client, name: Arc<str>, metrics: Arc<Metrics>) -> (Self, Leadership) {
         let (standing, watching) = watch::channel(Standing::Unknown);
         let (supersede, superseded) = watch::channel(Term(0));
         // A process that was started again in the same pod is another one.
@@ -148,7 +148,7 @@ impl Elector {
     }
 
     /// Leads when it can, until `leave`; then gives the Lease back, so that another need not wait.
-    pub async fn run(mut self, leave: impl Future<Output = ()>) {
+    pub(crate) async fn run(mut self, leave: impl Future<Output = ()>) {
         tokio::pin!(leave);
         loop {
             let pause = self.step().await;
@@ -178,7 +178,7 @@ impl Elector {
                 if !matches!(before, Standing::Leads { term: before, .. } if before == term) {
                     tracing::info!(term = term.0, identity = self.identity, "leading");
                 }
-                self.metrics.leads(true);
+                self.metrics.set_leads(true);
                 self.held = Some(lease);
                 RENEW_EVERY
             }
@@ -188,7 +188,7 @@ impl Elector {
                 LOOK_EVERY
             }
             Err(error) => {
-                if self.told.is_none_or(|told| begun.duration_since(told) > TELL_EVERY) {
+                if self.told.is_none_or(|told| begun.duration_since(told) > LOG_EVERY) {
                     tracing::warn!(error = cluster::chain(&error), "cannot tell who leads; it is tried again");
                     self.told = Some(begun);
                 }
@@ -205,7 +205,7 @@ impl Elector {
         if let Standing::Leads { .. } = self.standing.send_replace(Standing::Follows) {
             tracing::info!(why, "no longer leading");
         }
-        self.metrics.leads(false);
+        self.metrics.set_leads(false);
     }
 
     /// Renews a Lease that we hold.

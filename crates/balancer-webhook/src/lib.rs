@@ -64,8 +64,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     metrics.register(&mut registry, &certificate);
     let reconciling = match settings.reconcile {
         Some(reconcile) => {
-            let metrics = Arc::new(balancer_reconcile::Metrics::new());
-            metrics.register(&mut registry);
+            let metrics = Arc::new(balancer_reconcile::Metrics::register(&mut registry));
             let (shared, conventions, defaults) = (!ledger.in_memory(), settings.conventions, settings.defaults);
             let parts =
                 Parts { ledger: Arc::clone(&ledger), shared, conventions, defaults, settings: reconcile, metrics };
@@ -96,7 +95,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     server.run(router, leave).await;
     if let Some(reconciling) = reconciling {
-        reconciling.leave().await;
+        reconciling.shut_down().await;
     }
     tracing::info!("left");
     Ok(())
