@@ -11,6 +11,7 @@ mod apply;
 mod arguments;
 mod audit;
 mod controller;
+mod election;
 mod events;
 pub mod index;
 mod leader;
