@@ -105,14 +105,14 @@ impl ConventionArguments {
             );
         }
         Ok(Conventions {
-            spot_preference: spot_preference,
-            capacity_type_label: capacity_type_label,
+            spot_preference,
+            capacity_type_label,
             workload_role_label: workload_role_label.or(spark_role_label).unwrap_or_else(|| "spark-role".into()),
-            driver_role_value: driver_role_value,
-            executor_role_value: executor_role_value,
-            job_id_label: job_id_label,
-            spot_ratio_annotation: spot_ratio_annotation,
-            on_demand_base_annotation: on_demand_base_annotation,
+            driver_role_value,
+            executor_role_value,
+            job_id_label,
+            spot_ratio_annotation,
+            on_demand_base_annotation,
             decision_annotation: Some(decision_annotation).filter(|key| !key.is_empty()),
             node_role_selector,
         })

@@ -47,7 +47,7 @@ impl WatchSet {
         metrics: &Arc<Metrics>,
     ) -> (Self, SyncStatus) {
         let Conventions { workload_role_label, driver_role_value, executor_role_value, .. } = conventions;
-        let (seconds, scopes) = (watch_seconds(settings.grace), scopes(&settings.namespaces));
+        let seconds = watch_seconds(settings.grace);
         let (sender, events) = mpsc::channel(MAX_WAITING);
         let mut tasks = JoinSet::new();
         let nodes = ResourceWatch {
@@ -60,7 +60,7 @@ impl WatchSet {
             metrics: Arc::clone(metrics),
         };
         tasks.spawn(nodes.run());
-        for namespace in scopes.iter().cloned() {
+        for namespace in scopes(&settings.namespaces) {
             let api: Api<WatchedPod> = match &namespace {
                 None => Api::all(client.clone()),
                 Some(namespace) => Api::namespaced(client.clone(), namespace),
@@ -76,7 +76,7 @@ impl WatchSet {
             };
             tasks.spawn(pods.run());
         }
-        (Self { events, tasks }, SyncStatus::new(scopes))
+        (Self { events, tasks }, SyncStatus::new(scopes(&settings.namespaces)))
     }
 
     /// The next event. The watches never end.
