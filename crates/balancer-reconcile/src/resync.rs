@@ -70,7 +70,7 @@ impl ResyncPlan {
         (self.lists_started_at, self.is_listing) = (now, true);
     }
 
-    /// All lists are complete, or cannot be had now. `is_new_term` says whether they are the first of a term, `leads`
+    /// All lists are complete, or are not available now. `is_new_term` says whether they are the first of a term, `leads`
     /// whether this process may write.
     pub(crate) fn lists_done(&mut self, is_new_term: bool, leads: bool) {
         let cause = if is_new_term || !self.has_listed { Cause::Start } else { Cause::Interval };
