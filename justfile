@@ -27,7 +27,7 @@ unit:
 # Measure CPU per admission and latency: the pure part, the floor of any webhook, a real apiserver
 bench:
     cargo bench --locked --package balancer-core
-    cargo build --locked --release --bins
+    cargo build --locked --profile dist --bins --package balancer-webhook --package balancer-reconcile
     cargo bench --locked --package balancer-tests --bench floor
     cargo bench --locked --package balancer-tests --bench cluster
 
@@ -49,4 +49,4 @@ ci:
 
 # Run the webhook on this machine, without a cluster or Redis
 dev *ARGUMENTS:
-    cargo run --locked --release --bin balancer-webhook -- --dev {{ ARGUMENTS }}
+    cargo run --locked --release -p balancer-webhook -- --dev {{ ARGUMENTS }}

@@ -49,7 +49,8 @@ fn reply_to(body: &[u8], capacity: Capacity, conventions: &Conventions) -> Optio
     let review = Review::decode(body).ok()?;
     let mut reply = Reply::allow(review.uid());
     if let Action::Place(executor) = Action::of(&review, conventions) {
-        reply.patch = conventions.patch(&executor, executor.required.unwrap_or(capacity));
+        let capacity = executor.required.unwrap_or(capacity);
+        reply.patch = conventions.profile().apply(executor.pod, capacity, executor.placeholder);
         reply.warnings = executor.invalid.iter().map(ToString::to_string).collect();
     }
     let is_patched = reply.patch != Patch::default();

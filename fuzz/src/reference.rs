@@ -79,17 +79,13 @@ fn text(value: Option<&Value>) -> Result<Option<Text<'_>>, Invalid> {
     }
 }
 
-/// A pod without its status, which admission does not read.
 fn pod(value: Option<&Value>) -> Result<Option<Pod<'_>>, Invalid> {
-    let Some(pod) = object(value)? else { return Ok(None) };
-    // serde also reads a struct from an array; an object is required here.
-    let (metadata, spec) = (get(Some(pod), "metadata"), get(Some(pod), "spec"));
-    (object(metadata)?, object(spec)?);
-    Ok(Some(Pod {
-        metadata: metadata.map_or(Ok(None), Option::deserialize).map_err(|_| Invalid)?.unwrap_or_default(),
-        spec: spec.map_or(Ok(None), Option::deserialize).map_err(|_| Invalid)?,
-        status: None,
-    }))
+    let pod = object(value)?;
+    // serde also reads a struct from an array; the product requires an object.
+    for part in ["metadata", "spec", "status"] {
+        object(get(pod, part))?;
+    }
+    value.map_or(Ok(None), Option::deserialize).map_err(|_| Invalid)
 }
 
 /// Reads any JSON, and fails at an object that has a key twice or with escapes.

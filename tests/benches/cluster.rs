@@ -4,7 +4,8 @@
 //! change is in the ledger. A ledger that is wrong fails the run.
 //!
 //! ```sh
-//! cargo build --release && cargo bench -p balancer-tests --bench cluster
+//! cargo build --profile dist -p balancer-webhook -p balancer-reconcile
+//! cargo bench -p balancer-tests --bench cluster
 //! ```
 
 use std::collections::BTreeMap;
@@ -13,11 +14,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::{ControlPlane, Options};
 use balancer_tests::figures::median;
-use balancer_tests::nodes;
 use balancer_tests::pods::{self, PodBuilder};
 use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait::until;
+use balancer_tests::{nodes, parts};
 use futures::{StreamExt, TryStreamExt, stream};
 use http::Request;
 use http_body_util::BodyExt;
@@ -48,7 +49,7 @@ const LEAVE: Duration = Duration::from_secs(15);
 
 fn main() -> Result<()> {
     // `cargo test --benches` asks whether it starts; measuring is for `cargo bench`.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !parts::measuring() {
         return Ok(());
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(measure())

@@ -4,7 +4,8 @@
 //! apiservers do it; HTTP/2 two connections of sixteen streams.
 //!
 //! ```sh
-//! cargo build --release && cargo bench -p balancer-tests --bench floor
+//! cargo build --profile dist -p balancer-webhook -p balancer-reconcile
+//! cargo bench -p balancer-tests --bench floor
 //! ```
 
 use std::path::Path;
@@ -29,7 +30,7 @@ const TURNS: usize = 5;
 
 fn main() -> Result<()> {
     // `cargo test --benches` asks whether it starts; measuring is for `cargo bench`.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !parts::measuring() {
         return Ok(());
     }
     tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?.block_on(measure())

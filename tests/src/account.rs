@@ -23,13 +23,13 @@ pub struct Right {
     verbs: &'static [&'static str],
 }
 
-/// To look a driver up, as the webhook does.
+/// To look up a driver, as the webhook does.
 pub const LIST_PODS: Right = Right { group: "", resource: "pods", verbs: &["list"] };
 /// To follow executors and drivers.
 pub const PODS: Right = Right { group: "", resource: "pods", verbs: &["list", "watch"] };
 /// To follow nodes.
 pub const NODES: Right = Right { group: "", resource: "nodes", verbs: &["list", "watch"] };
-/// To tell of an annotation that cannot be read.
+/// To report an invalid annotation.
 pub const EVENTS: Right = Right { group: "events.k8s.io", resource: "events", verbs: &["create"] };
 /// To lead.
 pub const LEASES: Right =
@@ -51,9 +51,9 @@ impl Account {
         Ok(Self { namespace: namespace.to_owned(), name, kubeconfig })
     }
 
-    /// Makes one with the rights of a reconciler that follows these namespaces, or all where there are
+    /// Makes one with the rights of a reconciler that follows these namespaces, or all if there are
     /// none.
-    pub async fn of_a_reconciler(plane: &ControlPlane, namespace: &str, watched: &[&str]) -> Result<Self> {
+    pub async fn for_reconciler(plane: &ControlPlane, namespace: &str, watched: &[&str]) -> Result<Self> {
         let account = Self::new(plane, namespace, "reconciler").await?;
         account.allow(plane, namespace, LEASES).await?;
         account.allow_everywhere(plane, NODES).await?;

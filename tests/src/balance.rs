@@ -62,7 +62,7 @@ impl Balance {
     }
 
     /// Nothing passes any more and nothing breaks, as in a network that loses all packets, until it is
-    /// told where to [`send`](Self::send_to) again.
+    /// given a target by [`send`](Self::send_to) again.
     pub fn swallow(&self) {
         self.way.send_modify(|way| way.open = false);
     }

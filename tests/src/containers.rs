@@ -39,9 +39,9 @@ use crate::sandbox;
 
 pub use crate::sandbox::allowed;
 
-/// No pod is longer in leaving.
+/// The longest grace period of a pod.
 const GRACE: Duration = Duration::from_secs(5);
-/// Between two looks at whether a process has ended.
+/// Between two checks whether a process has ended.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// The stand-in at work on the pods of one namespace. Dropping it ends it and all containers.
@@ -73,13 +73,18 @@ impl Containers {
         self.runtime.process(pod, |process| process.log())
     }
 
-    /// The last lines of every container, for whoever has to find out what went wrong.
+    /// How many bytes all containers have written so far: a measure of their progress.
+    pub fn log_length(&self) -> Result<u64> {
+        lock(&self.runtime.processes).values().map(Process::log_length).sum()
+    }
+
+    /// The last log lines of every container, for an error.
     pub fn last_words(&self) -> String {
         let processes = lock(&self.runtime.processes);
         processes.iter().map(|(pod, process)| format!("--- {pod}\n{}\n", process.log_tail())).collect()
     }
 
-    /// Kills a pod's container without a word to anybody, as a machine does that runs out of memory.
+    /// Kills a pod's container as the kernel does when memory runs out: no API call announces it.
     pub fn kill(&self, pod: &str) -> Result<()> {
         self.runtime.process(pod, kill)
     }
@@ -102,10 +107,10 @@ struct Runtime {
     processes: Mutex<BTreeMap<String, Process>>,
 }
 
-/// Gives each pod that is bound to a node its life, and tells it of its deletion.
+/// Runs each pod that is bound to a node, and ends it when it is deleted.
 async fn follow(runtime: Arc<Runtime>) {
     let bound = watcher::Config::default().fields("spec.nodeName!=");
-    // A watcher takes a lost watch up again by itself, so its errors are no concern here.
+    // A watcher takes a lost watch up again by itself, so its errors are of no interest here.
     let mut pods = pin!(watcher(runtime.pods.clone(), bound).default_backoff());
     let mut services =
         pin!(watcher(runtime.services.clone(), watcher::Config::default()).default_backoff().applied_objects());
@@ -142,7 +147,7 @@ async fn follow(runtime: Arc<Runtime>) {
 }
 
 impl Runtime {
-    /// A pod's life, from being bound to being gone.
+    /// Runs a pod from its binding to its removal.
     async fn live(self: Arc<Self>, pod: Pod, mut deleted: watch::Receiver<bool>) {
         if !*deleted.borrow()
             && let Err(error) = self.run(&pod, &mut deleted).await
@@ -200,7 +205,7 @@ impl Runtime {
         Ok(())
     }
 
-    /// Asks a container to end, and kills it where it does not.
+    /// Terminates a container, and kills it if it does not end.
     async fn end(&self, name: &str, grace: Duration) -> Result<ExitStatus> {
         // It may just have ended by itself.
         let _ = self.process(name, |process| sandbox::terminate(process));
@@ -253,7 +258,7 @@ fn kill(process: &mut Process) -> Result<()> {
     if process.exit_status()?.is_none() { process.signal(Signal::KILL) } else { Ok(()) }
 }
 
-/// As a container runtime tells it.
+/// As a container runtime reports it.
 fn exit_code(status: ExitStatus) -> i32 {
     status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default())
 }

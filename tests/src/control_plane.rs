@@ -1,11 +1,11 @@
-//! A Kubernetes control plane of a test's own: etcd, kube-apiserver and, where asked for, the scheduler
+//! A Kubernetes control plane of a test's own: etcd, kube-apiserver and, on request, the scheduler
 //! and the controller manager. There are no machines; [`nodes`](crate::nodes) and
 //! [`kubelet`](crate::kubelet) stand in for them.
 
 use std::ops::Deref;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::authentication::v1::TokenRequest;
@@ -21,21 +21,21 @@ use crate::metrics::Metrics;
 use crate::parts::program;
 use crate::port;
 use crate::process::{Process, scratch_path};
+use crate::wait::SOON;
 
-/// Two seconds on an idle machine, many more on a busy one.
-const START: Duration = Duration::from_secs(60);
 const ADMIN_TOKEN: &str = "admin-token";
 
-/// Which programs run besides etcd and the apiserver.
+/// Which programs run next to etcd and the apiserver.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
     /// kube-scheduler: binds pods to nodes.
     pub scheduler: bool,
-    /// kube-controller-manager, less its node lifecycle controller, which would evict from nodes
+    /// kube-controller-manager without its node lifecycle controller, which would evict from nodes
     /// that no kubelet reports on: collects pods whose owner is gone, ends namespaces, counts quotas.
     pub controller_manager: bool,
-    /// An admission plugin that is off by default.
-    pub plugin: Option<&'static str>,
+    /// The admission plugin PodSecurityPolicy, if the apiserver has it: 1.25 removed it, and has pod security
+    /// admission by labels of namespaces instead.
+    pub pod_security_policy: bool,
 }
 
 /// A running control plane. Dropping it kills it.
@@ -52,14 +52,14 @@ pub struct ControlPlane {
     port: u16,
     etcd_port: u16,
     certificate: ServerCertificate,
-    plugin: Option<&'static str>,
+    pod_security_policy: bool,
     /// Holds the token file and the keys of the service accounts.
     folder: PathBuf,
     kubeconfig: PathBuf,
 }
 
 impl ControlPlane {
-    /// The control plane that all tests of this test process share, with a scheduler where one is
+    /// The control plane that all tests of this test process share, with a scheduler if one is
     /// installed. It ends with the process. Tests keep apart by [`namespace`](Self::namespace).
     pub async fn shared() -> Result<&'static Self> {
         static SHARED: OnceCell<ControlPlane> = OnceCell::const_new();
@@ -85,7 +85,7 @@ impl ControlPlane {
             port,
             etcd_port,
             certificate: authority()?.issue()?,
-            plugin: options.plugin,
+            pod_security_policy: options.pod_security_policy && program_minor_version()? < 25,
             folder,
             kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
         };
@@ -104,7 +104,7 @@ impl ControlPlane {
         Ok(plane)
     }
 
-    /// Starts the apiserver, on the same port as ever and with what etcd holds.
+    /// Starts the apiserver, always on the same port and with the objects in etcd.
     pub async fn start_apiserver(&mut self) -> Result<()> {
         let mut apiserver = Process::start(&program("kube-apiserver")?, |command| {
             command.args([
@@ -116,7 +116,7 @@ impl ControlPlane {
                 "--disable-admission-plugins=ServiceAccount,TaintNodesByCondition",
                 "--service-account-issuer=https://kubernetes.default.svc",
             ]);
-            command.args(self.plugin.map(|plugin| format!("--enable-admission-plugins={plugin}")));
+            command.args(self.pod_security_policy.then_some("--enable-admission-plugins=PodSecurityPolicy"));
             command.args(tls_arguments(&self.certificate)).args([
                 format!("--secure-port={}", self.port),
                 format!("--etcd-servers={}", http(self.etcd_port)),
@@ -126,12 +126,12 @@ impl ControlPlane {
                 format!("--service-account-signing-key-file={}", self.file("accounts.key")),
             ]);
         })?;
-        apiserver.until_ok(START, &self.client()?, "/readyz").await?;
+        apiserver.until_ok(SOON, &self.client()?, "/readyz").await?;
         self.apiserver = Some(apiserver);
         Ok(())
     }
 
-    /// Ends the apiserver at once: an outage of the API. What it wrote stays in etcd.
+    /// Kills the apiserver: an outage of the API. What it wrote stays in etcd.
     pub fn stop_apiserver(&mut self) {
         self.apiserver = None;
     }
@@ -142,12 +142,12 @@ impl ControlPlane {
         self.start_apiserver().await
     }
 
-    /// Makes the cluster forget its past: a watch from an older resourceVersion gets `410 Gone`.
-    /// That takes an outage, since the apiserver remembers the latest changes by itself.
+    /// Removes the cluster's history: a watch from an older resourceVersion gets `410 Gone`.
+    /// That takes an outage, because the apiserver caches the latest changes.
     pub async fn compact(&mut self) -> Result<()> {
         let etcd = endpoint::client(&http(self.etcd_port))?;
         self.stop_apiserver();
-        // Any key will do, the answer's header tells the revision.
+        // Any key: the header of the reply has the revision.
         let now = endpoint::post(&etcd, "/v3/kv/range", &json!({"key": "AA=="})).await?;
         let request = json!({"revision": now.json()?["header"]["revision"], "physical": true});
         let done = endpoint::post(&etcd, "/v3/kv/compaction", &request).await?;
@@ -155,7 +155,7 @@ impl ControlPlane {
         self.start_apiserver().await
     }
 
-    /// A new client of the administrator's.
+    /// A new client with the administrator's rights.
     pub fn client(&self) -> Result<Client> {
         endpoint::client_with_token(&https(self.port), Some(ADMIN_TOKEN))
     }
@@ -170,7 +170,7 @@ impl ControlPlane {
         self.port
     }
 
-    /// The apiserver's version, less the 1 before it.
+    /// The apiserver's minor version: 20 of 1.20.2.
     pub async fn minor_version(&self) -> Result<u32> {
         Ok(self.client()?.apiserver_version().await?.minor.trim_end_matches('+').parse()?)
     }
@@ -208,7 +208,7 @@ impl ControlPlane {
     }
 
     async fn start_controller(&mut self, name: &str, settings: &[String]) -> Result<()> {
-        // Before 1.23 they serve plain HTTP too, on a port for all, unless told not to.
+        // Before 1.23 they serve plain HTTP too, on a fixed port, unless that is disabled.
         let old = self.minor_version().await? < 23;
         let port = port::free()?;
         let mut controller = Process::start(&program(name)?, |command| {
@@ -221,7 +221,7 @@ impl ControlPlane {
                 .args(settings);
         })?;
         let client = endpoint::client(&https(port))?;
-        controller.until_ok(START, &client, "/healthz").await?;
+        controller.until_ok(SOON, &client, "/healthz").await?;
         self.controllers.push(controller);
         Ok(())
     }
@@ -251,7 +251,7 @@ impl Plane {
         Ok(Self::Own(Box::new(ControlPlane::start(options).await?)))
     }
 
-    /// To break it; an error where others run on it too.
+    /// For a test that breaks it; an error if other tests share it.
     pub fn own_mut(&mut self) -> Result<&mut ControlPlane> {
         match self {
             Self::Own(plane) => Ok(plane),
@@ -283,8 +283,20 @@ async fn start_etcd(port: u16) -> Result<Process> {
             format!("--initial-cluster=default={peer_url}"),
         ]);
     })?;
-    etcd.until_ok(START, &endpoint::client(&url)?, "/health").await?;
+    etcd.until_ok(SOON, &endpoint::client(&url)?, "/health").await?;
     Ok(etcd)
+}
+
+/// The minor version of the kube-apiserver program, for flags that have to be right before it can be asked.
+fn program_minor_version() -> Result<u32> {
+    let output = Command::new(program("kube-apiserver")?).arg("--version").output()?;
+    let text = String::from_utf8(output.stdout)?;
+    parse_minor_version(&text).with_context(|| format!("kube-apiserver --version prints {text:?}"))
+}
+
+/// The minor version in a line such as `Kubernetes v1.20.2`.
+fn parse_minor_version(text: &str) -> Option<u32> {
+    text.trim().strip_prefix("Kubernetes v1.")?.split('.').next()?.parse().ok()
 }
 
 fn tls_arguments(certificate: &ServerCertificate) -> [String; 2] {
@@ -317,7 +329,7 @@ pub(crate) fn write_kubeconfig(port: u16, token: &str, namespace: Option<&str>) 
     write_json(&kubeconfig)
 }
 
-/// The same kubeconfig for the apiserver behind another port of this machine, such as a
+/// The same kubeconfig with the apiserver behind another port of this machine, such as a
 /// [`Balance`](crate::balance::Balance)'s.
 pub fn kubeconfig_through(port: u16, kubeconfig: &Path) -> Result<PathBuf> {
     let mut kubeconfig: Value = serde_json::from_slice(&std::fs::read(kubeconfig)?)?;
@@ -329,4 +341,17 @@ fn write_json(kubeconfig: &Value) -> Result<PathBuf> {
     let path = scratch_path("kubeconfig")?;
     std::fs::write(&path, kubeconfig.to_string())?;
     Ok(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_minor_version;
+
+    #[test]
+    fn the_minor_version_is_read_from_what_the_apiserver_prints() {
+        for (text, minor) in [("Kubernetes v1.20.2\n", Some(20)), ("Kubernetes v1.36.0-rc.1\n", Some(36)), ("v2", None)]
+        {
+            assert_eq!(parse_minor_version(text), minor, "{text}");
+        }
+    }
 }

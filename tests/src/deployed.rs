@@ -1,8 +1,7 @@
 //! A release of the chart on a control plane: the programs as its Deployments run them, and its webhook
-//! configurations led to them.
+//! configurations directed to them.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use k8s_openapi::ByteString;
@@ -24,9 +23,7 @@ use crate::metrics::Metrics;
 use crate::pods;
 use crate::redis::RedisServer;
 use crate::release::Options as Settings;
-use crate::wait::until_true;
-
-const SOON: Duration = Duration::from_secs(60);
+use crate::wait::{SOON, until_true};
 
 /// The webhook's Deployment, Service and ServiceAccount.
 pub const WEBHOOK: &str = "spot-balancer-webhook";
@@ -61,7 +58,7 @@ pub async fn deployment(client: &Client, name: &str) -> Result<Value> {
     Ok(serde_json::to_value(Api::<Deployment>::namespaced(client.clone(), RELEASE).get(name).await?)?)
 }
 
-/// The variables of a Deployment's container that are told by value.
+/// The variables of a Deployment's container that have literal values.
 pub fn environment(deployment: &Value) -> BTreeMap<String, String> {
     let variables = deployment["spec"]["template"]["spec"]["containers"][0]["env"].as_array();
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();

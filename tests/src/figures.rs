@@ -1,6 +1,6 @@
-//! What the benchmarks make of what they measured.
+//! Summarizes what the benchmarks measured.
 
-/// The middle one of the values, which one bad turn does not move; NaN where there are none.
+/// The middle one of the values, which one outlier does not move; NaN without values.
 ///
 /// ```
 /// assert_eq!(balancer_tests::figures::median([9.0, 1.0, 2.0]), 2.0);

@@ -31,7 +31,7 @@ impl Kubelet {
     pub fn start(client: Client, namespace: &str) -> Self {
         let api = Api::<Pod>::namespaced(client, namespace);
         let bound = watcher::Config::default().fields("spec.nodeName!=");
-        // The watcher takes a lost watch up again by itself, so its errors are no concern here.
+        // The watcher takes a lost watch up again by itself, so its errors are of no interest here.
         let pods = watcher(api.clone(), bound).default_backoff().applied_objects().filter_map(async |pod| pod.ok());
         Self(tokio::spawn(async move {
             pods.for_each_concurrent(WORKERS, |pod| follow(&api, pod)).await;
@@ -45,7 +45,7 @@ impl Drop for Kubelet {
     }
 }
 
-/// Does what the pod's present state asks for.
+/// Does what the pod's present state requires.
 async fn follow(api: &Api<Pod>, pod: Pod) {
     let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
     if pod.metadata.deletion_timestamp.is_some() {
@@ -56,7 +56,7 @@ async fn follow(api: &Api<Pod>, pod: Pod) {
     }
 }
 
-/// The kubelet's last word on a pod that was deleted.
+/// The kubelet's final DELETE of a pod.
 pub(crate) async fn finish(api: &Api<Pod>, pod: &Pod) {
     let now = DeleteParams {
         preconditions: Some(Preconditions { uid: pod.uid(), resource_version: None }),
@@ -66,7 +66,7 @@ pub(crate) async fn finish(api: &Api<Pod>, pod: &Pod) {
     insist(&name, || api.delete(&name, &now).map_ok(drop)).await;
 }
 
-/// Tells the API something about a pod, again until it takes it.
+/// Makes an API call about a pod, and repeats it until it succeeds.
 pub(crate) async fn insist<F>(name: &str, tell: impl Fn() -> F)
 where
     F: Future<Output = Result<(), Error>>,

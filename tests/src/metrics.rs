@@ -5,12 +5,12 @@ use kube::Client;
 
 use crate::endpoint;
 
-/// A page of metrics as one server showed it at one moment.
+/// A page of metrics of one server at one moment.
 #[derive(Debug)]
 pub struct Metrics(pub String);
 
 impl Metrics {
-    /// What the server shows at `/metrics` now.
+    /// The server's `/metrics` now.
     pub async fn of(server: &Client) -> Result<Self> {
         let answer = endpoint::get(server, "/metrics").await?;
         ensure!(answer.status == 200, "/metrics answers {}", answer.status);

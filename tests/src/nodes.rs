@@ -6,13 +6,13 @@ use kube::Client;
 use kube::api::{Api, DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-/// The label that tells a node's capacity type.
+/// The label with a node's capacity type.
 pub const CAPACITY: &str = "karpenter.sh/capacity-type";
 /// The label, and the taint, of nodes that only some pods may use.
 pub const POOL: &str = "pool";
 
 /// Makes sure that there are `count` nodes of this capacity, `<capacity>-0` and on: Ready, untainted,
-/// large, with the labels that a node pool for executors gives its nodes. Answers their names.
+/// large, with the labels that a node pool for executors gives its nodes. Returns their names.
 pub async fn ensure(client: &Client, capacity: &str, count: usize) -> Result<Vec<String>> {
     let mut names = Vec::with_capacity(count);
     for number in 0..count {
@@ -23,8 +23,8 @@ pub async fn ensure(client: &Client, capacity: &str, count: usize) -> Result<Vec
     Ok(names)
 }
 
-/// Makes a node, `<pool>-<capacity>`, for the pods of [`PodBuilder::on_pool`] alone: a test that takes it
-/// away disturbs no other. Answers its name.
+/// Makes a node, `<pool>-<capacity>`, for the pods of [`PodBuilder::on_pool`] alone: a test that
+/// deletes it disturbs no other. Returns its name.
 ///
 /// [`PodBuilder::on_pool`]: crate::pods::PodBuilder::on_pool
 pub async fn of_pool(client: &Client, pool: &str, capacity: &str) -> Result<String> {
@@ -38,7 +38,7 @@ pub async fn of_pool(client: &Client, pool: &str, capacity: &str) -> Result<Stri
 
 /// Makes nodes as the executor pool of `deploy/node-pools.yaml` has them, one of each capacity, for executors
 /// alone; and an open one for drivers and all else.
-pub async fn of_the_executor_pool(client: &Client) -> Result<()> {
+pub async fn ensure_executor_pool(client: &Client) -> Result<()> {
     let taint = json!([{"key": "spark-role", "value": "executor", "effect": "NoSchedule"}]);
     for capacity in ["spot", "on-demand"] {
         let name = format!("executors-{capacity}");
@@ -51,7 +51,7 @@ pub async fn of_the_executor_pool(client: &Client) -> Result<()> {
     apply(client, "open", &other, &json!([])).await
 }
 
-/// Takes a node away; the pods on it stay for whoever clears them up.
+/// Deletes a node. Its pods stay until a controller or the test deletes them.
 pub async fn remove(client: &Client, name: &str) -> Result<()> {
     Api::<Node>::all(client.clone()).delete(name, &DeleteParams::default()).await?;
     Ok(())

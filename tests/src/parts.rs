@@ -1,4 +1,4 @@
-//! Finds the real parts, and tells a test whether it can run.
+//! Finds the real parts, and decides whether a test can run.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -51,9 +51,9 @@ impl Part {
     }
 }
 
-/// Ends the test on its first line where a part that it needs is missing.
+/// Ends the test on its first line if a part that it needs is missing.
 ///
-/// With `CI` or `SPOT_BALANCER_REQUIRE_PARTS=1` set the test fails. Otherwise it says on the real
+/// With `CI` or `SPOT_BALANCER_REQUIRE_PARTS=1` set the test fails. Otherwise it prints to the real
 /// standard error, which the test runner does not capture, that it was left out, and returns `Ok`.
 ///
 /// ```no_run
@@ -70,8 +70,8 @@ macro_rules! need {
     };
 }
 
-/// What [`need!`] asks: whether all the parts are there, or an error where they have to be. A right that is
-/// missing is no part, since no installing gives it: the test says that it is left out.
+/// The check of [`need!`]: whether all the parts are there, or an error if they have to be. Root is not a part,
+/// because tests/install cannot provide it: without it the test is always left out.
 pub fn present(parts: &[Part]) -> Result<bool> {
     if parts.contains(&Part::Dns) && !rustix::process::geteuid().is_root() {
         return left_out(&anyhow::anyhow!("port 53 takes root, which this test does not run as"));
@@ -87,7 +87,7 @@ pub fn present(parts: &[Part]) -> Result<bool> {
     left_out(&missing)
 }
 
-/// Says on the real standard error that the test is left out, and why.
+/// Prints to the real standard error that the test is left out, and why.
 pub(crate) fn left_out(why: &anyhow::Error) -> Result<bool> {
     let thread = std::thread::current();
     let test = thread.name().unwrap_or("a test");
@@ -95,7 +95,7 @@ pub(crate) fn left_out(why: &anyhow::Error) -> Result<bool> {
     Ok(false)
 }
 
-/// The path of one of the programs that the parts consist of; the error says how to get it.
+/// The path of one of the programs that the parts consist of; the error names the command that installs it.
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = match name {
         "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
@@ -138,8 +138,8 @@ fn folder(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from the release folder beside this test's own
-/// target folder.
+/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from this test's own target folder: the cheap `release`
+/// build for a test, the `dist` build of the image for a benchmark.
 fn release_binary(name: &str) -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("SPOT_BALANCER_BINARIES") {
         let binary = Path::new(&folder).join(name);
@@ -149,13 +149,19 @@ fn release_binary(name: &str) -> Result<PathBuf> {
     // target/<profile>/deps/<test>
     let this = std::env::current_exe()?;
     let target = this.ancestors().nth(3).context("this test runs from no target folder")?;
-    let binary = target.join("release").join(name);
-    let build = "run cargo build --release --workspace";
+    let profile = if measuring() { "dist" } else { "release" };
+    let binary = target.join(profile).join(name);
+    let build = format!("run cargo build --profile {profile} -p balancer-webhook -p balancer-reconcile");
     ensure!(binary.is_file(), "{} is missing; {build}", binary.display());
     if let Some(source) = newer_source(&binary)? {
         bail!("{} is older than {source}; {build}", binary.display());
     }
     Ok(binary)
+}
+
+/// Whether this process is a benchmark run by `cargo bench`, which passes `--bench`.
+pub fn measuring() -> bool {
+    std::env::args().any(|argument| argument == "--bench")
 }
 
 /// A source file that changed after the binary was built, by the list that cargo leaves beside it:

@@ -65,7 +65,7 @@ fn application(job: &str) -> String {
     format!("spark-{:032x}", hasher.finish())
 }
 
-/// A pod in the making.
+/// Builds a pod.
 #[derive(Debug, Clone)]
 pub struct PodBuilder(Value);
 
@@ -210,7 +210,7 @@ impl PodBuilder {
 pub struct Posted {
     /// The HTTP status: 201 for a pod made.
     pub status: u16,
-    /// The pod as it was stored, or the `Status` that tells why it was not.
+    /// The pod as it was stored, or the `Status` with the reason why it was not.
     pub object: Value,
     /// What `kubectl` would print as `Warning: ...`.
     pub warnings: Vec<String>,

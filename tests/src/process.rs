@@ -19,7 +19,7 @@ use crate::{endpoint, wait, watchdog};
 
 /// How much of a log is read back.
 const LOG_BYTES: u64 = 4 << 20;
-/// How many log lines an error tells.
+/// How many log lines an error contains.
 const LOG_LINES: usize = 30;
 
 /// A running program. Dropping it kills it; so does the end of the test process.
@@ -68,7 +68,7 @@ impl Process {
         self.signal(Signal::STOP)
     }
 
-    /// Lets it go on (SIGCONT).
+    /// Resumes it (SIGCONT).
     pub fn thaw(&self) -> Result<()> {
         self.signal(Signal::CONT)
     }
@@ -98,7 +98,7 @@ impl Process {
         Ok(kib.trim().trim_end_matches(" kB").parse::<f64>()? / 1024.0)
     }
 
-    /// Waits until `probe` answers with a value; fails at once when the process ends before that.
+    /// Waits until `probe` returns a value; fails at once when the process ends before that.
     pub async fn until_ready<T>(
         &mut self,
         within: Duration,
@@ -144,7 +144,7 @@ impl Process {
         status.with_context(|| format!("its log ends with:\n{}", self.log_tail()))
     }
 
-    /// How it ended, where it did.
+    /// Its exit status, if it has ended.
     pub fn exit_status(&mut self) -> Result<Option<ExitStatus>> {
         Ok(self.child.try_wait()?)
     }
@@ -157,6 +157,11 @@ impl Process {
         let mut bytes = Vec::new();
         file.take(LOG_BYTES).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
+    }
+
+    /// How many bytes the process has written so far.
+    pub fn log_length(&self) -> Result<u64> {
+        Ok(self.log.metadata()?.len())
     }
 
     /// The last lines of the log.

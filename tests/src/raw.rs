@@ -43,12 +43,12 @@ pub enum Protocol {
 /// A request's body.
 pub type Body = UnsyncBoxBody<Bytes, Infallible>;
 
-/// A body whose length is told beforehand.
+/// A body with a known length.
 pub fn whole(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).boxed_unsync()
 }
 
-/// A body whose length is not told: `Transfer-Encoding: chunked` in HTTP/1.1.
+/// A body of unknown length: `Transfer-Encoding: chunked` in HTTP/1.1.
 pub fn pieces(pieces: impl Stream<Item = Bytes> + Send + 'static) -> Body {
     StreamBody::new(pieces.map(|piece| Ok(Frame::data(piece)))).boxed_unsync()
 }
@@ -129,7 +129,7 @@ impl Connection {
         let certificates = stream.get_ref().1.peer_certificates();
         let certificate = certificates.and_then(<[_]>::first).context("the server showed no certificate")?.to_vec();
         let io = TokioIo::new(stream);
-        // How a connection ends is told to the requests on it.
+        // The requests on a connection get the reason of its end.
         let sender = match protocol {
             Protocol::Http1 => {
                 let (sender, connection) = http1::handshake(io).await?;

@@ -43,12 +43,12 @@ impl Registration {
 
     /// Makes the configurations and waits until the apiserver follows them.
     ///
-    /// It finds out by dry runs with an executor that belongs to no job. So the webhook's count of
+    /// It checks this by dry runs with an executor that belongs to no job. So the webhook's count of
     /// requests does not begin at 0: compare with what it is afterwards.
     pub async fn apply(&self, plane: &ControlPlane) -> Result<()> {
         let client = plane.client()?;
         let pods = Api::<Pod>::namespaced(client.clone(), &self.namespace);
-        // There before the configurations are, so that the webhook does not see it come.
+        // Created before the configurations, so that the webhook gets no review of its creation.
         let probe = executor("probe", 0)
             .without_label(JOB_ID_LABEL)
             .without_label("spark-app-selector")
@@ -74,7 +74,7 @@ impl Registration {
             .await?;
         }
 
-        // Without its role the probe is no concern of the webhook's when it goes.
+        // Without its role the deletion of the probe is not sent to the webhook.
         let unlabelled = json!({"metadata": {"labels": {"spark-role": null}}});
         let patch = Patch::Merge(&unlabelled);
         pods.patch(&name, &PatchParams::default(), &patch).await?;
@@ -111,7 +111,7 @@ impl Registration {
         }))?)
     }
 
-    /// Whether the apiserver counts a call of this webhook.
+    /// Whether the apiserver has counted a call of this webhook.
     async fn called(&self, client: &Client, what: &str) -> Result<bool> {
         let count = "apiserver_admission_webhook_admission_duration_seconds_count";
         let metrics = Metrics::of(client).await?;

@@ -20,7 +20,7 @@ use crate::redis::RedisServer;
 
 const START: Duration = Duration::from_secs(30);
 
-/// What a process starts with, over what every one of its kind needs.
+/// What a process starts with, on top of what every process of its kind needs.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
     environment: BTreeMap<String, OsString>,
@@ -38,8 +38,8 @@ impl Options {
         self.kubeconfig(plane.kubeconfig())
     }
 
-    /// With a cluster that cannot be reached: no job's driver is found, and a webhook does not wait to see
-    /// its executors.
+    /// With an unreachable cluster: no driver lookup succeeds, and a webhook does not wait for its index of
+    /// executors.
     pub fn without_cluster(self) -> Result<Self> {
         Ok(self.kubeconfig(&write_kubeconfig(port::free()?, "", None)?).env("RECONCILE_ENABLED", "false"))
     }
@@ -92,13 +92,13 @@ impl Release {
         Ok(Self { process, admin_port })
     }
 
-    /// Waits until it says that it is ready.
+    /// Waits until it is ready.
     pub async fn until_ready(&mut self) -> Result<()> {
         let admin = self.admin()?;
         self.process.until_ok(START, &admin, "/readyz").await
     }
 
-    /// Whether it says that it is ready; an error while it does not answer.
+    /// Whether it is ready; an error while it does not respond.
     pub async fn is_ready(&self) -> Result<bool> {
         Ok(endpoint::get(&self.admin()?, "/readyz").await?.status == 200)
     }
@@ -129,13 +129,13 @@ impl Release {
     }
 }
 
-/// Starts a program with settings of which some are wrong, and answers what it says when it ends. Fails
-/// where it does not end, or not with an error.
+/// Starts a program with some invalid settings, and returns its output. Fails
+/// if it does not end, or ends without an error.
 pub async fn refusal(name: &str, options: &Options) -> Result<String> {
     let mut process = options.start(name)?;
     let status = process.ended(START).await.with_context(|| format!("{name} with {options:?}"))?;
-    let said = process.log()?;
-    ensure!(!status.success() && status.code().is_some(), "{name} with {options:?} ended with {status}: {said}");
-    ensure!(!said.contains("panicked") && !said.contains("a bug"), "{said}");
-    Ok(said)
+    let output = process.log()?;
+    ensure!(!status.success() && status.code().is_some(), "{name} with {options:?} ended with {status}: {output}");
+    ensure!(!output.contains("panicked") && !output.contains("a bug"), "{output}");
+    Ok(output)
 }

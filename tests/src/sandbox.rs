@@ -40,7 +40,6 @@ const SETUP: &str = r#"
 "#;
 /// As long as a host name may be.
 const HOST_NAME: usize = 63;
-const SOON: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// What a container is made of.
 #[derive(Debug)]
@@ -105,7 +104,7 @@ async fn attempt() -> Result<()> {
         command: vec!["true".to_owned()],
     };
     let mut process = nothing.start()?;
-    let status = wait::until(SOON, "a container to end", async || process.exit_status()).await?;
+    let status = wait::until(wait::SOON, "a container to end", async || process.exit_status()).await?;
     ensure!(status.success(), "{}", process.log()?.trim());
     Ok(())
 }

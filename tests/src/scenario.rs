@@ -1,5 +1,5 @@
 //! A namespace whose Spark pods go through our webhook and are followed by our reconciler: apiserver,
-//! Redis, our processes, the stand-in for the kubelet, and what a test asks of them again and again.
+//! Redis, our processes, the stand-in for the kubelet, and the checks that many tests share.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -23,22 +23,21 @@ use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::RedisServer;
 use crate::registration::Registration;
-use crate::wait::{until, until_true};
+use crate::wait::{SOON, until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
 
 /// The grace of the scenarios' reconcilers: how long a placement may wait for its pod.
 pub const GRACE: Duration = Duration::from_secs(5);
-/// Within this the ledger is true again, whatever happened.
+/// Within this time the ledger matches the pods again after any failure.
 pub const REPAIRED: Duration = Duration::from_secs(5);
-/// Executors that have to bring a job back to its ratio.
+/// The number of new executors that must bring a job back to its ratio.
 const MORE: usize = 20;
 
 const LEASE: &str = "spot-balancer-reconciler";
 const DECISION: &str = "workload/capacity-type";
-const SOON: Duration = Duration::from_secs(60);
-/// Between two looks at a ledger that is to stay true.
+/// Between two checks of a ledger that has to stay correct.
 const HOLDS: Duration = Duration::from_millis(300);
-/// Between two looks at one that is not true yet: a look lists all pods of a job.
+/// Between two checks of one that is not correct yet: a check lists all pods of a job.
 const LOOK: Duration = Duration::from_millis(80);
 
 /// Executors by their names in the ledger, and what they count as.
@@ -77,7 +76,7 @@ impl Counts {
 pub struct Scenario {
     /// The administrator's client.
     pub client: Client,
-    /// Whose pods are sent to us.
+    /// The namespace whose pods are sent to the webhooks.
     pub namespace: String,
     /// Where the ledger is.
     pub redis: RedisServer,
@@ -85,11 +84,11 @@ pub struct Scenario {
     pub webhooks: Vec<Webhook>,
     /// The processes.
     pub reconcilers: Vec<Reconciler>,
-    /// Before the webhooks.
+    /// The address in front of the webhooks.
     pub balance: Balance,
     /// Without it bound pods stay Pending, and deleted ones stay until their grace period is over.
     pub kubelet: Option<Kubelet>,
-    /// Whose apiserver calls us.
+    /// The control plane whose apiserver calls the webhooks.
     pub plane: Plane,
     /// The label by which the pods of a job are found.
     pub job_id_label: &'static str,
@@ -114,7 +113,7 @@ impl Scenario {
         Ok(scenario)
     }
 
-    /// The same with one webhook, which is told of no deletion, and one reconciler.
+    /// The same with one webhook, which gets no DELETE reviews, and one reconciler.
     pub async fn without_deletions(plane: Plane, purpose: &str) -> Result<Self> {
         let mut scenario = Self::bare(plane, purpose).await?;
         scenario.start_webhooks(1, strict()).await?;
@@ -142,7 +141,7 @@ impl Scenario {
             webhooks: Vec::new(),
             reconcilers: Vec::new(),
             account: None,
-            // Past what tests count by themselves.
+            // Larger than the ids that tests choose.
             next_id: AtomicU32::new(10_000),
             job_id_label: pods::JOB_ID_LABEL,
             plane,
@@ -166,8 +165,8 @@ impl Scenario {
         self.balance.send_to(&ports);
     }
 
-    /// How the scenario's pods are sent to its webhooks. A pod that they do not answer for is refused: a
-    /// test must not pass by being ignored.
+    /// How the scenario's pods are sent to its webhooks. A pod is refused if they do not respond: a
+    /// test must not pass because its webhook was ignored.
     pub fn registration(&self) -> Registration {
         Registration { failure_policy: "Fail", ..Registration::new(&self.namespace, self.balance.port) }
     }
@@ -191,7 +190,7 @@ impl Scenario {
     /// As whom the scenario's reconcilers run.
     pub async fn account(&mut self) -> Result<&Account> {
         if self.account.is_none() {
-            self.account = Some(Account::of_a_reconciler(&self.plane, &self.namespace, &[&self.namespace]).await?);
+            self.account = Some(Account::for_reconciler(&self.plane, &self.namespace, &[&self.namespace]).await?);
         }
         self.account.as_ref().context("no account")
     }
@@ -219,7 +218,7 @@ impl Scenario {
         self.post(&pods::driver(job).annotation("workload/spot-ratio", ratio)).await
     }
 
-    /// Makes executor `id` of a job and answers what it was placed on.
+    /// Makes executor `id` of a job and returns what it was placed on.
     pub async fn executor(&self, job: &str, id: u32) -> Result<String> {
         placed(&self.post(&pods::executor(job, id)).await?.pod()?)
     }
@@ -279,7 +278,7 @@ impl Scenario {
     }
 
     /// The job's live executors by what they really run on: the node that they are on, else the one that
-    /// they wait for, else what was decided. An error while nothing tells.
+    /// they wait for, else what was decided. An error while none of them is known.
     pub async fn real(&self, job: &str) -> Result<Executors> {
         let nodes = Api::<Node>::all(self.client.clone()).list(&ListParams::default()).await?;
         let nodes: HashMap<String, Node> = nodes.into_iter().map(|node| (node.name_any(), node)).collect();
@@ -308,12 +307,12 @@ impl Scenario {
         self.driver(job, ratio).await?.pod()?;
         self.executors(job, 1..=count, 4).await?;
         self.until_bound(job).await?;
-        self.until_pods_are_known(job).await?;
-        self.until_ledger_is_true(job, REPAIRED).await
+        self.until_uids_recorded(job).await?;
+        self.until_ledger_matches_pods(job, REPAIRED).await
     }
 
-    /// Fails unless the ledger, entries and counts, is what really runs.
-    pub async fn ensure_ledger_is_real(&self, job: &str) -> Result<Counts> {
+    /// Fails unless the ledger, entries and counts, matches the live pods.
+    pub async fn ensure_ledger_matches_pods(&self, job: &str) -> Result<Counts> {
         let (real, entries, ledger) = (self.real(job).await?, self.entries(job).await?, self.ledger(job).await?);
         let mut counts = Counts::default();
         for capacity in real.values() {
@@ -325,17 +324,17 @@ impl Scenario {
         };
         ensure!(
             real == entries && counts == ledger,
-            "live are {counts:?}, and the ledger says {ledger:?}; live alone {:?}, in the ledger alone {:?}",
+            "{counts:?} are live, and the ledger counts {ledger:?}; live alone {:?}, in the ledger alone {:?}",
             differs(&real, &entries),
             differs(&entries, &real)
         );
         Ok(counts)
     }
 
-    /// Waits until the ledger is what really runs, and stays so.
-    pub async fn until_ledger_is_true(&self, job: &str, within: Duration) -> Result<Counts> {
-        until(within, &format!("the ledger of {job} to be true"), async || {
-            let look = async || match self.ensure_ledger_is_real(job).await {
+    /// Waits until the ledger matches the live pods, and keeps matching them.
+    pub async fn until_ledger_matches_pods(&self, job: &str, within: Duration) -> Result<Counts> {
+        until(within, &format!("the ledger of {job} to match its pods"), async || {
+            let look = async || match self.ensure_ledger_matches_pods(job).await {
                 Ok(counts) => Ok(counts),
                 Err(error) => {
                     sleep(LOOK).await;
@@ -344,13 +343,13 @@ impl Scenario {
             };
             look().await?;
             sleep(HOLDS).await;
-            look().await.context("it was true, and then was not").map(Some)
+            look().await.context("it matched, and then did not").map(Some)
         })
         .await
     }
 
-    /// Waits until the reconciler has seen the pods of all that are in the ledger.
-    pub async fn until_pods_are_known(&self, job: &str) -> Result<()> {
+    /// Waits until the ledger has the uid of every live pod, which the reconciler adds.
+    pub async fn until_uids_recorded(&self, job: &str) -> Result<()> {
         until_true(REPAIRED, "the reconciler to have seen all pods", async || {
             sleep(LOOK).await;
             let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
@@ -364,10 +363,10 @@ impl Scenario {
     }
 
     /// Makes 20 more executors; fails unless they bring the job within one of its ratio, and the ledger
-    /// is true then.
-    pub async fn ensure_ratio_comes_right(&self, job: &str, ratio: f64) -> Result<()> {
+    /// matches the pods then.
+    pub async fn ensure_ratio_recovers(&self, job: &str, ratio: f64) -> Result<()> {
         self.executors(job, self.fresh_ids().take(MORE), 4).await?;
-        self.until_ledger_is_true(job, REPAIRED).await?.ensure_near(ratio, 1.0)
+        self.until_ledger_matches_pods(job, REPAIRED).await?.ensure_near(ratio, 1.0)
     }
 
     /// Ids that no executor of the scenario had.
@@ -375,10 +374,10 @@ impl Scenario {
         std::iter::repeat_with(|| self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Fails unless ledger and live executors are the same.
-    pub async fn ensure_ledger_is_true(&self, job: &str) -> Result<Counts> {
+    /// Fails unless the ledger's counts are those of the live executors.
+    pub async fn ensure_counts_match_pods(&self, job: &str) -> Result<Counts> {
         let (live, ledger) = (self.counts(job).await?, self.ledger(job).await?);
-        ensure!(live == ledger, "live are {live:?}, and the ledger says {ledger:?}");
+        ensure!(live == ledger, "{live:?} are live, and the ledger counts {ledger:?}");
         Ok(live)
     }
 
@@ -423,7 +422,7 @@ impl Scenario {
         Ok(sum)
     }
 
-    /// Which of the reconcilers leads, where one alone does.
+    /// The index of the reconciler that leads, if exactly one does.
     pub async fn leader(&self) -> Result<Option<usize>> {
         let mut leaders = Vec::new();
         for (number, reconciler) in self.reconcilers.iter().enumerate() {
@@ -439,7 +438,7 @@ impl Scenario {
         self.leases().get(LEASE).await?.spec.context("an empty lease")
     }
 
-    /// Takes the reconcilers' Lease away.
+    /// Deletes the reconcilers' Lease.
     pub async fn delete_lease(&self) -> Result<()> {
         self.leases().delete(LEASE, &DeleteParams::default()).await?;
         Ok(())
@@ -450,7 +449,7 @@ impl Scenario {
     }
 }
 
-/// Options of a webhook that pins spot executors to spot.
+/// Options of a webhook with SPOT_PREFERENCE=STRICT.
 pub fn strict() -> WebhookOptions {
     WebhookOptions::default().env("SPOT_PREFERENCE", "STRICT")
 }

@@ -1,4 +1,4 @@
-//! Good admissions posted steadily, beside whatever a test does to the webhook meanwhile.
+//! Good admissions posted steadily, while a test does something to the webhook.
 
 use std::time::{Duration, Instant};
 
@@ -10,14 +10,14 @@ use crate::raw::{Connection, Protocol, Unanswered};
 use crate::reviews;
 
 /// Posts one creation after the other, by turns on a connection of its own and on one that is kept,
-/// until it is stopped. Dropping it ends it unheard.
+/// until it is stopped. Dropping it ends it without a result.
 #[derive(Debug)]
 pub struct Steady {
     stop: oneshot::Sender<()>,
     task: JoinHandle<Result<Answered>>,
 }
 
-/// What became of the admissions: all were answered as they have to be.
+/// The admissions, all of which were answered correctly.
 #[derive(Debug, Clone, Copy)]
 pub struct Answered {
     /// How many there were.
@@ -44,7 +44,7 @@ async fn post(port: u16, protocol: Protocol, every: Duration, mut stopped: onesh
     let mut answered = Answered { count: 0, slowest: Duration::ZERO };
     let mut kept = Connection::open(port, protocol).await?;
     let mut ticks = tokio::time::interval(every);
-    // An answer that was slow is told as that, and not made up for.
+    // A slow answer counts as slow; no faster ticks make up for it.
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {

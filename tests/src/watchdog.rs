@@ -1,7 +1,7 @@
 //! Ends what the test process started when the test process ends, even by SIGKILL.
 //!
-//! Statics are not dropped and a killed process runs no destructors. So one small shell stands by
-//! for the whole test process, told over a pipe of each process group that starts and ends. When the
+//! Statics are not dropped and a killed process runs no destructors. So one small shell waits
+//! next to the test process, and a pipe reports to it each process group that starts and ends. When the
 //! pipe closes, which the operating system sees to, it kills the groups that are left and removes the
 //! scratch folder.
 

@@ -42,7 +42,7 @@ async fn ledger(redis: &RedisServer, job: &str) -> Result<Counts> {
 }
 
 #[tokio::test]
-async fn real_reviews_of_both_apiservers_are_answered_and_counted_over_both_protocols() -> Result<()> {
+async fn real_reviews_are_answered_and_counted_over_both_protocols() -> Result<()> {
     need!(Redis, Webhook);
     for protocol in BOTH {
         let redis = RedisServer::start().await?;
@@ -111,7 +111,7 @@ fn in_pieces(text: &str) -> Body {
 }
 
 #[tokio::test]
-async fn each_wrong_request_gets_its_own_status_and_sentence_and_holds_up_nothing() -> Result<()> {
+async fn each_invalid_request_gets_its_status_and_explanation_and_delays_no_admission() -> Result<()> {
     need!(Webhook);
     let _measuring = MACHINE.read().await;
     let webhook = Webhook::start(strict()?).await?;
@@ -213,7 +213,7 @@ async fn each_wrong_request_gets_its_own_status_and_sentence_and_holds_up_nothin
     // Of each protocol.
     for (reason, count) in [("review", 2 * reviews), ("content_type", 5), ("path", 6), ("method", 6), ("too_large", 4)]
     {
-        let counted = metrics.sum("spot_balancer_refused_requests_total", &[("reason", reason)]);
+        let counted = metrics.sum("spot_balancer_rejected_requests_total", &[("reason", reason)]);
         assert_eq!(counted, Some(f64::from(2 * count)), "{reason}");
     }
     let beside = beside.stop().await?;
@@ -263,7 +263,7 @@ async fn drip(stream: impl AsyncRead + AsyncWrite + Unpin, bytes: impl IntoItera
 }
 
 #[tokio::test]
-async fn slow_and_silent_clients_are_disconnected_and_hold_up_no_admission() -> Result<()> {
+async fn slow_and_silent_clients_are_disconnected_and_delay_no_admission() -> Result<()> {
     need!(Webhook);
     let _measuring = MACHINE.read().await;
     let webhook = Webhook::start(strict()?).await?;
@@ -382,7 +382,7 @@ impl Chance {
 }
 
 #[tokio::test]
-async fn ten_thousand_mutations_of_a_review_are_all_answered_and_do_no_harm() -> Result<()> {
+async fn ten_thousand_mutated_reviews_are_all_answered() -> Result<()> {
     need!(Webhook);
     let _loading = MACHINE.write().await;
     let webhook = Webhook::start(strict()?).await?;

@@ -115,7 +115,7 @@ async fn the_chart_lints_and_renders_with_the_defaults_and_with_every_option() -
 }
 
 #[tokio::test]
-async fn what_cannot_be_right_is_refused_with_a_reason() -> Result<()> {
+async fn invalid_values_are_refused_with_a_reason() -> Result<()> {
     need!(Helm);
     let mut helm = Helm::start().await?;
     let refused = [
@@ -253,7 +253,7 @@ fn walk(path: &str, schema: &Value, defaults: &Value, see: &mut impl FnMut(&str,
 }
 
 #[test]
-fn every_value_is_described_and_every_described_value_is_there() -> Result<()> {
+fn every_value_is_described_and_every_described_value_exists() -> Result<()> {
     let chart = repository("deploy/chart/spot-balancer");
     let schema: Value = serde_json::from_slice(&std::fs::read(chart.join("values.schema.json"))?)?;
     let values = objects(&std::fs::read_to_string(chart.join("values.yaml"))?)?.remove(0);
@@ -273,7 +273,7 @@ fn every_value_is_described_and_every_described_value_is_there() -> Result<()> {
 }
 
 #[tokio::test]
-async fn every_pod_is_restricted_bounded_and_off_the_default_account() -> Result<()> {
+async fn every_pod_is_restricted_bounded_and_has_its_own_account() -> Result<()> {
     need!(Helm);
     let mut helm = Helm::start().await?;
     for (what, values) in variants() {
@@ -328,7 +328,7 @@ async fn the_memory_store_is_one_replica_that_reconciles_by_itself() -> Result<(
 }
 
 #[tokio::test]
-async fn a_changed_url_of_redis_makes_the_pods_start_anew_and_stays_in_its_secret() -> Result<()> {
+async fn a_changed_redis_url_restarts_the_pods_and_stays_in_its_secret() -> Result<()> {
     need!(Helm);
     let mut helm = Helm::start().await?;
     let mut checksums = BTreeSet::new();

@@ -24,26 +24,26 @@ async fn until_cleaned_up(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_pass_where_executors_are_placed_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_pass_if_executors_are_placed_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Kubectl);
     for (purpose, options) in [("strict", strict()), ("effort", WebhookOptions::default())] {
         let scenario = Scenario::start(purpose, 1, options).await?;
-        let Outcome { content, said } = run(&scenario).await?;
-        ensure!(content, "{said}");
+        let Outcome { success, output } = run(&scenario).await?;
+        ensure!(success, "{output}");
         for line in ["ratio 1.0: 10 of 10 on spot", "ratio 0.0: 0 of 10 on spot", "ratio 0.7: 7 of 10 on spot"] {
-            assert!(said.contains(line), "{said}");
+            assert!(output.contains(line), "{output}");
         }
-        assert!(said.contains("all as asked"), "{said}");
+        assert!(output.contains("all as asked"), "{output}");
         until_cleaned_up(&scenario).await?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_fail_where_no_webhook_is_called_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_fail_without_a_webhook_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Kubectl);
     let scenario = Scenario::bare(Plane::shared().await?, "bare").await?;
-    let Outcome { content, said } = run(&scenario).await?;
-    assert!(!content && said.contains("was not placed"), "{said}");
+    let Outcome { success, output } = run(&scenario).await?;
+    assert!(!success && output.contains("was not placed"), "{output}");
     until_cleaned_up(&scenario).await
 }

@@ -169,7 +169,7 @@ async fn the_webhook_of_the_image_finds_redis_by_cluster_dns_and_by_hosts() -> R
                 let metrics = Metrics::of(&admin).await?;
                 let errors = metrics.sum("spot_balancer_store_errors_total", &[]);
                 let placed = |source| metrics.sum("spot_balancer_placements_total", &[("source", source)]);
-                ensure!(placed("ledger").or(placed("reused")).is_some(), "{host}: {errors:?} errors of the store");
+                ensure!(placed("ledger").or(placed("existing")).is_some(), "{host}: {errors:?} errors of the store");
                 Ok(Some(()))
             })
             .await?;

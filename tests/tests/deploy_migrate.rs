@@ -3,8 +3,6 @@
 
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::{Options, Plane};
 use balancer_tests::deployed::{RECONCILER, WEBHOOK, as_deployed, lead, prepare};
@@ -14,7 +12,7 @@ use balancer_tests::original::Original;
 use balancer_tests::pods::{Posted, executor};
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{REPAIRED, Scenario};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{guide, need};
 use k8s_openapi::api::core::v1::Namespace;
@@ -23,7 +21,6 @@ use serde_json::{Value, json};
 
 const JOB: &str = "etl";
 const RATIO: f64 = 0.7;
-const SOON: Duration = Duration::from_secs(30);
 
 /// The one block of commands in the guide that has `part` in it.
 fn documented(part: &str) -> Result<String> {
@@ -102,14 +99,14 @@ fn by(pod: &Posted) -> [bool; 2] {
 }
 
 #[tokio::test]
-async fn a_running_job_is_switched_by_the_guides_commands_and_back_and_no_count_is_lost() -> Result<()> {
+async fn the_guide_migrates_a_running_job_and_back_without_losing_a_count() -> Result<()> {
     need!(Helm, ControlPlane, Scheduler, Redis, Webhook, Reconciler, Kubectl);
     let install = documented("helm install")?;
     let selected = install.split("matchLabels.").nth(1).and_then(|rest| rest.split('\'').next());
     let mut migration = Migration::start("switched").await?;
     let (_webhook, _reconciler) = migration.install(selected.context("no label is chosen by")?).await?;
     // As soon as it says that it is ready.
-    migration.scenario.ensure_ledger_is_real(JOB).await?.ensure_near(RATIO, 1.0)?;
+    migration.scenario.ensure_ledger_matches_pods(JOB).await?.ensure_near(RATIO, 1.0)?;
 
     migration.run(&documented("kubectl patch")?)?;
     let mut before = migration.create().await?;
@@ -128,16 +125,16 @@ async fn a_running_job_is_switched_by_the_guides_commands_and_back_and_no_count_
             since += usize::from(ours == switched);
         }
         migration.scenario.until_bound(JOB).await?;
-        migration.scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+        migration.scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
         if switched {
-            migration.scenario.ensure_ratio_comes_right(JOB, RATIO).await?;
+            migration.scenario.ensure_ratio_recovers(JOB, RATIO).await?;
         }
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn an_executor_that_the_original_pins_after_us_is_counted_once_and_as_it_is_pinned() -> Result<()> {
+async fn an_executor_pinned_by_the_original_after_us_is_counted_once_as_pinned() -> Result<()> {
     need!(Helm, ControlPlane, Scheduler, Redis, Webhook, Reconciler);
     let mut migration = Migration::start("both").await?;
     let label = json!({"metadata": {"labels": {"both": "yes"}}});
@@ -158,6 +155,6 @@ async fn an_executor_that_the_original_pins_after_us_is_counted_once_and_as_it_i
     }
     ensure!(both == 20 && migration.original.placed() > placed, "{both} executors were seen by both");
     migration.scenario.until_bound(JOB).await?;
-    migration.scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    migration.scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     Ok(())
 }

@@ -3,21 +3,18 @@
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
 use std::collections::BTreeSet;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
 use balancer_tests::helm::{Helm, RELEASE, object, objects, repository};
 use balancer_tests::prometheus::{self, Prometheus, Target};
 use balancer_tests::scenario::{Scenario, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{endpoint, need, pods, reviews};
 use k8s_openapi::api::rbac::v1::RoleBinding;
 use kube::api::{Api, DeleteParams, ListParams};
 use serde_json::{Value, json};
-
-const SOON: Duration = Duration::from_secs(60);
 
 type Names = BTreeSet<String>;
 
@@ -59,7 +56,7 @@ async fn every_alert_fires_when_it_should_and_only_then() -> Result<()> {
 }
 
 #[tokio::test]
-async fn no_alert_is_there_that_would_tell_of_what_is_not() -> Result<()> {
+async fn alerts_for_parts_that_are_not_installed_are_left_out() -> Result<()> {
     need!(Helm);
     let all = alerts(&rules(json!({})).await?)?;
     let without = async |values: Value| -> Result<Names> {
@@ -105,7 +102,7 @@ fn list(value: &Value) -> Result<&Vec<Value>> {
 }
 
 #[test]
-fn the_panels_of_the_dashboard_are_whole_and_lie_beside_one_another() -> Result<()> {
+fn dashboard_panels_are_complete_and_do_not_overlap() -> Result<()> {
     let dashboard = dashboard()?;
     let (mut ids, mut taken) = (BTreeSet::new(), BTreeSet::new());
     for panel in list(&dashboard["panels"])? {
@@ -213,7 +210,7 @@ async fn until_fired(prometheus: &Prometheus, names: &[&str], mut act: impl Asyn
 }
 
 #[tokio::test]
-async fn dashboard_and_alerts_tell_what_happens_to_running_programs() -> Result<()> {
+async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<()> {
     need!(Helm, Redis, ControlPlane, Scheduler, Webhook, Reconciler, Prometheus);
     let monitoring = json!({"serviceMonitor": {"enabled": true}, "prometheusRule": {"enabled": true}});
     let rendered = Helm::start().await?.render(&json!({"monitoring": monitoring})).await?;

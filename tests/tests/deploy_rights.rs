@@ -13,7 +13,7 @@ use balancer_tests::helm::RELEASE;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::release::Release;
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{need, nodes, pods, reviews};
 use k8s_openapi::api::authorization::v1::SubjectAccessReview;
@@ -23,8 +23,6 @@ use k8s_openapi::api::events::v1::Event;
 use kube::Client;
 use kube::api::{Api, DeleteParams, ListParams, PostParams};
 use serde_json::{Value, json};
-
-const SOON: Duration = Duration::from_secs(60);
 
 /// One verb of one rule of an installed role.
 #[derive(Debug, Clone)]
@@ -156,7 +154,7 @@ async fn use_all_rights(plane: &ControlPlane, account: &str, redis: &RedisServer
 }
 
 #[tokio::test]
-async fn each_verb_of_each_rule_is_needed_and_no_other_is() -> Result<()> {
+async fn each_verb_of_each_rule_is_needed_and_sufficient() -> Result<()> {
     need!(Helm, ControlPlane, Redis, Webhook, Reconciler);
     let (plane, mut helm) = cluster(Options::default(), &[JOBS]).await?;
     let client = plane.client()?;

@@ -14,12 +14,11 @@ use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
 use balancer_tests::scenario::{Scenario, placed, strict};
 use balancer_tests::steady::Steady;
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use futures::{StreamExt, TryStreamExt};
 use kube::Client;
 
-const SOON: Duration = Duration::from_secs(30);
 /// What an admission may take at most, by the webhook's own setting.
 const BUDGET: Duration = Duration::from_secs(5);
 /// The store's time-out of half a second and slack for a busy machine, as a bucket of the webhook's
@@ -56,7 +55,7 @@ async fn ensure_admissions_were_quick(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_and_keeps_the_ratio() -> Result<()> {
+async fn a_lost_store_fails_and_delays_no_creation_and_keeps_the_ratio() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let mut scenario = Scenario::start("store-lost", 1, strict()).await?;
     for job in ["calm", "crowd"] {
@@ -91,12 +90,12 @@ async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_
     ensure_admissions_were_quick(&scenario).await?;
     scenario.counts("calm").await?.ensure_near(0.7, 2.0)?;
 
-    let degraded = [("source", "degraded")];
+    let degraded = [("source", "fallback")];
     let alone = scenario.metric("spot_balancer_placements_total", &degraded).await?;
     let errors = scenario.metric("spot_balancer_store_errors_total", &[("kind", "no_connection")]).await?;
     ensure!(alone >= 10.0 && errors >= 10.0, "{alone} were placed without the store, after {errors} errors");
     let log = scenario.webhooks[0].process().log()?;
-    assert!(log.contains("placed without the store"), "{log}");
+    assert!(log.contains("executor placed without the store"), "{log}");
 
     let mut ids = 201..;
     until_placed_by_the_ledger(&scenario, "calm", &mut ids).await?;
@@ -107,7 +106,7 @@ async fn a_store_that_is_lost_and_comes_back_empty_fails_and_delays_no_creation_
 }
 
 #[tokio::test]
-async fn a_store_that_hangs_delays_a_creation_by_its_time_out_and_no_more() -> Result<()> {
+async fn a_hanging_store_delays_a_creation_by_its_timeout_at_most() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("store-hangs", 1, strict()).await?;
     scenario.driver("hung", "0.7").await?;
@@ -125,7 +124,7 @@ async fn a_store_that_hangs_delays_a_creation_by_its_time_out_and_no_more() -> R
     // Once it is known, nobody waits for it: what is not there costs nothing.
     let waited = took.iter().filter(|took| **took >= Duration::from_millis(450)).count();
     ensure!(waited < 50, "{waited} of {} creations waited for a store that was known to hang", took.len());
-    let degraded = [("source", "degraded")];
+    let degraded = [("source", "fallback")];
     assert_eq!(scenario.metric("spot_balancer_placements_total", &degraded).await?, 100.0);
     ensure!(scenario.metric("spot_balancer_store_errors_total", &[("kind", "timed_out")]).await? >= 1.0);
 
@@ -177,7 +176,7 @@ async fn a_webhook_that_starts_before_its_store_is_ready_answers_and_finds_it_la
     for id in 1..=10 {
         post(id).await?;
     }
-    assert_eq!((placements("degraded").await?, placements("ledger").await?), (10.0, 0.0));
+    assert_eq!((placements("fallback").await?, placements("ledger").await?), (10.0, 0.0));
     redis.start_again_empty().await?;
     let mut id = 10;
     until_true(SOON, "the webhook to find its store", async || {
@@ -287,7 +286,7 @@ async fn a_certificate_swapped_by_the_kubelet_is_served_without_a_failed_admissi
 }
 
 #[tokio::test]
-async fn a_broken_certificate_is_told_and_the_one_before_is_served_until_a_good_one_comes() -> Result<()> {
+async fn an_invalid_certificate_is_reported_and_the_previous_one_stays_in_use() -> Result<()> {
     need!(Webhook);
     let webhook = Webhook::start(strict().without_cluster()?).await?;
     let files = &webhook.certificate;
@@ -304,7 +303,7 @@ async fn a_broken_certificate_is_told_and_the_one_before_is_served_until_a_good_
         .await?;
         until_true(SOON, "the broken certificate to be told", async || {
             let log = webhook.process().log()?;
-            let told = log.lines().filter(|line| line.contains("cannot use the changed certificate"));
+            let told = log.lines().filter(|line| line.contains("cannot load the changed certificate"));
             Ok(told.filter(|line| line.contains("TLS_CERT_PATH")).count() >= count as usize)
         })
         .await?;

@@ -15,7 +15,7 @@ use balancer_tests::kubelet::Kubelet;
 use balancer_tests::process::scratch_path;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::registration::Registration;
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::{need, nodes, pods};
 use futures::{StreamExt, TryStreamExt};
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -24,10 +24,8 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config, ResourceExt};
 use redis::AsyncCommands;
 
-const SOON: Duration = Duration::from_secs(30);
-
 #[tokio::test]
-async fn an_executor_is_bound_to_the_capacity_it_selects_runs_and_goes() -> Result<()> {
+async fn an_executor_is_bound_to_its_selected_capacity_runs_and_is_deleted() -> Result<()> {
     need!(ControlPlane, Scheduler);
     let plane = ControlPlane::shared().await?;
     let client = plane.client()?;
@@ -103,7 +101,7 @@ async fn a_dry_run_stores_nothing() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_registered_webhook_is_called_from_the_first_pod_on_in_its_namespace_only() -> Result<()> {
+async fn a_registered_webhook_is_called_from_the_first_pod_in_its_namespace_only() -> Result<()> {
     need!(ControlPlane);
     let plane = ControlPlane::shared().await?;
     let client = plane.client()?;
@@ -125,7 +123,7 @@ async fn a_registered_webhook_is_called_from_the_first_pod_on_in_its_namespace_o
 }
 
 #[tokio::test]
-async fn a_service_account_may_do_what_it_was_allowed_where_it_was_and_nothing_else() -> Result<()> {
+async fn a_service_account_has_the_rights_it_was_granted_only() -> Result<()> {
     need!(ControlPlane);
     let plane = ControlPlane::shared().await?;
     let (namespace, elsewhere) = (plane.namespace("accounts").await?, plane.namespace("elsewhere").await?);
@@ -152,7 +150,7 @@ async fn a_service_account_may_do_what_it_was_allowed_where_it_was_and_nothing_e
 }
 
 #[tokio::test]
-async fn the_cluster_keeps_its_objects_over_an_outage_and_forgets_its_past_by_compaction() -> Result<()> {
+async fn objects_survive_an_outage_and_compaction_removes_history() -> Result<()> {
     need!(ControlPlane);
     let mut plane = ControlPlane::start(Options::default()).await?;
     let namespace = plane.namespace("outage").await?;
@@ -185,7 +183,7 @@ async fn the_cluster_keeps_its_objects_over_an_outage_and_forgets_its_past_by_co
 }
 
 #[tokio::test]
-async fn the_controller_manager_collects_the_executors_of_a_driver_that_is_gone() -> Result<()> {
+async fn the_controller_manager_collects_executors_of_a_deleted_driver() -> Result<()> {
     need!(ControlPlane, ControllerManager);
     let options = Options { controller_manager: true, ..Options::default() };
     let plane = ControlPlane::start(options).await?;
@@ -202,7 +200,7 @@ async fn the_controller_manager_collects_the_executors_of_a_driver_that_is_gone(
 }
 
 #[tokio::test]
-async fn redis_freezes_thaws_and_comes_back_empty() -> Result<()> {
+async fn redis_freezes_thaws_and_restarts_empty() -> Result<()> {
     need!(Redis);
     let mut redis = RedisServer::start().await?;
     let mut connection = redis.connection().await?;
@@ -226,7 +224,7 @@ async fn redis_freezes_thaws_and_comes_back_empty() -> Result<()> {
 }
 
 #[tokio::test]
-async fn redis_over_tls_wants_its_password() -> Result<()> {
+async fn redis_over_tls_requires_its_password() -> Result<()> {
     need!(Redis);
     let redis = RedisServer::start_tls().await?;
     let _: () = redis.connection().await?.set("job", 1).await?;
@@ -240,7 +238,7 @@ async fn redis_over_tls_wants_its_password() -> Result<()> {
 }
 
 #[tokio::test]
-async fn connections_take_turns_and_pass_over_a_server_that_is_down() -> Result<()> {
+async fn connections_alternate_and_skip_a_stopped_server() -> Result<()> {
     need!(Redis);
     let (mut one, two) = (RedisServer::start().await?, RedisServer::start().await?);
     for (server, name) in [(&one, "one"), (&two, "two")] {
@@ -276,9 +274,9 @@ async fn connections_take_turns_and_pass_over_a_server_that_is_down() -> Result<
 }
 
 #[tokio::test]
-async fn a_test_without_its_parts_says_so_or_fails_where_none_may_be_left_out() -> Result<()> {
+async fn a_test_without_its_parts_reports_it_or_fails_if_parts_are_required() -> Result<()> {
     let test = |variable: &str| {
-        rerun("redis_freezes_thaws_and_comes_back_empty")?
+        rerun("redis_freezes_thaws_and_restarts_empty")?
             .env("PATH", "")
             .env(variable, "1")
             .output()
@@ -287,7 +285,7 @@ async fn a_test_without_its_parts_says_so_or_fails_where_none_may_be_left_out() 
     let told = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
     let left_out = test("UNRELATED")?;
     assert!(left_out.status.success());
-    let told_plainly = "LEFT OUT: redis_freezes_thaws_and_comes_back_empty (redis-server is not";
+    let told_plainly = "LEFT OUT: redis_freezes_thaws_and_restarts_empty (redis-server is not";
     assert!(told(&left_out).contains(told_plainly), "{}", told(&left_out));
     assert!(!test("CI")?.status.success());
     assert!(!test("SPOT_BALANCER_REQUIRE_PARTS")?.status.success());

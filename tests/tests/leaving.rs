@@ -10,7 +10,7 @@ use balancer_tests::raw::{Connection, Protocol, Unanswered, tls};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, patch};
 use balancer_tests::scenario::{Scenario, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::Webhook;
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
@@ -20,7 +20,6 @@ use tokio::time::{sleep, timeout};
 
 /// Each of these tests loads the machine, or counts on it to be quick.
 static MACHINE: Mutex<()> = Mutex::const_new(());
-const SOON: Duration = Duration::from_secs(30);
 /// The grace that a cluster gives a pod to end.
 const GRACE: Duration = Duration::from_secs(30);
 /// Frames of HTTP/2.
@@ -81,7 +80,7 @@ async fn post_until_refused(
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_webhook_that_is_told_to_end_under_load_loses_no_answer() -> Result<()> {
+async fn a_webhook_terminated_under_load_loses_no_answer() -> Result<()> {
     need!(Redis, Webhook);
     let _alone = MACHINE.lock().await;
     let redis = RedisServer::start().await?;
@@ -139,7 +138,7 @@ async fn a_connection_made_just_before_the_port_closes_gets_its_first_answer() -
 /// An HTTP/2 client that is told to go may have begun a request meanwhile. It sends it again
 /// elsewhere, if it comes to read that goodbye; met by a reset while it writes, it would not.
 #[tokio::test]
-async fn a_client_that_still_writes_after_the_goodbye_is_heard_out() -> Result<()> {
+async fn a_client_that_still_writes_after_goaway_is_answered() -> Result<()> {
     need!(Webhook);
     let _alone = MACHINE.lock().await;
     let webhook = Webhook::start(strict().without_cluster()?).await?;
@@ -173,12 +172,12 @@ async fn a_client_that_still_writes_after_the_goodbye_is_heard_out() -> Result<(
 }
 
 #[tokio::test]
-async fn one_of_two_webhooks_ends_under_load_and_the_apiserver_does_not_notice() -> Result<()> {
+async fn one_of_two_webhooks_terminates_under_load_and_no_creation_fails() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let _alone = MACHINE.lock().await;
     let mut scenario = Scenario::start("one-ends", 2, strict()).await?;
     scenario.driver("busy", "0.7").await?;
-    let mut leaver = scenario.webhooks.remove(0);
+    let mut webhooks = std::mem::take(&mut scenario.webhooks);
     let (made, ended) = (AtomicU32::new(0), AtomicBool::new(false));
     let make = async |id| {
         scenario.executor("busy", id).await?;
@@ -200,13 +199,20 @@ async fn one_of_two_webhooks_ends_under_load_and_the_apiserver_does_not_notice()
     };
     let ending = async {
         until_true(SOON, "creations", async || Ok(made.load(Ordering::Relaxed) >= 50)).await?;
-        let served = leaver.metrics().await?.sum("spot_balancer_placements_total", &[]);
-        ensure!(served > Some(0.0), "the one that ends had nothing to do");
-        let status = leaver.terminate(GRACE).await?;
+        // A new apiserver keeps a single HTTP/2 connection, so one of the two may have nothing to do.
+        let mut busy = None;
+        for webhook in &mut webhooks {
+            let placed = webhook.metrics().await?.sum("spot_balancer_placements_total", &[]);
+            if placed > Some(0.0) {
+                busy = Some(webhook);
+                break;
+            }
+        }
+        let status = busy.context("no webhook placed anything")?.terminate(GRACE).await?;
         ended.store(true, Ordering::Relaxed);
         ensure!(status.success(), "it ended with {status}");
         Ok(())
     };
     tokio::try_join!(creating, ending)?;
-    scenario.ensure_ledger_is_true("busy").await?.ensure_near(0.7, 1.0)
+    scenario.ensure_counts_match_pods("busy").await?.ensure_near(0.7, 1.0)
 }

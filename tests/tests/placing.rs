@@ -1,21 +1,17 @@
 //! Executors placed through a real kube-apiserver, with a real Redis behind the release binary.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::need;
 use balancer_tests::pods::{driver, executor};
 use balancer_tests::scenario::{Counts, Scenario, placed, selected, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::WebhookOptions;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams};
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(30);
-
 #[tokio::test]
-async fn at_every_step_a_job_is_within_one_executor_of_its_ratio_and_runs_on_what_was_decided() -> Result<()> {
+async fn a_job_is_always_within_one_executor_of_its_ratio_and_runs_as_placed() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let scenario = Scenario::start("ratios", 1, strict()).await?;
     for (text, ratio) in
@@ -31,24 +27,24 @@ async fn at_every_step_a_job_is_within_one_executor_of_its_ratio_and_runs_on_wha
             }
             counts.ensure_near(ratio, 1.0)?;
         }
-        assert_eq!(scenario.ensure_ledger_is_true(&job).await?, counts);
+        assert_eq!(scenario.ensure_counts_match_pods(&job).await?, counts);
         scenario.ensure_bound_as_placed(&job).await?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn three_hundred_at_once_keep_the_ratio_with_one_webhook_and_with_two() -> Result<()> {
+async fn three_hundred_at_once_keep_the_ratio_with_one_or_two_webhooks() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     for replicas in [1, 2] {
         let scenario = Scenario::start("at-once", replicas, strict()).await?;
         scenario.driver("crowd", "0.7").await?;
         scenario.executors("crowd", 1..=300, 32).await?;
-        scenario.ensure_ledger_is_true("crowd").await?.ensure_near(0.7, 1.0)?;
-        for webhook in &scenario.webhooks {
-            let served = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "ledger")]);
-            ensure!(served > Some(0.0), "one of {replicas} webhooks placed nothing");
-        }
+        scenario.ensure_counts_match_pods("crowd").await?.ensure_near(0.7, 1.0)?;
+        // Which of two webhooks placed how many depends on the apiserver: an old one opens many connections, a new
+        // one keeps a single HTTP/2 connection, and the address before the webhooks balances connections.
+        let placed = scenario.metric("spot_balancer_placements_total", &[("source", "ledger")]).await?;
+        assert_eq!(placed, 300.0, "all {replicas} webhooks together");
     }
     Ok(())
 }
@@ -67,7 +63,7 @@ async fn a_dry_run_after_each_creation_writes_nothing() -> Result<()> {
             "a dry run is answered as the real one"
         );
         assert_eq!(scenario.ledger("dry").await?, before);
-        scenario.ensure_ledger_is_true("dry").await?.ensure_near(0.7, 1.0)?;
+        scenario.ensure_counts_match_pods("dry").await?.ensure_near(0.7, 1.0)?;
     }
     assert_eq!(scenario.counts("dry").await?.spot, 14);
     Ok(())
@@ -85,16 +81,16 @@ async fn a_creation_that_is_retried_counts_once() -> Result<()> {
             assert_eq!(retried.status, 409, "{}", retried.object);
         }
         assert_eq!(placed(&scenario.pods().get(&format!("again-exec-{id}")).await?)?, first);
-        scenario.ensure_ledger_is_true("again").await?.ensure_near(0.5, 1.0)?;
+        scenario.ensure_counts_match_pods("again").await?.ensure_near(0.5, 1.0)?;
     }
-    assert_eq!(scenario.metric("spot_balancer_placements_total", &[("source", "reused")]).await?, 40.0);
+    assert_eq!(scenario.metric("spot_balancer_placements_total", &[("source", "existing")]).await?, 40.0);
     Ok(())
 }
 
 /// Several callers may delete one pod at once, and then a review of its deletion comes after a new pod
 /// has taken the name: it must not strike the new one.
 #[tokio::test]
-async fn names_that_are_used_again_count_once() -> Result<()> {
+async fn reused_names_count_once() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("reused", 1, strict()).await?;
     scenario.driver("names", "0.7").await?;
@@ -105,13 +101,13 @@ async fn names_that_are_used_again_count_once() -> Result<()> {
         let now = DeleteParams::default().grace_period(0);
         scenario.pods().delete(&format!("names-exec-{id}"), &now).await?;
         scenario.executor("names", id).await?;
-        scenario.ensure_ledger_is_true("names").await?.ensure_near(0.7, 1.0)?;
+        scenario.ensure_counts_match_pods("names").await?.ensure_near(0.7, 1.0)?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn a_graceful_end_of_several_reviews_releases_once() -> Result<()> {
+async fn a_graceful_deletion_with_several_reviews_releases_once() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let scenario = Scenario::start("graceful", 1, strict()).await?;
     scenario.driver("grace", "0.7").await?;
@@ -127,13 +123,13 @@ async fn a_graceful_end_of_several_reviews_releases_once() -> Result<()> {
     }
     let after = scenario.metric("spot_balancer_admissions_total", &reviews).await?;
     ensure!(after - before >= 6.0, "three graceful ends were only {} reviews", after - before);
-    assert_eq!(scenario.ensure_ledger_is_true("grace").await?.spot + scenario.ledger("grace").await?.on_demand, 7);
+    assert_eq!(scenario.ensure_counts_match_pods("grace").await?.spot + scenario.ledger("grace").await?.on_demand, 7);
     scenario.executors("grace", 11..=23, 1).await?;
-    scenario.ensure_ledger_is_true("grace").await?.ensure_near(0.7, 1.0)
+    scenario.ensure_counts_match_pods("grace").await?.ensure_near(0.7, 1.0)
 }
 
 #[tokio::test]
-async fn a_job_comes_back_to_its_ratio_after_half_of_its_spot_was_reclaimed() -> Result<()> {
+async fn a_job_returns_to_its_ratio_after_a_spot_reclaim() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let scenario = Scenario::start("reclaimed", 1, strict()).await?;
     scenario.driver("loss", "0.7").await?;
@@ -145,15 +141,15 @@ async fn a_job_comes_back_to_its_ratio_after_half_of_its_spot_was_reclaimed() ->
             reclaimed += 1;
         }
     }
-    assert_eq!(scenario.ensure_ledger_is_true("loss").await?, Counts { spot: 14, on_demand: 12 });
+    assert_eq!(scenario.ensure_counts_match_pods("loss").await?, Counts { spot: 14, on_demand: 12 });
     for id in 41..=80 {
         scenario.executor("loss", id).await?;
     }
-    scenario.ensure_ledger_is_true("loss").await?.ensure_near(0.7, 1.0)
+    scenario.ensure_counts_match_pods("loss").await?.ensure_near(0.7, 1.0)
 }
 
 #[tokio::test]
-async fn a_job_that_ends_by_deletecollection_leaves_an_empty_ledger() -> Result<()> {
+async fn a_job_ended_by_deletecollection_leaves_an_empty_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("collection", 1, strict()).await?;
     scenario.driver("ended", "0.7").await?;
@@ -161,7 +157,7 @@ async fn a_job_that_ends_by_deletecollection_leaves_an_empty_ledger() -> Result<
     let executors = ListParams::default().labels("spark-role=executor");
     scenario.pods().delete_collection(&DeleteParams::default().grace_period(0), &executors).await?;
     until_true(SOON, "the executors to be gone", async || Ok(scenario.live("ended").await?.is_empty())).await?;
-    assert_eq!(scenario.ensure_ledger_is_true("ended").await?, Counts::default());
+    assert_eq!(scenario.ensure_counts_match_pods("ended").await?, Counts::default());
     Ok(())
 }
 
@@ -190,7 +186,7 @@ async fn the_pods_own_selectors_tolerations_and_affinity_survive() -> Result<()>
 }
 
 #[tokio::test]
-async fn an_executor_that_pins_its_capacity_is_left_alone_and_counted() -> Result<()> {
+async fn an_executor_that_requires_a_capacity_is_unchanged_and_counted() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("pinned", 1, strict()).await?;
     scenario.driver("pins", "0.5").await?;
@@ -222,7 +218,7 @@ async fn best_effort_selects_nothing_for_spot_and_pins_on_demand() -> Result<()>
             _ => assert_eq!(selected(&pod), Some("on-demand")),
         }
     }
-    assert_eq!(scenario.ensure_ledger_is_true("best").await?, Counts { spot: 5, on_demand: 5 });
+    assert_eq!(scenario.ensure_counts_match_pods("best").await?, Counts { spot: 5, on_demand: 5 });
     Ok(())
 }
 
@@ -239,7 +235,7 @@ async fn a_base_is_filled_first() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_driver_that_was_there_before_us_is_looked_up_once_and_the_newest_live_one_wins() -> Result<()> {
+async fn an_older_driver_is_looked_up_once_and_the_newest_live_one_wins() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("look-up", 1, strict()).await?;
     let ratio = |name: &str, ratio: &str| {
@@ -261,11 +257,11 @@ async fn a_driver_that_was_there_before_us_is_looked_up_once_and_the_newest_live
     balancer_tests::pods::set_phase(&scenario.pods(), "failed-attempt", "Failed").await?;
     scenario.redis.flush().await?;
     let found = [("outcome", "found")];
-    let before = scenario.metric("spot_balancer_driver_look_ups_total", &found).await?;
+    let before = scenario.metric("spot_balancer_driver_lookups_total", &found).await?;
     for id in 1..=5 {
         assert_eq!(scenario.executor("found", id).await?, "spot");
     }
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &found).await? - before, 1.0);
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &found).await? - before, 1.0);
     assert_eq!(scenario.metric("spot_balancer_policies_total", &[("source", "driver")]).await?, 1.0);
     Ok(())
 }
@@ -275,7 +271,7 @@ async fn executors_without_a_driver_get_the_default_ratio() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("default", 1, strict().env("DEFAULT_SPOT_RATIO", "30%")).await?;
     scenario.executors("orphans", 1..=20, 4).await?;
-    scenario.ensure_ledger_is_true("orphans").await?.ensure_near(0.3, 1.0)
+    scenario.ensure_counts_match_pods("orphans").await?.ensure_near(0.3, 1.0)
 }
 
 #[tokio::test]
@@ -291,7 +287,7 @@ async fn an_executors_own_ratio_wins() -> Result<()> {
 }
 
 #[tokio::test]
-async fn every_ratio_text_is_taken_or_told_to_the_person_who_submits_it() -> Result<()> {
+async fn every_ratio_text_is_accepted_or_answered_with_a_warning() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("texts", 1, strict()).await?;
     let taken = [
@@ -331,18 +327,18 @@ async fn every_ratio_text_is_taken_or_told_to_the_person_who_submits_it() -> Res
 }
 
 #[tokio::test]
-async fn executors_whose_names_the_apiserver_makes_are_counted_and_released() -> Result<()> {
+async fn executors_with_generated_names_are_counted_and_released() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let scenario = Scenario::start("nameless", 1, strict()).await?;
     scenario.driver("anon", "0.5").await?;
     for id in 1..=10 {
         scenario.post(&executor("anon", id).generate_name("anon-exec-")).await?.pod()?;
     }
-    assert_eq!(scenario.ensure_ledger_is_true("anon").await?, Counts { spot: 5, on_demand: 5 });
+    assert_eq!(scenario.ensure_counts_match_pods("anon").await?, Counts { spot: 5, on_demand: 5 });
     for pod in scenario.live("anon").await?.iter().take(4) {
         scenario.pods().delete(&pod.name_any(), &DeleteParams::default().grace_period(0)).await?;
     }
-    let counts = scenario.ensure_ledger_is_true("anon").await?;
+    let counts = scenario.ensure_counts_match_pods("anon").await?;
     assert_eq!(counts.spot + counts.on_demand, 6);
     Ok(())
 }

@@ -12,13 +12,12 @@ use balancer_tests::pods::{self, executor};
 use balancer_tests::process::Signal;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario, placed};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
 use kube::api::EvictParams;
 use tokio::time::{Instant, sleep, sleep_until};
 
-const SOON: Duration = Duration::from_secs(60);
 /// How long a leader that is gone still counts as one.
 const LEASE: Duration = Duration::from_secs(15);
 /// To find out that a lease was given up, or has run out.
@@ -56,10 +55,10 @@ async fn lead_through(scenario: &mut Scenario) -> Result<Balance> {
 }
 
 /// Looks again and again, for so long, whether the ledger is still what really runs.
-async fn ensure_true_for(scenario: &Scenario, time: Duration, truth: Counts) -> Result<()> {
+async fn ensure_unchanged_for(scenario: &Scenario, time: Duration, truth: Counts) -> Result<()> {
     let end = Instant::now() + time;
     while Instant::now() < end {
-        let seen = scenario.ensure_ledger_is_real(JOB).await?;
+        let seen = scenario.ensure_ledger_matches_pods(JOB).await?;
         ensure!(seen == truth, "{seen:?}, and was {truth:?}");
         sleep(Duration::from_millis(50)).await;
     }
@@ -71,7 +70,7 @@ async fn transitions(scenario: &Scenario) -> Result<i32> {
 }
 
 #[tokio::test]
-async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
+async fn an_emptied_store_is_refilled() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("flushed", 1, 1).await?;
     let before = scenario.grow(JOB, "0.7", 30).await?;
@@ -82,7 +81,7 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
     })
     .await?;
     scenario.redis.flush().await?;
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, before);
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, before);
     assert_eq!(scenario.policy(JOB).await?, (Some("0.7".to_owned()), Some("0".to_owned())));
     assert_eq!(scenario.policy("waiting").await?.0.as_deref(), Some("0.9"));
     // Which may have begun before the ledgers were right, and ends after.
@@ -90,13 +89,13 @@ async fn a_store_that_was_emptied_is_filled_again() -> Result<()> {
         Ok(scenario.reconcile_metric("resyncs_total", &[("cause", "store")]).await? >= 1.0)
     })
     .await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    scenario.ensure_ratio_recovers(JOB, 0.7).await?;
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 
 #[tokio::test]
-async fn a_store_that_is_lost_under_load_and_comes_back_empty_is_filled_again() -> Result<()> {
+async fn a_store_lost_under_load_is_refilled() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("lost", 1, 1).await?;
     scenario.grow(JOB, "0.7", 30).await?;
@@ -119,13 +118,13 @@ async fn a_store_that_is_lost_under_load_and_comes_back_empty_is_filled_again() 
         redis.start_again_empty().await
     };
     tokio::try_join!(load, store)?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     ensure!(scenario.reconcile_metric("store_errors_total", &[]).await? >= 1.0, "the outage was not noticed");
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await
+    scenario.ensure_ratio_recovers(JOB, 0.7).await
 }
 
 #[tokio::test]
-async fn a_store_that_hangs_costs_nothing_but_the_time_and_is_put_right_after() -> Result<()> {
+async fn a_hanging_store_costs_little_and_is_corrected_afterwards() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("frozen-store", 1, 1).await?;
     scenario.grow(JOB, "0.7", 40).await?;
@@ -143,12 +142,12 @@ async fn a_store_that_hangs_costs_nothing_but_the_time_and_is_put_right_after() 
     let (cpu, memory) = (process.cpu()?.saturating_sub(cpu), process.resident_mb()?);
     ensure!(cpu < Duration::from_secs(2) && memory < 64.0, "the wait took {cpu:?} of CPU, {memory} MB in the end");
     scenario.redis.thaw()?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.7).await
 }
 
 #[tokio::test]
-async fn a_reconciler_killed_amid_changes_is_followed_by_one_that_makes_up_for_it() -> Result<()> {
+async fn the_successor_of_a_reconciler_killed_during_changes_catches_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "killed").await?;
     scenario.grow(JOB, "0.5", 30).await?;
@@ -160,14 +159,14 @@ async fn a_reconciler_killed_amid_changes_is_followed_by_one_that_makes_up_for_i
         Ok(())
     })?;
     remove(&scenario, scenario.some(JOB, "on-demand", 5).await?).await?;
-    ensure!(scenario.ensure_ledger_is_real(JOB).await.is_err(), "nothing was left to do");
+    ensure!(scenario.ensure_ledger_matches_pods(JOB).await.is_err(), "nothing was left to do");
     scenario.start_reconcilers(1).await?;
-    scenario.until_ledger_is_true(JOB, LEASE + NOTICED + REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_ledger_matches_pods(JOB, LEASE + NOTICED + REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn an_outage_of_the_api_ends_no_reconciler_and_a_past_that_is_forgotten_is_listed_anew() -> Result<()> {
+async fn a_reconciler_survives_an_api_outage_and_relists_after_compaction() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let plane = Plane::own(Options { scheduler: true, ..Options::default() }).await?;
     let mut scenario = Scenario::without_deletions(plane, "outage").await?;
@@ -175,23 +174,23 @@ async fn an_outage_of_the_api_ends_no_reconciler_and_a_past_that_is_forgotten_is
 
     scenario.plane.own_mut()?.restart_apiserver().await?;
     remove(&scenario, scenario.some(JOB, "spot", 10).await?).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
 
     // What it has seen last is in no history any more.
     scenario.reconcilers[0].process().freeze()?;
     remove(&scenario, scenario.some(JOB, "spot", 10).await?).await?;
     scenario.plane.own_mut()?.compact().await?;
     scenario.reconcilers[0].process().thaw()?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
     let log = scenario.reconcilers[0].process().log()?;
     ensure!(log.contains("no longer has the resource version to resume from"), "its past was not forgotten");
     Ok(())
 }
 
 #[tokio::test]
-async fn a_watch_that_is_cut_is_taken_up_again_with_what_was_missed() -> Result<()> {
+async fn a_cut_watch_resumes_with_the_missed_changes() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "cut").await?;
     let api = lead_through(&mut scenario).await?;
@@ -209,13 +208,13 @@ async fn a_watch_that_is_cut_is_taken_up_again_with_what_was_missed() -> Result<
         .await?;
     }
     api.send_to(&[scenario.plane.port()]);
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 /// What it cannot see may be there all the same.
 #[tokio::test]
-async fn a_reconciler_that_is_cut_off_from_the_api_strikes_nothing_that_it_cannot_see() -> Result<()> {
+async fn a_reconciler_cut_off_from_the_api_removes_nothing() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("cut-off", 1, 1).await?;
     let api = lead_through(&mut scenario).await?;
@@ -229,10 +228,10 @@ async fn a_reconciler_that_is_cut_off_from_the_api_strikes_nothing_that_it_canno
         }
         scenario.executors(JOB, ids, 4).await?;
         scenario.until_bound(JOB).await?;
-        let truth = scenario.ensure_ledger_is_real(JOB).await?;
-        ensure_true_for(&scenario, GRACE * 2, truth).await.context("it struck what it could not see")?;
+        let truth = scenario.ensure_ledger_matches_pods(JOB).await?;
+        ensure_unchanged_for(&scenario, GRACE * 2, truth).await.context("it struck what it could not see")?;
         api.send_to(&[scenario.plane.port()]);
-        scenario.until_pods_are_known(JOB).await?;
+        scenario.until_uids_recorded(JOB).await?;
     }
     assert_eq!(scenario.reconcile_metric("drift_total", &[]).await?, 0.0);
     // Two outages of ten seconds and more.
@@ -240,12 +239,12 @@ async fn a_reconciler_that_is_cut_off_from_the_api_strikes_nothing_that_it_canno
     let outages: Vec<&str> = log.lines().skip(told).collect();
     let broken = outages.iter().filter(|line| line.contains("watch disconnected")).count();
     ensure!((2..=4).contains(&broken) && outages.len() <= 60, "{} lines:\n{}", outages.len(), outages.join("\n"));
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 /// It runs, and has the store, and does not know that another one leads.
 #[tokio::test]
-async fn a_leader_that_is_cut_off_from_the_api_past_its_lease_writes_nothing_of_what_it_had_seen() -> Result<()> {
+async fn a_leader_cut_off_past_its_lease_writes_no_stale_state() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "cut-leader").await?;
     let api = lead_through(&mut scenario).await?;
@@ -258,17 +257,17 @@ async fn a_leader_that_is_cut_off_from_the_api_past_its_lease_writes_nothing_of_
     scenario.executors(JOB, 31..=50, 4).await?;
     scenario.until_bound(JOB).await?;
     until_true(LEASE + NOTICED, "the other one to lead", async || other.leads().await).await?;
-    let truth = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    ensure_true_for(&scenario, GRACE, truth).await.context("the one that is cut off wrote of the past")?;
+    let truth = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    ensure_unchanged_for(&scenario, GRACE, truth).await.context("the one that is cut off wrote of the past")?;
     ensure!(!cut.leads().await?, "the one that is cut off still leads");
     api.send_to(&[scenario.plane.port()]);
-    ensure_true_for(&scenario, GRACE, truth).await.context("the one that came back wrote of the past")?;
+    ensure_unchanged_for(&scenario, GRACE, truth).await.context("the one that came back wrote of the past")?;
     ensure!(!cut.leads().await? && other.leads().await?, "the one that came back leads again");
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn a_leader_that_was_frozen_past_its_lease_writes_nothing_of_what_it_had_seen() -> Result<()> {
+async fn a_leader_frozen_past_its_lease_writes_no_stale_state() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "frozen-leader").await?;
     scenario.start_reconcilers(1).await?;
@@ -287,20 +286,20 @@ async fn a_leader_that_was_frozen_past_its_lease_writes_nothing_of_what_it_had_s
     remove(&scenario, scenario.some(JOB, "on-demand", 10).await?).await?;
     scenario.executors(JOB, 51..=65, 4).await?;
     scenario.until_bound(JOB).await?;
-    let truth = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let truth = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     let lease = scenario.lease().await?;
 
     frozen.process().thaw()?;
-    ensure_true_for(&scenario, GRACE * 2, truth).await.context("the one that woke wrote of the past")?;
+    ensure_unchanged_for(&scenario, GRACE * 2, truth).await.context("the one that woke wrote of the past")?;
     ensure!(!frozen.leads().await? && other.leads().await?, "the one that woke leads again");
     let after = scenario.lease().await?;
     assert_eq!((after.lease_transitions, after.holder_identity), (lease.lease_transitions, lease.holder_identity));
     ensure!(transitions(&scenario).await? > before, "the lease does not tell that it changed hands");
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn a_leader_that_is_told_to_end_hands_over_at_once() -> Result<()> {
+async fn a_terminated_leader_hands_over_at_once() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "ends").await?;
     scenario.start_reconcilers(1).await?;
@@ -314,8 +313,8 @@ async fn a_leader_that_is_told_to_end_hands_over_at_once() -> Result<()> {
     ensure!(leaver.ended(SOON).await?.success());
     ensure!(transitions(&scenario).await? > before, "the lease does not tell that it changed hands");
     remove(&scenario, scenario.some(JOB, "spot", 5).await?).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
 
     // The last one leaves the lease to whoever comes, who need not wait for its end.
     let mut last = scenario.reconcilers.remove(0);
@@ -327,7 +326,7 @@ async fn a_leader_that_is_told_to_end_hands_over_at_once() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_leader_that_is_killed_is_followed_when_its_lease_has_run_out() -> Result<()> {
+async fn a_killed_leader_is_replaced_when_its_lease_expires() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "dies").await?;
     scenario.start_reconcilers(2).await?;
@@ -338,8 +337,8 @@ async fn a_leader_that_is_killed_is_followed_when_its_lease_has_run_out() -> Res
     remove(&scenario, scenario.some(JOB, "spot", 5).await?).await?;
     until_true(LEASE + NOTICED, "another one to lead", async || Ok(scenario.leader().await?.is_some())).await?;
     ensure!(gone.elapsed() > LEASE / 2, "a lease that was held did not count");
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
     // And no two at once.
     let leads = try_join_all(scenario.reconcilers.iter().map(async |reconciler| reconciler.leads().await)).await?;
     assert_eq!(leads.iter().filter(|leads| **leads).count(), 1);
@@ -347,7 +346,7 @@ async fn a_leader_that_is_killed_is_followed_when_its_lease_has_run_out() -> Res
 }
 
 #[tokio::test]
-async fn a_lease_that_is_deleted_under_its_leader_is_made_again_and_stops_nobody() -> Result<()> {
+async fn a_lease_deleted_under_its_leader_is_recreated() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "lease").await?;
     scenario.start_reconcilers(1).await?;
@@ -357,7 +356,7 @@ async fn a_lease_that_is_deleted_under_its_leader_is_made_again_and_stops_nobody
     ensure!(scenario.reconcilers.remove(leader).terminate(SOON).await?.success());
     scenario.start_reconcilers(1).await?;
     remove(&scenario, scenario.some(JOB, "spot", 5).await?).await?;
-    scenario.until_ledger_is_true(JOB, NOTICED + REPAIRED).await?;
+    scenario.until_ledger_matches_pods(JOB, NOTICED + REPAIRED).await?;
     let before = transitions(&scenario).await?;
     ensure!(before >= 1, "it has not changed hands");
 
@@ -366,28 +365,28 @@ async fn a_lease_that_is_deleted_under_its_leader_is_made_again_and_stops_nobody
     until_true(LEASE, "the lease to be there again", async || Ok(scenario.lease().await.is_ok())).await?;
     leading(&scenario).await?;
     remove(&scenario, scenario.some(JOB, "on-demand", 2).await?).await?;
-    scenario.until_ledger_is_true(JOB, NOTICED + REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_ledger_matches_pods(JOB, NOTICED + REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 /// What was placed while no one followed it waits its grace from its placement, not from a new start.
 #[tokio::test]
-async fn a_refused_placement_outlives_no_restart_of_the_reconciler() -> Result<()> {
+async fn a_restart_does_not_extend_the_grace_of_a_refused_placement() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("restarted", 1, 1).await?;
     scenario.grow(JOB, "0.5", 10).await?;
     scenario.reconcilers.pop().context("no reconciler")?.terminate(SOON).await?;
     let refused = executor(JOB, 100).with(|pod| pod["spec"]["restartPolicy"] = "Sometimes".into());
     assert_eq!(scenario.post(&refused).await?.status, 422);
-    ensure!(scenario.ensure_ledger_is_real(JOB).await.is_err(), "it was refused before us");
+    ensure!(scenario.ensure_ledger_matches_pods(JOB).await.is_err(), "it was refused before us");
     scenario.start_reconcilers(1).await?;
-    scenario.until_ledger_is_true(JOB, GRACE + REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_ledger_matches_pods(JOB, GRACE + REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 /// A new Lease counts from the start, and the ledgers know later terms.
 #[tokio::test]
-async fn a_lease_that_was_deleted_costs_the_next_leader_no_more_than_a_later_term() -> Result<()> {
+async fn a_deleted_lease_costs_the_next_leader_one_later_term() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("deleted-lease", 1, 1).await?;
     scenario.grow(JOB, "0.5", 10).await?;
@@ -402,6 +401,6 @@ async fn a_lease_that_was_deleted_costs_the_next_leader_no_more_than_a_later_ter
     scenario.start_reconcilers(1).await?;
     ensure!(transitions(&scenario).await? > before, "it leads in a term that the ledgers refuse");
     remove(&scenario, scenario.some(JOB, "spot", 3).await?).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }

@@ -7,12 +7,11 @@ use balancer_tests::need;
 use balancer_tests::pods::{self, annotate};
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use k8s_openapi::api::events::v1::Event;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams};
 
-const SOON: Duration = Duration::from_secs(60);
 /// An edit is followed within this.
 const FOLLOWED: Duration = Duration::from_secs(2);
 const JOB: &str = "etl";
@@ -61,7 +60,7 @@ async fn told(scenario: &Scenario, reason: &str, text: &str) -> Result<String> {
 }
 
 #[tokio::test]
-async fn an_edited_ratio_is_followed_at_once_and_by_the_next_executors() -> Result<()> {
+async fn an_edited_ratio_applies_to_the_next_executors() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("ratio", 1, 1).await?;
     assert_eq!(scenario.grow(JOB, "0.5", 10).await?, Counts { spot: 5, on_demand: 5 });
@@ -72,32 +71,32 @@ async fn an_edited_ratio_is_followed_at_once_and_by_the_next_executors() -> Resu
             let before = scenario.counts(JOB).await?;
             scenario.executors(JOB, scenario.fresh_ids().take(5), 4).await?;
             let after = Counts { spot: before.spot + 5, ..before };
-            assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, after);
+            assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, after);
         } else {
-            scenario.ensure_ratio_comes_right(JOB, ratio).await?;
+            scenario.ensure_ratio_recovers(JOB, ratio).await?;
         }
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn an_edited_base_is_followed_at_once_and_by_the_next_executors() -> Result<()> {
+async fn an_edited_base_applies_to_the_next_executors() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("base", 1, 1).await?;
     assert_eq!(scenario.grow(JOB, "0.5", 10).await?, Counts { spot: 5, on_demand: 5 });
     edit(&scenario, BASE, Some("12")).await?;
     until_followed(&scenario, "0.5", "12").await?;
     scenario.executors(JOB, scenario.fresh_ids().take(7), 1).await?;
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 5, on_demand: 12 });
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 5, on_demand: 12 });
     edit(&scenario, BASE, Some("0")).await?;
     until_followed(&scenario, "0.5", "0").await?;
     scenario.executors(JOB, scenario.fresh_ids().take(7), 1).await?;
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 12, on_demand: 12 });
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 12, on_demand: 12 });
     Ok(())
 }
 
 #[tokio::test]
-async fn an_annotation_that_is_removed_goes_back_to_the_default() -> Result<()> {
+async fn a_removed_annotation_restores_the_default() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::start("removed", 1, strict().env("DEFAULT_SPOT_RATIO", "0.4")).await?;
     let options = scenario.reconciler_options().await?.env("DEFAULT_SPOT_RATIO", "0.4");
@@ -109,11 +108,11 @@ async fn an_annotation_that_is_removed_goes_back_to_the_default() -> Result<()> 
     until_followed(&scenario, "0.4", "3").await?;
     edit(&scenario, BASE, None).await?;
     until_followed(&scenario, "0.4", "0").await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.4).await
+    scenario.ensure_ratio_recovers(JOB, 0.4).await
 }
 
 #[tokio::test]
-async fn an_invalid_edit_leaves_the_last_good_policy_and_is_told_on_the_driver() -> Result<()> {
+async fn an_invalid_edit_keeps_the_last_valid_policy_and_creates_an_event() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("invalid", 1, 1).await?;
     scenario.grow(JOB, "0.8", 10).await?;
@@ -138,8 +137,8 @@ async fn an_invalid_edit_leaves_the_last_good_policy_and_is_told_on_the_driver()
     scenario.start_reconcilers(1).await?;
     until_true(SOON, "it to lead", async || scenario.reconcilers[0].leads().await).await?;
     scenario.executors(JOB, scenario.fresh_ids().take(20), 4).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
-    scenario.until_pods_are_known(JOB).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
+    scenario.until_uids_recorded(JOB).await?;
     assert_eq!(policy(&scenario).await?, ("0.8".to_owned(), "2".to_owned()));
 
     // The good part of an edit is followed beside the other, invalid one.
@@ -150,7 +149,7 @@ async fn an_invalid_edit_leaves_the_last_good_policy_and_is_told_on_the_driver()
 }
 
 #[tokio::test]
-async fn an_edit_that_nobody_saw_is_followed_by_the_reconciler_that_starts_next() -> Result<()> {
+async fn an_edit_without_a_reconciler_applies_when_the_next_one_starts() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("unseen", 1, 1).await?;
     scenario.grow(JOB, "0.5", 10).await?;
@@ -162,7 +161,7 @@ async fn an_edit_that_nobody_saw_is_followed_by_the_reconciler_that_starts_next(
 
 /// A second attempt of the driver brings its own ratio; the first one's is history.
 #[tokio::test]
-async fn the_newest_live_driver_tells() -> Result<()> {
+async fn the_newest_live_driver_sets_the_policy() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("attempts", 1, 1).await?;
     let attempt = |name: &str, ratio: &str| pods::driver(JOB).named(name).annotation(RATIO, ratio);
@@ -181,7 +180,7 @@ async fn the_newest_live_driver_tells() -> Result<()> {
     // Followed, were it the one that tells, before this one is.
     annotate(&scenario.pods(), "second", RATIO, Some("0.7")).await?;
     until_followed(&scenario, "0.7", "0").await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.7).await?;
     pods::set_phase(&scenario.pods(), "second", "Failed").await?;
     until_followed(&scenario, "0.3", "0").await
 }

@@ -1,7 +1,5 @@
 //! The reconciler as the person who runs it meets it: its settings, its rights, its probes and metrics.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::account::{Account, EVENTS, LEASES, NODES, PODS, Right};
 use balancer_tests::control_plane::Plane;
@@ -10,14 +8,13 @@ use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::release::refusal;
 use balancer_tests::scenario::{REPAIRED, Scenario, strict};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::{endpoint, need, nodes};
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 #[tokio::test]
-async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_accepted() -> Result<()> {
+async fn an_invalid_setting_is_reported_with_its_name_value_and_what_is_accepted() -> Result<()> {
     need!(Reconciler);
     let right = ReconcilerOptions::default()
         .without_cluster()?
@@ -60,7 +57,7 @@ async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_acce
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_ends_the_start_with_its_name() -> Result<()> {
+async fn a_port_in_use_is_reported_with_its_setting() -> Result<()> {
     need!(Reconciler);
     let taken = tokio::net::TcpListener::bind("[::]:0").await?;
     let port = taken.local_addr()?.port().to_string();
@@ -71,7 +68,7 @@ async fn a_port_that_is_taken_ends_the_start_with_its_name() -> Result<()> {
 }
 
 #[tokio::test]
-async fn without_a_right_it_says_so_and_is_not_ready_until_it_has_it() -> Result<()> {
+async fn a_missing_right_is_reported_and_delays_readiness() -> Result<()> {
     need!(Redis, ControlPlane, Reconciler);
     let scenario = Scenario::bare(Plane::shared().await?, "rights").await?;
     let (plane, namespace) = (&scenario.plane, &scenario.namespace);
@@ -110,7 +107,7 @@ async fn without_a_right_it_says_so_and_is_not_ready_until_it_has_it() -> Result
 }
 
 #[tokio::test]
-async fn a_namespace_that_cannot_be_seen_keeps_no_other_from_being_reconciled() -> Result<()> {
+async fn an_inaccessible_namespace_does_not_block_the_others() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::start("seen", 1, strict()).await?;
     // It may look into the one, and the other is gone, with the right to look into it.
@@ -119,7 +116,7 @@ async fn a_namespace_that_cannot_be_seen_keeps_no_other_from_being_reconciled() 
     scenario.reconcilers.push(Reconciler::start(options).await?);
     scenario.grow(JOB, "0.5", 6).await?;
     scenario.redis.flush().await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     let restarts = scenario.reconcile_metric("watch_restarts_total", &[("resource", "pods")]).await?;
     ensure!(restarts > 3.0, "{restarts} watches were tried again");
     let log = scenario.reconcilers[0].process().log()?;
@@ -128,7 +125,7 @@ async fn a_namespace_that_cannot_be_seen_keeps_no_other_from_being_reconciled() 
 }
 
 #[tokio::test]
-async fn reconcilers_of_other_ledgers_beside_it_lead_by_a_lease_of_their_own() -> Result<()> {
+async fn reconcilers_of_different_ledgers_use_different_leases() -> Result<()> {
     need!(Redis, ControlPlane, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "leases").await?;
     let options = scenario.reconciler_options().await?;
@@ -141,7 +138,7 @@ async fn reconcilers_of_other_ledgers_beside_it_lead_by_a_lease_of_their_own() -
 }
 
 #[tokio::test]
-async fn what_lives_is_shown_by_the_leader_alone() -> Result<()> {
+async fn only_the_leader_reports_live_executors() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("shown", 1, 2).await?;
     scenario.grow(JOB, "0.5", 4).await?;
@@ -181,13 +178,13 @@ async fn a_store_that_is_not_there_at_the_start_is_waited_for() -> Result<()> {
     .await?;
     ensure!(!scenario.reconcilers[0].is_ready().await?, "it leads, and has written nothing");
     scenario.redis.start_again_empty().await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     scenario.reconcilers[0].until_ready().await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn an_api_that_is_not_there_at_the_start_is_waited_for() -> Result<()> {
+async fn an_unreachable_api_delays_the_start() -> Result<()> {
     need!(Redis, Reconciler);
     let redis = RedisServer::start().await?;
     let mut reconciler = Reconciler::begin(ReconcilerOptions::default().without_cluster()?.redis(&redis)?)?;
@@ -203,7 +200,7 @@ async fn an_api_that_is_not_there_at_the_start_is_waited_for() -> Result<()> {
 }
 
 #[tokio::test]
-async fn what_it_does_is_in_its_metrics_and_in_its_log() -> Result<()> {
+async fn metrics_and_log_show_what_the_reconciler_does() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::without_deletions(Plane::shared().await?, "metrics").await?;
     // A follower is ready, and does nothing.
@@ -222,7 +219,7 @@ async fn what_it_does_is_in_its_metrics_and_in_its_log() -> Result<()> {
     for name in &spot[2..] {
         pods::remove(&scenario.pods(), name).await?;
     }
-    let left = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let left = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     assert_eq!(left.spot, counts.spot - 2);
     for (kind, count) in [("missing", 1.0), ("stale", 2.0), ("wrong_capacity", 1.0)] {
         assert_eq!(scenario.reconcile_metric("drift_total", &[("kind", kind)]).await?, count, "{kind}");
@@ -266,7 +263,7 @@ async fn what_it_does_is_in_its_metrics_and_in_its_log() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_executor_that_nothing_tells_the_capacity_of_is_counted_once_it_is_bound() -> Result<()> {
+async fn an_executor_of_unknown_capacity_is_counted_when_bound() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "unknown").await?;
     scenario.start_reconcilers(1).await?;
@@ -279,7 +276,7 @@ async fn an_executor_that_nothing_tells_the_capacity_of_is_counted_once_it_is_bo
     ensure!(scenario.entries(JOB).await?.is_empty(), "it was entered as something");
     nodes::of_pool(&scenario.client, &pool, "spot").await?;
     scenario.until_bound(JOB).await?;
-    let bound = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let bound = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     assert_eq!((bound.spot, bound.on_demand), (1, 0));
     Ok(())
 }

@@ -12,7 +12,7 @@ use balancer_tests::pods::{self, executor, set_phase};
 use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::registration::Registration;
 use balancer_tests::scenario::{Counts, Executors, GRACE, REPAIRED, Scenario, placed, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::WebhookOptions;
 use balancer_tests::{need, nodes, port};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhookConfiguration;
@@ -21,18 +21,17 @@ use kube::api::{Api, DeleteParams, EvictParams, ListParams, PostParams};
 use redis::AsyncCommands;
 use serde_json::json;
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 #[tokio::test]
-async fn three_hundred_at_once_keep_their_ratio_and_leave_two_reconcilers_nothing_to_repair() -> Result<()> {
+async fn three_hundred_at_once_keep_their_ratio_without_drift() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("crowd", 2, 2).await?;
     scenario.driver(JOB, "0.7").await?.pod()?;
     scenario.executors(JOB, 1..=300, 32).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?.ensure_near(0.7, 1.0)?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?.ensure_near(0.7, 1.0)?;
     scenario.until_bound(JOB).await?;
-    scenario.until_pods_are_known(JOB).await?;
+    scenario.until_uids_recorded(JOB).await?;
     assert_eq!(scenario.reconcile_metric("drift_total", &[]).await?, 0.0);
     ensure!(scenario.reconcile_metric("jobs_total", &[("outcome", "in_sync")]).await? >= 1.0, "nothing was compared");
     Ok(())
@@ -40,7 +39,7 @@ async fn three_hundred_at_once_keep_their_ratio_and_leave_two_reconcilers_nothin
 
 /// An eviction asks no webhook, and where the node is lost, nobody deletes the pod for good either.
 #[tokio::test]
-async fn evicted_executors_leave_the_ledger_while_their_pods_are_still_there() -> Result<()> {
+async fn evicted_executors_leave_the_ledger_before_their_pods_are_gone() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::reconciled("evicted", 1, 1).await?;
     assert_eq!(scenario.grow(JOB, "0.7", 40).await?, Counts { spot: 28, on_demand: 12 });
@@ -48,26 +47,26 @@ async fn evicted_executors_leave_the_ledger_while_their_pods_are_still_there() -
     for name in scenario.some(JOB, "spot", 10).await? {
         scenario.pods().evict(&name, &EvictParams::default()).await?;
     }
-    let left = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let left = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     assert_eq!(left, Counts { spot: 18, on_demand: 12 });
     assert_eq!(scenario.reconcile_metric("drift_total", &[("kind", "stale")]).await?, 10.0);
     ensure!(scenario.pods().get_opt(&format!("{JOB}-exec-1")).await?.is_some(), "the pods did not wait");
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await
+    scenario.ensure_ratio_recovers(JOB, 0.7).await
 }
 
 #[tokio::test]
-async fn executors_that_a_deletecollection_takes_leave_the_ledger() -> Result<()> {
+async fn executors_removed_by_deletecollection_leave_the_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::without_deletions(Plane::shared().await?, "collected").await?;
     scenario.grow(JOB, "0.7", 20).await?;
     let executors = ListParams::default().labels("spark-role=executor");
     scenario.pods().delete_collection(&DeleteParams::default(), &executors).await?;
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts::default());
-    scenario.ensure_ratio_comes_right(JOB, 0.7).await
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts::default());
+    scenario.ensure_ratio_recovers(JOB, 0.7).await
 }
 
 #[tokio::test]
-async fn executors_deleted_by_force_leave_the_ledger_with_and_without_the_deletions_webhook() -> Result<()> {
+async fn force_deleted_executors_leave_the_ledger_with_and_without_delete_reviews() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     for scenario in [
         Scenario::reconciled("forced", 1, 1).await?,
@@ -77,14 +76,14 @@ async fn executors_deleted_by_force_leave_the_ledger_with_and_without_the_deleti
         for name in scenario.some(JOB, "spot", 10).await? {
             pods::remove(&scenario.pods(), &name).await?;
         }
-        assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 18, on_demand: 12 });
-        scenario.ensure_ratio_comes_right(JOB, 0.7).await?;
+        assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 18, on_demand: 12 });
+        scenario.ensure_ratio_recovers(JOB, 0.7).await?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn an_executor_whose_deletion_is_refused_after_its_review_is_counted_again() -> Result<()> {
+async fn an_executor_whose_deletion_is_refused_is_counted_again() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("denied", 1, 1).await?;
     let grown = scenario.grow(JOB, "0.5", 6).await?;
@@ -114,13 +113,13 @@ async fn an_executor_whose_deletion_is_refused_after_its_review_is_counted_again
     ensure!(scenario.pods().delete(&spot, &DeleteParams::default()).await.is_err(), "it was deleted");
     let now = scenario.metric("spot_balancer_admissions_total", &[("outcome", "released")]).await?;
     assert_eq!(now, released + 1.0, "we were asked first, and released it");
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, grown);
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, grown);
     configurations.delete(&name, &DeleteParams::default()).await?;
     Ok(())
 }
 
 #[tokio::test]
-async fn executors_that_finished_or_failed_leave_the_ledger_though_their_pods_stay() -> Result<()> {
+async fn finished_and_failed_executors_leave_the_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("ended", 1, 1).await?;
     for (job, phase) in [("failing", "Failed"), ("finishing", "Succeeded")] {
@@ -128,15 +127,15 @@ async fn executors_that_finished_or_failed_leave_the_ledger_though_their_pods_st
         for name in scenario.some(job, "spot", 10).await? {
             set_phase(&scenario.pods(), &name, phase).await?;
         }
-        let left = scenario.until_ledger_is_true(job, REPAIRED).await?;
+        let left = scenario.until_ledger_matches_pods(job, REPAIRED).await?;
         assert_eq!(left, Counts { spot: 18, on_demand: 12 }, "{phase}");
-        scenario.ensure_ratio_comes_right(job, 0.7).await?;
+        scenario.ensure_ratio_recovers(job, 0.7).await?;
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn placements_whose_pods_were_refused_wait_for_the_grace_and_are_struck() -> Result<()> {
+async fn placements_of_refused_pods_are_removed_after_the_grace() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("refused", 1, 1).await?;
     scenario.driver(JOB, "0.5").await?.pod()?;
@@ -148,13 +147,13 @@ async fn placements_whose_pods_were_refused_wait_for_the_grace_and_are_struck() 
         ensure!(entries.contains_key(&format!("{JOB}-exec-{}", 100 + id)), "it was refused before us: {entries:?}");
     }
     // Every second place was for nobody.
-    let left = scenario.until_ledger_is_true(JOB, GRACE + REPAIRED).await?;
+    let left = scenario.until_ledger_matches_pods(JOB, GRACE + REPAIRED).await?;
     assert_eq!(left, Counts { spot: 10, on_demand: 0 });
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn a_node_that_is_lost_with_its_pods_takes_them_out_of_the_ledger() -> Result<()> {
+async fn executors_on_a_lost_node_leave_the_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::without_deletions(Plane::shared().await?, "lost").await?;
     let spot = nodes::of_pool(&scenario.client, &scenario.namespace, "spot").await?;
@@ -164,18 +163,18 @@ async fn a_node_that_is_lost_with_its_pods_takes_them_out_of_the_ledger() -> Res
         placed(&scenario.post(&executor(JOB, id).on_pool(&scenario.namespace)).await?.pod()?)?;
     }
     scenario.until_bound(JOB).await?;
-    scenario.until_pods_are_known(JOB).await?;
+    scenario.until_uids_recorded(JOB).await?;
     let lost = scenario.some(JOB, "spot", 10).await?;
     nodes::remove(&scenario.client, &spot).await?;
     for name in lost {
         pods::remove(&scenario.pods(), &name).await?;
     }
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 0, on_demand: 10 });
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 0, on_demand: 10 });
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn executors_that_were_made_while_the_webhook_was_down_are_entered() -> Result<()> {
+async fn executors_created_without_a_webhook_are_added() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "down").await?;
     scenario.start_webhooks(1, strict()).await?;
@@ -188,13 +187,13 @@ async fn executors_that_were_made_while_the_webhook_was_down_are_entered() -> Re
         ensure!(placed(&made).is_err(), "{} was placed by nobody", made.name_any());
     }
     scenario.until_bound(JOB).await?;
-    scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     scenario.start_webhooks(1, strict()).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn a_job_that_was_there_before_us_is_entered_with_its_policy() -> Result<()> {
+async fn an_older_job_is_added_with_its_policy() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "before").await?;
     let driver = pods::driver(JOB).annotation("workload/spot-ratio", "0.5").annotation("workload/on-demand-base", "0");
@@ -207,15 +206,15 @@ async fn a_job_that_was_there_before_us_is_entered_with_its_policy() -> Result<(
     scenario.registration().apply(&scenario.plane).await?;
     // Ready is what has entered all there is.
     scenario.start_reconcilers(1).await?;
-    scenario.ensure_ledger_is_real(JOB).await?;
+    scenario.ensure_ledger_matches_pods(JOB).await?;
     assert_eq!(scenario.policy(JOB).await?, (Some("0.5".to_owned()), Some("0".to_owned())));
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 
 #[tokio::test]
-async fn an_executor_counts_as_the_node_that_it_landed_on() -> Result<()> {
+async fn an_executor_counts_as_the_capacity_of_its_node() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let mut scenario = Scenario::start("landed", 1, WebhookOptions::default()).await?;
     scenario.start_reconcilers(1).await?;
@@ -227,29 +226,29 @@ async fn an_executor_counts_as_the_node_that_it_landed_on() -> Result<()> {
         let pod = scenario.post(&executor(JOB, id).on_pool(&scenario.namespace)).await?.pod()?;
         meant.insert(pod.name_any(), placed(&pod)?);
         scenario.until_bound(JOB).await?;
-        scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+        scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     }
     ensure!(meant.values().all(|capacity| capacity == "spot"), "the ledger did not tell in time: {meant:?}");
-    assert_eq!(scenario.ensure_ledger_is_real(JOB).await?, Counts { spot: 0, on_demand: 10 });
+    assert_eq!(scenario.ensure_ledger_matches_pods(JOB).await?, Counts { spot: 0, on_demand: 10 });
     assert_eq!(scenario.reconcile_metric("drift_total", &[("kind", "wrong_capacity")]).await?, 10.0);
     Ok(())
 }
 
 #[tokio::test]
-async fn executors_whose_names_the_apiserver_made_are_followed_by_the_ids_they_were_stamped_with() -> Result<()> {
+async fn executors_with_generated_names_are_matched_by_their_placeholders() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::without_deletions(Plane::shared().await?, "nameless").await?;
     scenario.driver(JOB, "0.5").await?.pod()?;
     for id in 1..=10 {
         scenario.post(&executor(JOB, id).generate_name(&format!("{JOB}-exec-"))).await?.pod()?;
     }
-    scenario.until_pods_are_known(JOB).await?;
+    scenario.until_uids_recorded(JOB).await?;
     for pod in scenario.live(JOB).await?.iter().take(6) {
         pods::remove(&scenario.pods(), &pod.name_any()).await?;
     }
-    let left = scenario.until_ledger_is_true(JOB, REPAIRED).await?;
+    let left = scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     assert_eq!(left.spot + left.on_demand, 4);
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await?;
     // One name in the ledger for each: nothing came to be counted twice.
     assert_eq!(scenario.reconcile_metric("drift_total", &[("kind", "missing")]).await?, 0.0);
     Ok(())
@@ -257,7 +256,7 @@ async fn executors_whose_names_the_apiserver_made_are_followed_by_the_ids_they_w
 
 /// One pod under a name is gone, and the next has it, while nothing of it was told.
 #[tokio::test]
-async fn a_name_that_is_used_again_counts_once_and_as_the_new_pod() -> Result<()> {
+async fn a_reused_name_counts_once_as_the_new_pod() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::without_deletions(Plane::shared().await?, "again").await?;
     scenario.grow(JOB, "0.5", 10).await?;
@@ -265,14 +264,14 @@ async fn a_name_that_is_used_again_counts_once_and_as_the_new_pod() -> Result<()
         pods::remove(&scenario.pods(), &format!("{JOB}-exec-{id}")).await?;
         scenario.executor(JOB, id).await?;
     }
-    let again = scenario.until_ledger_is_true(JOB, GRACE + REPAIRED).await?;
+    let again = scenario.until_ledger_matches_pods(JOB, GRACE + REPAIRED).await?;
     assert_eq!(again, Counts { spot: 5, on_demand: 5 });
-    scenario.until_pods_are_known(JOB).await?;
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    scenario.until_uids_recorded(JOB).await?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 #[tokio::test]
-async fn a_job_whose_pods_are_all_gone_is_dropped_from_the_store() -> Result<()> {
+async fn a_job_without_pods_is_removed_from_the_store() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     for scenario in
         [Scenario::reconciled("gone", 1, 1).await?, Scenario::without_deletions(Plane::shared().await?, "gone").await?]
@@ -287,14 +286,14 @@ async fn a_job_whose_pods_are_all_gone_is_dropped_from_the_store() -> Result<()>
             pods::remove(&scenario.pods(), &pod.name_any()).await?;
         }
         until_true(REPAIRED, "the keys to be gone", async || Ok(redis.exists::<_, u8>(&keys).await? == 0)).await?;
-        scenario.ensure_ledger_is_real("stays").await?;
+        scenario.ensure_ledger_matches_pods("stays").await?;
         assert_eq!(scenario.policy("stays").await?.0.as_deref(), Some("0.5"));
     }
     Ok(())
 }
 
 #[tokio::test]
-async fn the_ledger_of_a_job_that_only_runs_lives_on() -> Result<()> {
+async fn the_ledger_of_an_idle_running_job_does_not_expire() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let ttl = |options: ReconcilerOptions| options.env("REDIS_DEFAULT_TTL_SECONDS", "10");
     let mut scenario = Scenario::start("lives", 1, ttl(strict())).await?;
@@ -317,7 +316,7 @@ async fn the_ledger_of_a_job_that_only_runs_lives_on() -> Result<()> {
         .await?;
         ensure!(last > 0, "{key} was dropped after {renewals} renewals");
     }
-    scenario.ensure_ledger_is_real(JOB).await?;
+    scenario.ensure_ledger_matches_pods(JOB).await?;
     assert_eq!(scenario.policy("idle").await?.0.as_deref(), Some("0.9"));
     Ok(())
 }
@@ -332,7 +331,7 @@ async fn enter(ledger: &RedisLedger, job: JobRef<'_>) -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_reconciler_leaves_alone_what_is_in_other_namespaces_unless_it_follows_all() -> Result<()> {
+async fn a_reconciler_ignores_namespaces_that_it_does_not_watch() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "ours").await?;
     let (ours, theirs) = (scenario.namespace.clone(), scenario.plane.namespace("theirs").await?);
@@ -360,7 +359,7 @@ async fn a_reconciler_leaves_alone_what_is_in_other_namespaces_unless_it_follows
 
     // Now one that follows all, and so theirs too.
     scenario.reconcilers.pop().context("no reconciler")?.terminate(SOON).await?;
-    let account = Account::of_a_reconciler(&scenario.plane, &theirs, &[]).await?;
+    let account = Account::for_reconciler(&scenario.plane, &theirs, &[]).await?;
     let options = scenario.reconciling(&account.kubeconfig).redis(&scenario.redis)?.env("WATCH_NAMESPACES", "");
     scenario.reconcilers.push(Reconciler::start(options).await?);
     for namespace in [&ours, &theirs] {

@@ -11,13 +11,12 @@ use balancer_tests::balance::Balance;
 use balancer_tests::control_plane::{Plane, kubeconfig_through};
 use balancer_tests::pods::annotate;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario};
-use balancer_tests::wait::until_true;
+use balancer_tests::wait::{SOON, until_true};
 use balancer_tests::webhook::{Webhook, WebhookOptions};
 use balancer_tests::{endpoint, need};
 use kube::api::EvictParams;
 use tokio::time::sleep;
 
-const SOON: Duration = Duration::from_secs(60);
 const JOB: &str = "etl";
 
 /// What a webhook alone in a small cluster may do: no leases.
@@ -54,7 +53,7 @@ async fn seen(webhook: &Webhook) -> Result<f64> {
 
 /// Makes executors one after the other, and fails unless each goes where a ledger that says what lives
 /// sends it.
-async fn ensure_placed_by_the_truth(scenario: &Scenario, ratio: &str, count: usize) -> Result<Counts> {
+async fn ensure_placed_by_live_counts(scenario: &Scenario, ratio: &str, count: usize) -> Result<Counts> {
     let policy = Policy { spot_ratio: ratio.parse()?, ..Policy::default() };
     let mut counts = scenario.counts(JOB).await?;
     for id in scenario.fresh_ids().take(count) {
@@ -71,7 +70,7 @@ async fn ensure_placed_by_the_truth(scenario: &Scenario, ratio: &str, count: usi
 }
 
 #[tokio::test]
-async fn a_ledger_in_memory_is_rebuilt_before_the_webhook_is_ready() -> Result<()> {
+async fn a_memory_ledger_is_rebuilt_before_the_webhook_is_ready() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let (mut scenario, account) = small("rebuilt").await?;
     scenario.driver(JOB, "0.7").await?.pod()?;
@@ -94,13 +93,13 @@ async fn a_ledger_in_memory_is_rebuilt_before_the_webhook_is_ready() -> Result<(
     assert_eq!(seen(&webhook).await?, 20.0);
     scenario.webhooks.push(webhook);
     scenario.send_to_webhooks();
-    ensure_placed_by_the_truth(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
-    assert_eq!(scenario.metric("spot_balancer_driver_look_ups_total", &[]).await?, 0.0);
+    ensure_placed_by_live_counts(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
+    assert_eq!(scenario.metric("spot_balancer_driver_lookups_total", &[]).await?, 0.0);
     Ok(())
 }
 
 #[tokio::test]
-async fn a_ledger_in_memory_follows_evictions_and_edits() -> Result<()> {
+async fn a_memory_ledger_follows_evictions_and_edits() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let (mut scenario, _account) = small("follows").await?;
     scenario.driver(JOB, "0.7").await?.pod()?;
@@ -118,7 +117,7 @@ async fn a_ledger_in_memory_follows_evictions_and_edits() -> Result<()> {
         Ok(drift == Some(7.0) && seen(webhook).await? == 13.0)
     })
     .await?;
-    ensure_placed_by_the_truth(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
+    ensure_placed_by_live_counts(&scenario, "0.7", 20).await?.ensure_near(0.7, 1.0)?;
 
     annotate(&scenario.pods(), &format!("{JOB}-driver"), "workload/spot-ratio", Some("0")).await?;
     until_true(Duration::from_secs(2), "the edit to be followed", async || {
@@ -126,13 +125,13 @@ async fn a_ledger_in_memory_follows_evictions_and_edits() -> Result<()> {
             && scenario.executor(JOB, scenario.fresh_ids().next().context("no id")?).await? == "on-demand")
     })
     .await?;
-    ensure_placed_by_the_truth(&scenario, "0", 10).await?;
+    ensure_placed_by_live_counts(&scenario, "0", 10).await?;
     Ok(())
 }
 
 /// It has no lease that runs out meanwhile.
 #[tokio::test]
-async fn a_ledger_in_memory_keeps_what_the_webhook_cannot_see() -> Result<()> {
+async fn a_memory_ledger_keeps_executors_during_an_api_outage() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "keeps").await?;
     let api = Balance::start(&[scenario.plane.port()]).await?;
@@ -151,7 +150,7 @@ async fn a_ledger_in_memory_keeps_what_the_webhook_cannot_see() -> Result<()> {
         }
         scenario.executors(JOB, scenario.fresh_ids().take(20), 4).await?;
         sleep(GRACE * 2).await;
-        ensure_placed_by_the_truth(&scenario, "0.7", 5).await.context("it struck what it could not see")?;
+        ensure_placed_by_live_counts(&scenario, "0.7", 5).await.context("it struck what it could not see")?;
         api.send_to(&[scenario.plane.port()]);
         let webhook = &scenario.webhooks[0];
         let live = scenario.live(JOB).await?.len();
@@ -164,7 +163,7 @@ async fn a_ledger_in_memory_keeps_what_the_webhook_cannot_see() -> Result<()> {
 }
 
 #[tokio::test]
-async fn without_a_right_a_webhook_that_reconciles_its_memory_says_so_and_is_not_ready() -> Result<()> {
+async fn a_reconciling_webhook_reports_a_missing_right_and_is_not_ready() -> Result<()> {
     need!(ControlPlane, Redis, Webhook);
     let scenario = Scenario::bare(Plane::shared().await?, "rights").await?;
     let account = Account::new(&scenario.plane, &scenario.namespace, "webhook").await?;
@@ -182,7 +181,7 @@ async fn without_a_right_a_webhook_that_reconciles_its_memory_says_so_and_is_not
 }
 
 #[tokio::test]
-async fn webhooks_beside_a_redis_reconcile_where_they_are_asked_to_and_one_at_a_time() -> Result<()> {
+async fn webhooks_with_redis_reconcile_if_enabled_and_one_at_a_time() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "inside").await?;
     let options = scenario.reconciler_options().await?.env("SPOT_PREFERENCE", "STRICT");
@@ -200,13 +199,13 @@ async fn webhooks_beside_a_redis_reconcile_where_they_are_asked_to_and_one_at_a_
     for name in scenario.some(JOB, "spot", 5).await? {
         scenario.pods().evict(&name, &EvictParams::default()).await?;
     }
-    assert_eq!(scenario.until_ledger_is_true(JOB, REPAIRED).await?, Counts { spot: 5, on_demand: 10 });
-    scenario.ensure_ratio_comes_right(JOB, 0.5).await
+    assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 5, on_demand: 10 });
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
 /// Its readiness is that of the store: a degraded answer beats none, and another replica may reconcile.
 #[tokio::test]
-async fn a_webhook_beside_a_redis_is_ready_while_its_reconciling_waits() -> Result<()> {
+async fn a_webhook_with_redis_is_ready_before_its_reconciler() -> Result<()> {
     need!(Redis, ControlPlane, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "waits").await?;
     scenario.redis.stop();
@@ -217,7 +216,7 @@ async fn a_webhook_beside_a_redis_is_ready_while_its_reconciling_waits() -> Resu
 }
 
 #[tokio::test]
-async fn an_in_memory_ledger_does_not_reconcile_where_it_is_told_not_to() -> Result<()> {
+async fn a_memory_ledger_does_not_reconcile_if_disabled() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "told-not-to").await?;
     let account = account(&scenario).await?;

@@ -2,15 +2,13 @@
 //!
 //! Its containers are processes of this machine; apiserver, scheduler, controller manager and Redis are real.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use balancer_tests::containers::{self, Containers};
 use balancer_tests::control_plane::{ControlPlane, Options, Plane};
 use balancer_tests::end_to_end::{self, Outcome};
 use balancer_tests::helm::repository;
-use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::scenario::{Counts, Scenario, strict};
+use balancer_tests::wait::{SOON, until_true, while_progressing};
 use balancer_tests::{need, nodes};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
@@ -22,9 +20,8 @@ use redis::AsyncCommands;
 use serde::de::DeserializeOwned;
 use tokio::sync::OnceCell;
 
-const SOON: Duration = Duration::from_secs(60);
-/// To start a job on a machine that is busy: three Java machines one after the other, and then the executors.
-const STARTED: Duration = Duration::from_secs(150);
+/// Tasks of half a second of CPU: they last until the lost executor has been replaced, on a fast machine too.
+const TASKS: u32 = 300;
 const APPLICATION: &str = "spark-app-selector";
 
 /// A namespace in which real Spark runs, with one webhook and one reconciler.
@@ -32,7 +29,7 @@ async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
     static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
     let options = Options { scheduler: true, controller_manager: true, ..Options::default() };
     let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
-    nodes::of_the_executor_pool(&plane.client()?).await?;
+    nodes::ensure_executor_pool(&plane.client()?).await?;
     let mut scenario = Scenario::without_nodes(Plane::Shared(plane), purpose).await?;
     scenario.kubelet = None;
     scenario.job_id_label = APPLICATION;
@@ -71,18 +68,18 @@ async fn until_nothing_is_left(scenario: &Scenario) -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_end_to_end_tests_pass_with_real_spark_and_leave_nothing() -> Result<()> {
+async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
     if !containers::allowed().await? {
         return Ok(());
     }
     let (scenario, containers) = scenario("ratios").await?;
-    let Outcome { content, said } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
-    ensure!(content, "{said}\n{}", containers.last_words());
+    let Outcome { success, output } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
+    ensure!(success, "{output}\n{}", containers.last_words());
     for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
-        assert!(said.contains(line), "{said}");
+        assert!(output.contains(line), "{output}");
     }
-    assert!(said.contains("all as asked"), "{said}");
+    assert!(output.contains("all as asked"), "{output}");
     until_nothing_is_left(&scenario).await?;
     // A driver that is deleted after its executors makes others in their place.
     assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);
@@ -111,10 +108,12 @@ impl<'a> Pi<'a> {
             ("SPARK_IMAGE", "docker.io/apache/spark:3.5.6"),
             ("SPOT_RATIO_ANNOTATION", "workload/spot-ratio"),
         ];
-        let Outcome { content, said } = end_to_end::run(scenario, "submit-spark", &settings).await?;
-        ensure!(content, "{said}");
+        let Outcome { success, output } = end_to_end::run(scenario, "submit-spark", &settings).await?;
+        ensure!(success, "{output}");
         let drivers = ListParams::default().labels("spark-role=driver");
-        let driver = until(STARTED, "the driver", async || Ok(scenario.pods().list(&drivers).await?.items.pop()));
+        let driver = while_progressing("the driver", async || {
+            Ok((containers.log_length()?, scenario.pods().list(&drivers).await?.items.pop()))
+        });
         let driver = driver.await.with_context(|| containers.last_words())?;
         let id = driver.labels().get(APPLICATION).context("a driver without an id")?.clone();
         Ok(Self { scenario, containers, driver: driver.name_any(), id })
@@ -128,39 +127,46 @@ impl<'a> Pi<'a> {
         Ok(lines.filter_map(executor).collect())
     }
 
+    /// Waits until the executors compute. Two Java machines start before them, one after the other.
+    async fn until_computing(&self) -> Result<()> {
+        while_progressing("the first finished task", async || {
+            Ok((self.containers.log_length()?, (!self.finished()?.is_empty()).then_some(())))
+        })
+        .await
+    }
+
     async fn until_succeeded(&self) -> Result<()> {
-        until_true(STARTED, "the driver to end", async || {
+        while_progressing("the end of the driver", async || {
             let status = self.scenario.pods().get(&self.driver).await?.status.unwrap_or_default();
-            Ok(status.phase.as_deref() == Some("Succeeded"))
+            Ok((self.finished()?.len(), (status.phase.as_deref() == Some("Succeeded")).then_some(())))
         })
         .await
     }
 }
 
 #[tokio::test]
-async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_empty_ledger() -> Result<()> {
+async fn a_spark_job_replaces_a_lost_executor_and_leaves_an_empty_ledger() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
     if !containers::allowed().await? {
         return Ok(());
     }
     let (scenario, containers) = scenario("reclaim").await?;
-    let pi = Pi::submit(&scenario, &containers, 600).await?;
-    let computing = until_true(STARTED, "the executors to compute", async || Ok(!pi.finished()?.is_empty()));
-    computing.await.with_context(|| containers.last_words())?;
+    let pi = Pi::submit(&scenario, &containers, TASKS).await?;
+    pi.until_computing().await.with_context(|| containers.last_words())?;
     let asked = Counts { spot: 3, on_demand: 1 };
-    assert_eq!(scenario.until_ledger_is_true(&pi.id, REPAIRED).await?, asked);
+    assert_eq!(scenario.until_ledger_matches_pods(&pi.id, SOON).await?, asked);
     scenario.ensure_bound_as_placed(&pi.id).await?;
 
     let lost = scenario.some(&pi.id, "spot", 1).await?.pop().context("no executor")?;
     containers.kill(&lost)?;
-    let replaced = until(SOON, "another executor in its place", async || {
+    let replaced = while_progressing("another executor in its place", async || {
         let live = scenario.real(&pi.id).await?;
-        Ok((!live.contains_key(&lost) && live.len() == 4).then_some(live))
+        Ok((containers.log_length()?, (!live.contains_key(&lost) && live.len() == 4).then_some(live)))
     });
     let replaced = replaced.await.with_context(|| containers.last_words())?;
     assert!(replaced.keys().any(|name| name.ends_with("-exec-5")), "{replaced:?}");
     // Spark may ask for it before the loss is in the ledger: no review tells of a process that ended.
-    let counts = scenario.until_ledger_is_true(&pi.id, REPAIRED).await?;
+    let counts = scenario.until_ledger_matches_pods(&pi.id, SOON).await?;
     assert_eq!(counts.spot + counts.on_demand, 4);
     counts.ensure_near(0.7, 1.0)?;
 
@@ -170,7 +176,7 @@ async fn a_job_loses_an_executor_gets_another_and_ends_with_its_result_and_an_em
         log.lines().find(|line| line.starts_with("Pi is roughly ")).with_context(|| containers.last_words())?;
     assert!(result.starts_with("Pi is roughly 3.1"), "{result}");
     until_true(SOON, "the executors to be gone", async || Ok(scenario.live(&pi.id).await?.is_empty())).await?;
-    assert_eq!(scenario.until_ledger_is_true(&pi.id, REPAIRED).await?, Counts::default());
+    assert_eq!(scenario.until_ledger_matches_pods(&pi.id, SOON).await?, Counts::default());
     let computed = pi.finished()?;
     for id in ["1", "2", "3", "4"].into_iter().filter(|id| !lost.ends_with(&format!("-exec-{id}"))) {
         assert!(computed.iter().any(|by| by == id), "executor {id} computed nothing: {computed:?}");

@@ -4,7 +4,6 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
@@ -14,12 +13,10 @@ use balancer_tests::process::{Process, Signal, scratch_path};
 use balancer_tests::raw::{Connection, Protocol};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, fixture, patch, patched};
-use balancer_tests::wait::{until, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::{Webhook, WebhookOptions};
 use balancer_tests::{endpoint, port, release};
 use http::HeaderMap;
-
-const SOON: Duration = Duration::from_secs(30);
 
 fn file(name: &str, text: &str) -> Result<PathBuf> {
     let path = scratch_path(name)?;
@@ -48,7 +45,7 @@ async fn refusal(wrong: &[(&str, OsString)], arguments: &[&str]) -> Result<Strin
 }
 
 #[tokio::test]
-async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_accepted() -> Result<()> {
+async fn an_invalid_setting_is_reported_with_its_name_value_and_what_is_accepted() -> Result<()> {
     need!(Webhook);
     let text = |value: &str| OsString::from(value);
     let redis = || ("STORE", text("redis"));
@@ -107,7 +104,7 @@ async fn a_wrong_setting_ends_the_start_with_its_name_its_value_and_what_is_acce
 }
 
 #[tokio::test]
-async fn a_port_that_is_taken_ends_the_start_with_its_name() -> Result<()> {
+async fn a_port_in_use_is_reported_with_its_setting() -> Result<()> {
     need!(Webhook);
     let taken = tokio::net::TcpListener::bind("[::]:0").await?;
     let number = taken.local_addr()?.port().to_string();
@@ -119,7 +116,7 @@ async fn a_port_that_is_taken_ends_the_start_with_its_name() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_flag_beats_its_variable() -> Result<()> {
+async fn a_flag_overrides_its_variable() -> Result<()> {
     need!(Webhook);
     let options = WebhookOptions::default()
         .without_cluster()?
@@ -196,7 +193,7 @@ async fn admin(port: u16, path: &str) -> Result<(u16, String, HeaderMap)> {
 }
 
 #[tokio::test]
-async fn dev_needs_nothing_and_its_line_to_paste_answers_with_a_patch() -> Result<()> {
+async fn dev_mode_needs_no_setup_and_its_curl_line_returns_a_patch() -> Result<()> {
     need!(Webhook);
     let (port, admin_port) = (port::free()?, port::free()?);
     let mut process = Process::start(&program("balancer-webhook")?, |command| {
@@ -231,7 +228,7 @@ async fn dev_needs_nothing_and_its_line_to_paste_answers_with_a_patch() -> Resul
 }
 
 #[tokio::test]
-async fn the_admin_port_answers_probes_and_scrapes_and_says_when_it_leaves() -> Result<()> {
+async fn the_admin_port_serves_probes_and_metrics_and_reports_shutdown() -> Result<()> {
     need!(Webhook);
     let mut webhook = Webhook::start(WebhookOptions::default().without_cluster()?).await?;
     let port = webhook.admin_port;

@@ -23,7 +23,7 @@ fn admission(c: &mut Criterion) {
             let Ok(review) = Review::decode(black_box(&wire)) else { return Vec::new() };
             let mut reply = Reply::allow(review.uid());
             if let Action::Place(executor) = Action::of(&review, &conventions) {
-                reply.patch = conventions.patch(&executor, Capacity::OnDemand);
+                reply.patch = conventions.profile().apply(executor.pod, Capacity::OnDemand, executor.placeholder);
             }
             reply.encode()
         });

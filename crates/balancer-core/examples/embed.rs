@@ -32,7 +32,7 @@ fn admit(
             let request = PlaceRequest { policy: Some(policy), ..PlaceRequest::of(executor) };
             let outcome = if dry_run { ledger.peek(&request) } else { ledger.place(&request, now_ms) };
             if let PlaceOutcome::Placed(placed) = outcome {
-                reply.patch = conventions.patch(executor, placed.capacity);
+                reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder);
             }
         }
         Action::Release(executor) if !dry_run => {

@@ -4,7 +4,6 @@
 use crate::capacity::Capacity;
 use crate::conventions::Conventions;
 use crate::decide::Ordinal;
-use crate::pin::required;
 use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyOverrides};
 use crate::review::{Operation, Review};
@@ -176,33 +175,11 @@ impl<'a> Action<'a> {
                 .label("spark-exec-id")
                 .and_then(|id| id.parse().ok())
                 .map_or(Ordinal::Name(key), Ordinal::Number),
-            required: spec.and_then(|spec| required(spec, &conventions.capacity_type_label)),
+            required: spec.and_then(|spec| conventions.profile().required_by(spec)),
             overrides,
             invalid,
             pod,
         };
         Ok(if creating { Self::Place(executor) } else { Self::Release(executor) })
-    }
-}
-
-impl Conventions {
-    /// The first job id label that the pod carries, and the job id that it tells.
-    pub fn job<'a>(&'a self, pod: &'a Pod<'_>) -> Option<(&'a str, &'a str)> {
-        self.job_id_label.iter().find_map(|label| Some((label.as_str(), pod.label(label).filter(|id| !id.is_empty())?)))
-    }
-
-    /// The id that was stamped on an executor which had no name yet: the part of its decision past
-    /// the capacity.
-    pub fn placeholder<'a>(&self, pod: &'a Pod<'_>) -> Option<&'a str> {
-        // A name that its maker chose is the key, whatever a copied annotation says.
-        pod.metadata.generate_name.as_deref().filter(|prefix| !prefix.is_empty())?;
-        self.decision(pod)?.1.filter(|id| !id.is_empty())
-    }
-
-    /// What the decision annotation says: the capacity, and the id that stands for a name.
-    pub(crate) fn decision<'a>(&self, pod: &'a Pod<'_>) -> Option<(Capacity, Option<&'a str>)> {
-        let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
-        let (capacity, id) = decision.split_once('/').map_or((decision, None), |(capacity, id)| (capacity, Some(id)));
-        Some((Capacity::parse(capacity)?, id))
     }
 }

@@ -1,18 +1,18 @@
-//! The two kinds of capacity an executor can run on, and how many of each a job has.
+//! The two capacities that an executor can run on, and the number of a job's executors on each.
 
 use std::fmt;
 
-/// Where an executor runs: on capacity that the cloud may reclaim, or on capacity that stays.
+/// The capacity that an executor runs on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Capacity {
-    /// Cheap, and reclaimed with short notice.
+    /// Cheap; the cloud can reclaim it at short notice.
     Spot,
-    /// Full price, and never reclaimed.
+    /// At full price; the cloud does not reclaim it.
     OnDemand,
 }
 
 impl Capacity {
-    /// The value that node labels, selectors, annotations and the ledger use: `spot` or `on-demand`.
+    /// `spot` or `on-demand`, as in node labels, nodeSelectors, annotations and the ledger.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Spot => "spot",
@@ -20,19 +20,13 @@ impl Capacity {
         }
     }
 
-    /// Reads what [`Capacity::as_str`] writes; anything else is `None`.
+    /// Parses what [`Capacity::as_str`] returns; `None` for any other text.
     pub fn parse(text: &str) -> Option<Self> {
         match text {
             "spot" => Some(Self::Spot),
             "on-demand" => Some(Self::OnDemand),
             _ => None,
         }
-    }
-
-    /// What a node's (or a selector's) capacity label value counts as. Only `spot` is reclaimed:
-    /// every other value, such as Karpenter's `reserved`, is as lasting as on-demand.
-    pub fn of_label(value: &str) -> Self {
-        if value == Self::Spot.as_str() { Self::Spot } else { Self::OnDemand }
     }
 }
 
@@ -42,7 +36,7 @@ impl fmt::Display for Capacity {
     }
 }
 
-/// A job's live executors by capacity.
+/// The number of a job's executors on each capacity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
     /// Executors on spot.
@@ -57,12 +51,12 @@ impl Counts {
         self.spot + self.on_demand
     }
 
-    /// One executor more.
+    /// Adds one executor.
     pub fn add(&mut self, capacity: Capacity) {
         *self.slot(capacity) += 1;
     }
 
-    /// One executor less; never below none.
+    /// Removes one executor. The number of executors does not fall below 0.
     pub fn remove(&mut self, capacity: Capacity) {
         let slot = self.slot(capacity);
         *slot = slot.saturating_sub(1);

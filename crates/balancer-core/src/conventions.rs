@@ -1,32 +1,31 @@
-//! The labels, annotations and values by which a cluster names roles, jobs and capacity, and what is
-//! written on an executor once it is placed.
+//! The settings that name roles, jobs, capacities and annotations, and how a pod is read by them.
 
 use std::str::FromStr;
 
-use crate::action::Executor;
 use crate::capacity::Capacity;
-use crate::patch::Patch;
 use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyField, PolicyOverrides};
 use crate::text::shorten;
 
-/// How firmly a spot executor is held to spot.
+/// Whether spot executors must run on spot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SpotPreference {
-    /// Spot executors are pinned to spot and wait for it.
+    /// Spot executors get a nodeSelector for spot, and wait for spot capacity.
     Strict,
-    /// Spot executors get no selector: Karpenter prefers spot by itself and falls back.
+    /// Spot executors get no nodeSelector. Karpenter prefers spot, and uses on-demand if there is no spot.
     #[default]
     BestEffort,
 }
 
-/// A text that is no [`SpotPreference`].
+/// A text that is not a [`SpotPreference`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a spot_preference; accepted: STRICT or BEST_EFFORT")]
+#[error("{0:?} is not a spot preference; accepted: STRICT or BEST_EFFORT")]
 pub struct SpotPreferenceError(String);
 
 impl FromStr for SpotPreference {
     type Err = SpotPreferenceError;
+
+    /// Ignores case and surrounding white space.
     fn from_str(text: &str) -> Result<Self, SpotPreferenceError> {
         match text.trim() {
             name if name.eq_ignore_ascii_case("STRICT") => Ok(Self::Strict),
@@ -36,21 +35,20 @@ impl FromStr for SpotPreference {
     }
 }
 
-/// The names that a cluster goes by (DESIGN section 3). The default is what Spark, Karpenter and
-/// EMR on EKS write.
+/// The conventions of a cluster. The defaults are those of Spark, Karpenter and EMR on EKS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conventions {
     /// `SPOT_PREFERENCE`.
     pub spot_preference: SpotPreference,
-    /// `CAPACITY_TYPE_LABEL`: node label and nodeSelector key.
+    /// `CAPACITY_TYPE_LABEL`: the node label, and the key of the nodeSelector.
     pub capacity_type_label: String,
-    /// `WORKLOAD_ROLE_LABEL`: the pod label that tells the role.
+    /// `WORKLOAD_ROLE_LABEL`: the pod label whose value is the role.
     pub workload_role_label: String,
     /// `DRIVER_ROLE_VALUE`.
     pub driver_role_value: String,
     /// `EXECUTOR_ROLE_VALUE`.
     pub executor_role_value: String,
-    /// `JOB_ID_LABEL`: the first one present on the pod is the job id.
+    /// `JOB_ID_LABEL`: the value of the first of these labels that a pod has is its job id.
     pub job_id_label: Vec<String>,
     /// `SPOT_RATIO_ANNOTATION`.
     pub spot_ratio_annotation: String,
@@ -58,7 +56,8 @@ pub struct Conventions {
     pub on_demand_base_annotation: String,
     /// `DECISION_ANNOTATION`; `None` writes none.
     pub decision_annotation: Option<String>,
-    /// `NODE_ROLE_SELECTOR`: whether a pinned executor is also held to nodes labelled for executors.
+    /// `NODE_ROLE_SELECTOR`: whether an executor that gets a nodeSelector for its capacity also gets one for
+    /// nodes that are labelled for executors.
     pub node_role_selector: bool,
 }
 
@@ -85,50 +84,33 @@ impl Conventions {
         match field {
             PolicyField::SpotRatio => &self.spot_ratio_annotation,
             PolicyField::OnDemandBase => &self.on_demand_base_annotation,
-            #[allow(unreachable_patterns, reason = "every field has a setting today; one without uses its default")]
+            #[allow(unreachable_patterns, reason = "a field without a setting of its own uses its default annotation")]
             other => other.default_annotation(),
         }
     }
 
-    /// The policy fields that the pod's annotations state, and the ones that are invalid.
+    /// The policy fields that the pod's annotations state, and the ones whose values are invalid.
     pub fn overrides(&self, pod: &Pod<'_>) -> (PolicyOverrides, Vec<InvalidField>) {
         PolicyOverrides::parse(|field| pod.annotation(self.annotation(field)))
     }
 
-    /// What to write on a placed executor: its selectors, merged into its own, and the decision. An
-    /// executor that pins its capacity is left as it is.
-    pub fn patch(&self, executor: &Executor<'_>, capacity: Capacity) -> Patch {
-        let mut patch = Patch::default();
-        let spec = executor.pod.spec.as_ref();
-        let pins = match (capacity, self.spot_preference) {
-            (Capacity::OnDemand, _) | (Capacity::Spot, SpotPreference::Strict) => true,
-            (Capacity::Spot, SpotPreference::BestEffort) => false,
-        };
-        if pins && executor.required.is_none() {
-            let own = spec.and_then(|spec| spec.node_selector.as_ref());
-            let mut wanted = vec![(self.capacity_type_label.as_str(), capacity.as_str())];
-            // The pod's own value of the role key stays: nothing of the pod's own is lost.
-            if self.node_role_selector && own.is_none_or(|own| own.get(&self.workload_role_label).is_none()) {
-                wanted.push((&self.workload_role_label, &self.executor_role_value));
-            }
-            if spec.is_none() {
-                patch.add_parent(&["spec"]);
-            }
-            patch.merge(&["spec", "nodeSelector"], own.is_some(), &wanted);
-        }
-        if let Some(key) = self.decision_annotation.as_deref()
-            && (executor.required.is_none() || executor.placeholder.is_some())
-        {
-            let decision = match executor.placeholder {
-                Some(id) => format!("{capacity}/{id}"),
-                None => capacity.as_str().to_owned(),
-            };
-            let own = executor.pod.metadata.annotations.as_ref();
-            // A reinvoked admission finds our own words there.
-            if own.and_then(|own| own.get(key)) != Some(decision.as_str()) {
-                patch.merge(&["metadata", "annotations"], own.is_some(), &[(key, &decision)]);
-            }
-        }
-        patch
+    /// The first job id label that the pod has, and its value.
+    pub(crate) fn job<'a>(&'a self, pod: &'a Pod<'_>) -> Option<(&'a str, &'a str)> {
+        self.job_id_label.iter().find_map(|label| Some((label.as_str(), pod.label(label).filter(|id| !id.is_empty())?)))
+    }
+
+    /// The id that replaces the name of a pod whose name the apiserver generates. It follows the capacity in
+    /// the decision annotation.
+    pub(crate) fn placeholder<'a>(&self, pod: &'a Pod<'_>) -> Option<&'a str> {
+        // A pod with a name of its own is known by it, even if its decision annotation is a copy of another pod's.
+        pod.metadata.generate_name.as_deref().filter(|prefix| !prefix.is_empty())?;
+        self.decision(pod)?.1.filter(|id| !id.is_empty())
+    }
+
+    /// The value of the decision annotation: the capacity, and the placeholder if there is one.
+    pub(crate) fn decision<'a>(&self, pod: &'a Pod<'_>) -> Option<(Capacity, Option<&'a str>)> {
+        let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
+        let (capacity, id) = decision.split_once('/').map_or((decision, None), |(capacity, id)| (capacity, Some(id)));
+        Some((Capacity::parse(capacity)?, id))
     }
 }

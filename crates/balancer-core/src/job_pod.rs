@@ -4,7 +4,6 @@
 use crate::action::JobRef;
 use crate::capacity::Capacity;
 use crate::conventions::Conventions;
-use crate::pin::required;
 use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyOverrides};
 
@@ -72,7 +71,7 @@ impl<'a> JobPod<'a> {
             uid,
             node: spec.and_then(|spec| spec.node_name.as_deref()).filter(|node| !node.is_empty()),
             asked: spec
-                .and_then(|spec| required(spec, &conventions.capacity_type_label))
+                .and_then(|spec| conventions.profile().required_by(spec))
                 .or_else(|| conventions.decision(pod).map(|(capacity, _)| capacity)),
         }))
     }

@@ -19,7 +19,7 @@
 //!     let mut placing = PlaceRequest::of(&executor);
 //!     placing.policy = Some(Policy::default());
 //!     if let PlaceOutcome::Placed(placed) = ledger.place(&placing, 0) {
-//!         reply.patch = conventions.patch(&executor, placed.capacity);
+//!         reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder);
 //!     }
 //! }
 //! assert!(String::from_utf8(reply.encode())?.contains("\"allowed\":true"));
@@ -31,39 +31,47 @@
 //! → [`Reply`] → bytes. `examples/embed.rs` walks it whole; `examples/simulate.rs` plays a job's life.
 #![deny(missing_docs)]
 
-mod action;
-mod capacity;
-mod container;
+// Settings: the conventions of a cluster.
 mod conventions;
-mod decide;
+
+// Read: bytes -> review -> action; a pod of the cluster -> job pod.
+mod action;
 mod job_pod;
-mod ledger;
-mod patch;
-mod pin;
+mod json;
 mod pod;
+mod review;
+mod text;
+
+// Decide: counts and policy -> capacity; the ledger of a job.
+mod capacity;
+mod decide;
+mod ledger;
 mod policy;
 mod ratio;
+
+// Write: pod and capacity -> patch -> reply -> bytes.
+mod patch;
+mod profile;
 mod reply;
-mod review;
-mod skim;
-mod text;
+
+pub use json_patch::Patch;
 
 pub use action::{Action, Driver, Executor, IgnoreReason, JobId, JobRef};
 pub use capacity::{Capacity, Counts};
 pub use conventions::{Conventions, SpotPreference, SpotPreferenceError};
 pub use decide::{Ordinal, decide, decide_without_ledger};
 pub use job_pod::{DriverPod, ExecutorPod, JobPod};
+pub use json::JsonError;
 pub use ledger::{
     Drift, Entry, JobLedger, JobState, LiveExecutor, Millis, PlaceOutcome, PlaceRequest, Placed, ReconcileOutcome,
     ReconcileSummary, Term,
 };
-pub use patch::Patch;
-pub use pod::{Affinity, Metadata, Pairs, Pod, PodSpec, PodStatus};
+pub use pod::{Metadata, Pod};
 pub use policy::{
     DecodePolicyError, InvalidField, InvalidValue, OnDemandBaseError, Policy, PolicyField, PolicyOverrides,
 };
+pub use profile::Profile;
 pub use ratio::{Ratio, RatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
-pub use skim::SkimError;
 pub use text::Text;

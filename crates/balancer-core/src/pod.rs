@@ -1,129 +1,177 @@
-//! The few fields of a pod that placing needs. Everything else in the pod is passed over unread.
-
-use std::fmt;
+//! The fields of a pod that a placement needs. All other fields are skipped.
 
 use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::Deserializer;
 
-use crate::text::Text;
+use crate::json::{JsonError, Pairs, Scan, Scanner};
+use crate::text::{IntoOwned, Text};
 
-/// A view of a pod. Absent, `null` and empty mean the same.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-pub struct Pod<'a> {
-    /// Name, labels, annotations …
-    #[serde(borrow, default, deserialize_with = "null_is_default")]
-    pub metadata: Metadata<'a>,
-    /// Where it may run.
-    #[serde(borrow, default)]
-    pub spec: Option<PodSpec<'a>>,
-    /// How it is.
-    #[serde(borrow, default)]
-    pub status: Option<PodStatus<'a>>,
+/// Defines a part of a pod: a struct, how serde decodes it, and its conversion into an owned value. Each line
+/// is a field, its type and its JSON key. Absent and `null` mean the same.
+macro_rules! pod_part {
+    (
+        $(#[$meta:meta])*
+        $vis:vis struct $name:ident<$a:lifetime> {
+            $($(#[$field_meta:meta])* $field_vis:vis $field:ident: $type:ty = $key:literal,)*
+        }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+        $vis struct $name<$a> {
+            $($(#[$field_meta])* #[serde(rename = $key, borrow, default)] $field_vis $field: $type,)*
+        }
+
+        impl IntoOwned for $name<'_> {
+            type Owned = $name<'static>;
+
+            fn into_owned(self) -> $name<'static> {
+                $name { $($field: IntoOwned::into_owned(self.$field),)* }
+            }
+        }
+    };
 }
 
-/// `metadata`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Metadata<'a> {
-    /// Unique among the live pods of a namespace; absent at creation where the apiserver makes it.
-    #[serde(borrow, default)]
-    pub name: Option<Text<'a>>,
-    /// What the apiserver makes a name from.
-    #[serde(borrow, default)]
-    pub generate_name: Option<Text<'a>>,
-    /// Absent in what Spark posts to older apiservers: use the request's.
-    #[serde(borrow, default)]
-    pub namespace: Option<Text<'a>>,
-    /// Not yet known at creation.
-    #[serde(borrow, default)]
-    pub uid: Option<Text<'a>>,
-    /// Which state of the object this is; absent at creation.
-    #[serde(borrow, default)]
-    pub resource_version: Option<Text<'a>>,
-    /// RFC 3339, UTC: compares as text.
-    #[serde(borrow, default)]
-    pub creation_timestamp: Option<Text<'a>>,
-    /// Present once it is being deleted.
-    #[serde(borrow, default)]
-    pub deletion_timestamp: Option<Text<'a>>,
-    /// Labels.
-    #[serde(borrow, default)]
-    pub labels: Option<Pairs<'a>>,
-    /// Annotations.
-    #[serde(borrow, default)]
-    pub annotations: Option<Pairs<'a>>,
+/// Defines parts of a pod that [`Scanner`] reads as well. It must return what serde returns.
+macro_rules! scanned_pod_parts {
+    ($(
+        $(#[$meta:meta])*
+        $vis:vis struct $name:ident<$a:lifetime> {
+            $($(#[$field_meta:meta])* $field_vis:vis $field:ident: $type:ty = $key:literal,)*
+        }
+    )*) => {$(
+        pod_part! {
+            $(#[$meta])*
+            $vis struct $name<$a> {
+                $($(#[$field_meta])* $field_vis $field: $type = $key,)*
+            }
+        }
+
+        impl<$a> Scan<$a> for Option<$name<$a>> {
+            fn scan(scanner: &mut Scanner<$a>) -> Result<Self, JsonError> {
+                let mut part = $name::default();
+                let present = scanner.members(|scanner, key| {
+                    $(if key == $key.as_bytes() {
+                        part.$field = Scan::scan(scanner)?;
+                        return Ok(());
+                    })*
+                    scanner.skip()
+                })?;
+                Ok(present.then_some(part))
+            }
+        }
+    )*};
 }
 
-/// `spec`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct PodSpec<'a> {
-    /// The node it is bound to.
-    #[serde(borrow, default)]
-    pub node_name: Option<Text<'a>>,
-    /// Labels that its node must have.
-    #[serde(borrow, default)]
-    pub node_selector: Option<Pairs<'a>>,
-    /// Its affinity.
-    #[serde(borrow, default)]
-    pub affinity: Option<Affinity<'a>>,
-}
+scanned_pod_parts! {
+    /// A pod.
+    pub struct Pod<'a> {
+        /// Name, labels, annotations and timestamps.
+        #[serde(deserialize_with = "null_is_default")]
+        pub metadata: Metadata<'a> = "metadata",
+        /// Which nodes may run the pod.
+        pub(crate) spec: Option<PodSpec<'a>> = "spec",
+        /// Whether the pod still runs.
+        pub(crate) status: Option<PodStatus<'a>> = "status",
+    }
 
-/// `status`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-pub struct PodStatus<'a> {
-    /// `Pending`, `Running`, `Succeeded`, `Failed`.
-    #[serde(borrow, default)]
-    pub phase: Option<Text<'a>>,
-}
+    /// `metadata`.
+    pub struct Metadata<'a> {
+        /// Unique among the pods of a namespace. Absent at creation if the apiserver generates it.
+        pub name: Option<Text<'a>> = "name",
+        /// The prefix of a generated name.
+        pub generate_name: Option<Text<'a>> = "generateName",
+        /// Absent from what Spark sends to older apiservers; the review's request has it.
+        pub namespace: Option<Text<'a>> = "namespace",
+        /// Absent at creation.
+        pub uid: Option<Text<'a>> = "uid",
+        /// Absent at creation.
+        pub resource_version: Option<Text<'a>> = "resourceVersion",
+        /// RFC 3339 in UTC, so that comparing texts compares times.
+        pub creation_timestamp: Option<Text<'a>> = "creationTimestamp",
+        /// Present once a deletion of the pod was accepted.
+        pub deletion_timestamp: Option<Text<'a>> = "deletionTimestamp",
+        /// See [`Pod::label`].
+        pub(crate) labels: Option<Pairs<'a>> = "labels",
+        /// See [`Pod::annotation`].
+        pub(crate) annotations: Option<Pairs<'a>> = "annotations",
+    }
 
-/// `spec.affinity`, as far as it binds the pod to nodes.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Affinity<'a> {
-    #[serde(borrow, default)]
-    node_affinity: Option<NodeAffinity<'a>>,
-}
+    /// `spec`.
+    pub(crate) struct PodSpec<'a> {
+        /// The node that the pod is bound to.
+        pub(crate) node_name: Option<Text<'a>> = "nodeName",
+        /// The labels that the node must have.
+        pub(crate) node_selector: Option<Pairs<'a>> = "nodeSelector",
+        /// Rules about nodes and other pods.
+        pub(crate) affinity: Option<Affinity<'a>> = "affinity",
+    }
 
-impl<'a> Affinity<'a> {
-    pub(crate) fn required(&self) -> Option<&NodeSelector<'a>> {
-        self.node_affinity.as_ref()?.required_during_scheduling_ignored_during_execution.as_ref()
+    /// `status`.
+    pub(crate) struct PodStatus<'a> {
+        /// `Pending`, `Running`, `Succeeded` or `Failed`.
+        pub(crate) phase: Option<Text<'a>> = "phase",
     }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct NodeAffinity<'a> {
-    #[serde(borrow, default)]
-    required_during_scheduling_ignored_during_execution: Option<NodeSelector<'a>>,
+pod_part! {
+    /// `spec.affinity`, reduced to the rules about nodes.
+    pub(crate) struct Affinity<'a> {
+        node_affinity: Option<NodeAffinity<'a>> = "nodeAffinity",
+    }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct NodeSelector<'a> {
-    #[serde(borrow, default, deserialize_with = "null_is_default")]
-    pub(crate) node_selector_terms: Vec<NodeSelectorTerm<'a>>,
+pod_part! {
+    struct NodeAffinity<'a> {
+        required: Option<NodeSelector<'a>> = "requiredDuringSchedulingIgnoredDuringExecution",
+    }
 }
 
-#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub(crate) struct NodeSelectorTerm<'a> {
-    #[serde(borrow, default)]
-    pub(crate) match_expressions: Option<Vec<NodeSelectorRequirement<'a>>>,
+pod_part! {
+    /// The node must match one of the terms.
+    pub(crate) struct NodeSelector<'a> {
+        #[serde(deserialize_with = "null_is_default")]
+        pub(crate) terms: Vec<NodeSelectorTerm<'a>> = "nodeSelectorTerms",
+    }
 }
 
-#[derive(Clone, Debug, PartialEq, Deserialize)]
-pub(crate) struct NodeSelectorRequirement<'a> {
-    #[serde(borrow)]
-    pub(crate) key: Text<'a>,
-    #[serde(borrow)]
-    pub(crate) operator: Text<'a>,
-    #[serde(borrow, default)]
-    pub(crate) values: Option<Vec<Text<'a>>>,
+pod_part! {
+    /// The node must meet every requirement.
+    pub(crate) struct NodeSelectorTerm<'a> {
+        pub(crate) match_expressions: Option<Vec<NodeSelectorRequirement<'a>>> = "matchExpressions",
+    }
+}
+
+pod_part! {
+    /// A requirement on one label of the node.
+    pub(crate) struct NodeSelectorRequirement<'a> {
+        pub(crate) key: Text<'a> = "key",
+        pub(crate) operator: Text<'a> = "operator",
+        pub(crate) values: Option<Vec<Text<'a>>> = "values",
+    }
+}
+
+impl<'a> Scan<'a> for Metadata<'a> {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        Ok(Option::scan(scanner)?.unwrap_or_default())
+    }
+}
+
+/// Few pods have an affinity, and it is nested deeply, so serde reads it.
+impl<'a> Scan<'a> for Option<Affinity<'a>> {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        scanner.deserialize("an affinity")
+    }
+}
+
+impl<'a> Affinity<'a> {
+    /// What the pod requires of its node.
+    pub(crate) fn required(&self) -> Option<&NodeSelector<'a>> {
+        self.node_affinity.as_ref()?.required.as_ref()
+    }
 }
 
 impl Pod<'_> {
-    /// Whether it counts: not finished, and not being deleted (DESIGN section 7).
+    /// Whether the pod counts as live: it has not finished, and no deletion of it was accepted.
     pub fn is_live(&self) -> bool {
         let phase = self.status.as_ref().and_then(|status| status.phase.as_deref());
         self.metadata.deletion_timestamp.is_none() && !matches!(phase, Some("Succeeded" | "Failed"))
@@ -138,125 +186,14 @@ impl Pod<'_> {
     pub fn annotation(&self, key: &str) -> Option<&str> {
         self.metadata.annotations.as_ref()?.get(key)
     }
-}
 
-/// A view that outlives the bytes it was read from.
-impl Pod<'_> {
-    /// The same, borrowing nothing.
+    /// The same pod, borrowing nothing from the bytes that it was read from.
     pub fn into_owned(self) -> Pod<'static> {
-        let Self { metadata, spec, status } = self;
-        Pod {
-            metadata: metadata.into_owned(),
-            spec: spec.map(PodSpec::into_owned),
-            status: status.map(|PodStatus { phase }| PodStatus { phase: phase.map(Text::into_owned) }),
-        }
+        IntoOwned::into_owned(self)
     }
 }
 
-impl Metadata<'_> {
-    fn into_owned(self) -> Metadata<'static> {
-        let Self {
-            name,
-            generate_name,
-            namespace,
-            uid,
-            resource_version,
-            creation_timestamp,
-            deletion_timestamp,
-            labels,
-            annotations,
-        } = self;
-        Metadata {
-            name: name.map(Text::into_owned),
-            generate_name: generate_name.map(Text::into_owned),
-            namespace: namespace.map(Text::into_owned),
-            uid: uid.map(Text::into_owned),
-            resource_version: resource_version.map(Text::into_owned),
-            creation_timestamp: creation_timestamp.map(Text::into_owned),
-            deletion_timestamp: deletion_timestamp.map(Text::into_owned),
-            labels: labels.map(Pairs::into_owned),
-            annotations: annotations.map(Pairs::into_owned),
-        }
-    }
-}
-
-impl PodSpec<'_> {
-    fn into_owned(self) -> PodSpec<'static> {
-        let Self { node_name, node_selector, affinity } = self;
-        PodSpec {
-            node_name: node_name.map(Text::into_owned),
-            node_selector: node_selector.map(Pairs::into_owned),
-            affinity: affinity.map(|Affinity { node_affinity }| Affinity {
-                node_affinity: node_affinity.map(NodeAffinity::into_owned),
-            }),
-        }
-    }
-}
-
-impl NodeAffinity<'_> {
-    fn into_owned(self) -> NodeAffinity<'static> {
-        let Self { required_during_scheduling_ignored_during_execution: required } = self;
-        let requirement = |NodeSelectorRequirement { key, operator, values }: NodeSelectorRequirement<'_>| {
-            let values = values.map(|values| values.into_iter().map(Text::into_owned).collect());
-            NodeSelectorRequirement { key: key.into_owned(), operator: operator.into_owned(), values }
-        };
-        let term = |NodeSelectorTerm { match_expressions }: NodeSelectorTerm<'_>| NodeSelectorTerm {
-            match_expressions: match_expressions.map(|all| all.into_iter().map(requirement).collect()),
-        };
-        NodeAffinity {
-            required_during_scheduling_ignored_during_execution: required.map(
-                |NodeSelector { node_selector_terms }| NodeSelector {
-                    node_selector_terms: node_selector_terms.into_iter().map(term).collect(),
-                },
-            ),
-        }
-    }
-}
-
-/// A JSON object of strings, in the order given. A pod has a handful: looking through them beats
-/// building a map.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Pairs<'a>(Vec<(Text<'a>, Text<'a>)>);
-
-impl Pairs<'_> {
-    fn into_owned(self) -> Pairs<'static> {
-        Pairs(self.0.into_iter().map(|(key, value)| (key.into_owned(), value.into_owned())).collect())
-    }
-}
-
-impl<'a> Pairs<'a> {
-    pub(crate) fn new(pairs: Vec<(Text<'a>, Text<'a>)>) -> Self {
-        Self(pairs)
-    }
-
-    /// The value of a key; the last, where it is given twice.
-    pub fn get(&self, key: &str) -> Option<&str> {
-        self.0.iter().rev().find(|(name, _)| name.as_str() == key).map(|(_, value)| value.as_str())
-    }
-}
-
-impl<'de: 'a, 'a> Deserialize<'de> for Pairs<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Collect;
-        impl<'de> Visitor<'de> for Collect {
-            type Value = Pairs<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object of strings")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut pairs = Vec::with_capacity(8);
-                while let Some(pair) = map.next_entry::<Text<'de>, Option<Text<'de>>>()? {
-                    // Go reads a null into a string as the empty string.
-                    pairs.push((pair.0, pair.1.unwrap_or_default()));
-                }
-                Ok(Pairs(pairs))
-            }
-        }
-        deserializer.deserialize_map(Collect)
-    }
-}
-
-/// `null` stands for absent, as Go's JSON has it.
+/// Kubernetes decodes `null` as absent.
 fn null_is_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(d: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(d)?.unwrap_or_default())
 }

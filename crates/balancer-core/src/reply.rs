@@ -1,10 +1,10 @@
-//! Writes the AdmissionReview that answers one: always allowed, with a patch and warnings where
-//! there are any.
+//! Encodes the AdmissionReview that answers another one. It always allows the request, and can carry a patch and
+//! warnings.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use json_patch::Patch;
 
-use crate::patch::Patch;
 use crate::text::push_json;
 
 /// The answer to one review.
@@ -13,13 +13,12 @@ pub struct Reply<'a> {
     uid: &'a str,
     /// What to change in the pod.
     pub patch: Patch,
-    /// What the person who submitted the pod should see.
+    /// Messages for the person who submits the pod.
     pub warnings: Vec<String>,
 }
 
 impl<'a> Reply<'a> {
-    /// Allows, and changes nothing. There is no other kind: a pod is never denied, a deletion never
-    /// blocked.
+    /// Allows the request and changes nothing. A reply never denies a request.
     pub fn allow(uid: &'a str) -> Self {
         Self { uid, patch: Patch::default(), warnings: Vec::new() }
     }
@@ -31,8 +30,13 @@ impl<'a> Reply<'a> {
         push_json(&mut body, self.uid);
         body.extend_from_slice(br#","allowed":true"#);
         if !self.patch.is_empty() {
+            // The patch of a placement has about 300 bytes.
+            let mut patch = Vec::with_capacity(512);
+            // Serializing a patch into memory cannot fail.
+            let written = serde_json::to_writer(&mut patch, &self.patch);
+            debug_assert!(written.is_ok());
             body.extend_from_slice(br#","patchType":"JSONPatch","patch":""#);
-            body.extend_from_slice(STANDARD.encode(self.patch.to_json()).as_bytes());
+            push_base64(&mut body, &patch);
             body.push(b'"');
         }
         for (i, warning) in self.warnings.iter().enumerate() {
@@ -44,13 +48,21 @@ impl<'a> Reply<'a> {
     }
 }
 
+/// Appends bytes in base64.
+fn push_base64(body: &mut Vec<u8>, bytes: &[u8]) {
+    let start = body.len();
+    body.resize(start + bytes.len().div_ceil(3) * 4, 0);
+    let written = STANDARD.encode_slice(bytes, body.get_mut(start..).unwrap_or_default());
+    debug_assert!(written.is_ok());
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::{Value, json};
 
     #[test]
-    fn warnings_are_told_each_by_itself() {
+    fn each_warning_is_a_string_of_its_own() {
         let mut reply = Reply::allow("u1");
         reply.warnings = vec!["a \"ratio\"".into(), "é".into()];
         let body: Value = serde_json::from_slice(&reply.encode()).unwrap();

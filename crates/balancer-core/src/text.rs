@@ -1,5 +1,4 @@
-//! Strings borrowed from the request's bytes where they can be: a review holds thousands of
-//! characters and we keep a few.
+//! Strings that borrow from the bytes of a review if they can.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -7,7 +6,7 @@ use std::ops::Deref;
 
 use serde::de::{Deserialize, Deserializer, Error, Visitor};
 
-/// A string that borrows from the input unless it held escapes.
+/// A string that borrows from the input unless the input contains escapes.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Text<'a>(pub Cow<'a, str>);
 
@@ -16,17 +15,44 @@ impl Text<'_> {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-
-    /// The same, borrowing nothing.
-    pub fn into_owned(self) -> Text<'static> {
-        Text(Cow::Owned(self.0.into_owned()))
-    }
 }
 
 impl Deref for Text<'_> {
     type Target = str;
     fn deref(&self) -> &str {
         &self.0
+    }
+}
+
+/// Conversion into a value that borrows nothing.
+pub(crate) trait IntoOwned {
+    /// The same type with the lifetime `'static`.
+    type Owned;
+    /// Clones what is borrowed.
+    fn into_owned(self) -> Self::Owned;
+}
+
+impl IntoOwned for Text<'_> {
+    type Owned = Text<'static>;
+
+    fn into_owned(self) -> Text<'static> {
+        Text(Cow::Owned(self.0.into_owned()))
+    }
+}
+
+impl<T: IntoOwned> IntoOwned for Option<T> {
+    type Owned = Option<T::Owned>;
+
+    fn into_owned(self) -> Self::Owned {
+        self.map(T::into_owned)
+    }
+}
+
+impl<T: IntoOwned> IntoOwned for Vec<T> {
+    type Owned = Vec<T::Owned>;
+
+    fn into_owned(self) -> Self::Owned {
+        self.into_iter().map(T::into_owned).collect()
     }
 }
 
@@ -61,18 +87,17 @@ impl<'de: 'a, 'a> Deserialize<'de> for Text<'a> {
     }
 }
 
-/// Appends a string as JSON.
+/// Appends a string in JSON.
 pub(crate) fn push_json(bytes: &mut Vec<u8>, text: &str) {
-    // Serialising a string into memory cannot fail.
+    // Serializing a string into memory cannot fail.
     let written = serde_json::to_writer(bytes, text);
     debug_assert!(written.is_ok());
 }
 
-/// What people wrote, short enough for an error, a warning or a log line: an annotation may hold
-/// 256 KiB.
+/// The beginning of a value, for error messages: an annotation can have 256 KiB.
 pub(crate) fn shorten(text: &str) -> String {
-    const MOST: usize = 64;
-    match text.char_indices().nth(MOST) {
+    const MAX_CHARS: usize = 64;
+    match text.char_indices().nth(MAX_CHARS) {
         Some((end, _)) => format!("{}…", text.get(..end).unwrap_or_default()),
         None => text.to_owned(),
     }

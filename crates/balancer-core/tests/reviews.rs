@@ -37,7 +37,7 @@ fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value
     let review = Review::decode(bytes).unwrap();
     let Action::Place(executor) = Action::of(&review, conventions) else { panic!("not an executor's creation") };
     let mut reply = Reply::allow(review.uid());
-    reply.patch = conventions.patch(&executor, capacity);
+    reply.patch = conventions.profile().apply(executor.pod, capacity, executor.placeholder);
     let reply = value(&reply.encode());
     let mut pod = value(bytes)["request"]["object"].clone();
     if let Some(patch) = reply["response"]["patch"].as_str() {
@@ -351,7 +351,7 @@ fn what_is_no_review_is_refused_by_its_cause() {
         serde_json::to_vec(&review).unwrap()
     };
     type IsCause = fn(&ReviewError) -> bool;
-    let unreadable: IsCause = |e| matches!(e, ReviewError::Unreadable(_));
+    let unreadable: IsCause = |e| matches!(e, ReviewError::InvalidJson(_));
     let wrong_kind: IsCause = |e| matches!(e, ReviewError::WrongKind { .. });
     let cases: [(Vec<u8>, IsCause); 13] = [
         (b"".to_vec(), unreadable),
@@ -419,7 +419,7 @@ proptest! {
             && let Action::Place(executor) = Action::of(&review, &conventions)
         {
             let mut reply = Reply::allow(review.uid());
-            reply.patch = conventions.patch(&executor, Capacity::OnDemand);
+            reply.patch = conventions.profile().apply(executor.pod, Capacity::OnDemand, executor.placeholder);
             let _: Value = serde_json::from_slice(&reply.encode()).unwrap();
         }
     }

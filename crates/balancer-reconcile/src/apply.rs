@@ -1,6 +1,6 @@
 //! Applies the events of the watches to the index.
 
-use balancer_core::Capacity;
+use balancer_core::Profile;
 use kube::ResourceExt;
 use tokio::time::Instant;
 
@@ -8,7 +8,7 @@ use crate::index::ClusterIndex;
 use crate::watch::{ClusterEvent, Event, Source, SyncStatus};
 
 /// Applies one event.
-pub(crate) fn apply(event: ClusterEvent, index: &mut ClusterIndex, sync: &mut SyncStatus, capacity_type_label: &str) {
+pub(crate) fn apply(event: ClusterEvent, index: &mut ClusterIndex, sync: &mut SyncStatus, profile: Profile<'_>) {
     let now = Instant::now();
     match event {
         ClusterEvent::Pods(namespace, event) => {
@@ -28,7 +28,8 @@ pub(crate) fn apply(event: ClusterEvent, index: &mut ClusterIndex, sync: &mut Sy
             match event {
                 Event::Init => index.init_nodes(),
                 Event::InitApply(node) | Event::Apply(node) => {
-                    let capacity = node.labels().get(capacity_type_label).map(|value| Capacity::of_label(value));
+                    let labels = node.labels();
+                    let capacity = profile.of_node(|key| labels.get(key).map(String::as_str));
                     index.apply_node(&node.name_any(), capacity);
                 }
                 Event::Delete(node) => index.delete_node(&node.name_any()),

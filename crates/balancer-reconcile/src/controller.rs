@@ -84,10 +84,10 @@ impl<L: Ledger> State<'_, L> {
 
     /// Applies all events that have arrived.
     fn receive(&mut self, watches: &mut WatchSet, first: ClusterEvent) {
-        let label = &self.reconciler.parts.conventions.capacity_type_label;
+        let profile = self.reconciler.parts.conventions.profile();
         let (mut next, mut left) = (Some(first), MAX_EVENTS);
         while let Some(event) = next.take() {
-            apply(event, &mut self.index, &mut self.sync, label);
+            apply(event, &mut self.index, &mut self.sync, profile);
             left -= 1;
             if left > 0 {
                 next = watches.next().now_or_never();

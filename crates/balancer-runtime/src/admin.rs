@@ -1,5 +1,5 @@
-//! The admin endpoint: plain HTTP for probes and metrics, apart from the admission port so that
-//! neither needs our certificate nor waits behind admissions.
+//! The admin endpoint: plain HTTP for probes and metrics. It has a port of its own, so that probes and scrapes neither need
+//! the certificate nor wait for admissions.
 
 use std::convert::Infallible;
 use std::net::{Ipv6Addr, SocketAddr};
@@ -20,17 +20,17 @@ use prometheus_client::registry::Registry;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-/// Probes and scrapes are few: more at once are someone else's mistake.
-const MOST_CONNECTIONS: usize = 32;
-/// From the connection to its end.
+/// Probes and scrapes are few; more connections at once are a mistake of a client.
+const MAX_CONNECTIONS: usize = 32;
+/// The longest that a connection may last.
 const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
 
-/// Whether `/readyz` says yes. Clones share it.
+/// Whether `/readyz` answers 200. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Readiness(Arc<AtomicBool>);
 
 impl Readiness {
-    /// From now on ready, or not.
+    /// Sets it from now on.
     pub fn set(&self, ready: bool) {
         self.0.store(ready, Ordering::Release);
     }
@@ -43,11 +43,11 @@ impl Readiness {
 /// A registry for the metrics of a binary of this version.
 pub fn registry(version: &'static str) -> Registry {
     let mut registry = Registry::with_prefix("spot_balancer");
-    registry.register("build", "The version that runs", Info::new(vec![("version", version)]));
+    registry.register("build", "The version of the program", Info::new(vec![("version", version)]));
     registry
 }
 
-/// A bound admin endpoint, not yet serving.
+/// A bound admin endpoint that does not serve yet.
 #[derive(Debug)]
 pub struct Admin {
     listener: TcpListener,
@@ -55,27 +55,30 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// Binds the port on all addresses, of both families where the host has both.
+    /// Binds the port on all addresses, IPv6 and IPv4 if the host has both.
+    ///
+    /// # Errors
+    /// The port is in use, or not permitted.
     pub async fn bind(port: u16) -> anyhow::Result<Self> {
         let listener = listen(port).await.with_context(|| format!("ADMIN_PORT: cannot listen on {port}"))?;
         let address = listener.local_addr()?;
         Ok(Self { listener, address })
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
     /// Serves until dropped.
     pub async fn run(self, registry: Arc<Registry>, readiness: Readiness) -> Infallible {
-        let room = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
-            let Ok(permit) = Arc::clone(&room).acquire_owned().await else { continue };
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { continue };
             let stream = match self.listener.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) => {
-                    pause_after_refused_accept(&error).await;
+                    pause_after_failed_accept(&error).await;
                     continue;
                 }
             };
@@ -96,7 +99,10 @@ impl Admin {
     }
 }
 
-/// Listens on a port, over IPv6 and IPv4 where the host has both.
+/// Listens on a port, over IPv6 and IPv4 if the host has both.
+///
+/// # Errors
+/// The port is in use, or not permitted.
 pub async fn listen(port: u16) -> std::io::Result<TcpListener> {
     match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => Err(error),
@@ -105,15 +111,15 @@ pub async fn listen(port: u16) -> std::io::Result<TcpListener> {
     }
 }
 
-/// Out of file descriptors, accepting fails at once and again: wait for some to come free.
-pub async fn pause_after_refused_accept(error: &std::io::Error) {
+/// Logs the error and waits: without free file descriptors, each attempt to accept fails at once.
+pub async fn pause_after_failed_accept(error: &std::io::Error) {
     tracing::warn!(%error, "cannot accept a connection");
     tokio::time::sleep(Duration::from_millis(50)).await;
 }
 
 fn answer<B>(request: &Request<B>, registry: &Registry, readiness: &Readiness) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "accepted: GET\n");
+        let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed; accepted: GET\n");
         answer.headers_mut().insert(ALLOW, http::HeaderValue::from_static("GET, HEAD"));
         return answer;
     }
@@ -122,7 +128,7 @@ fn answer<B>(request: &Request<B>, registry: &Registry, readiness: &Readiness) -
         "/readyz" if readiness.get() => text(StatusCode::OK, "ok\n"),
         "/readyz" => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
         "/metrics" => metrics(registry),
-        _ => text(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics\n"),
+        _ => text(StatusCode::NOT_FOUND, "no such path; accepted: /livez, /readyz and /metrics\n"),
     }
 }
 

@@ -1,90 +1,116 @@
-//! The settings that both binaries share. Each is an environment variable and a flag; an
-//! invalid value stops the program at its start.
+//! The settings that both binaries share. Each is an environment variable and a flag. An invalid value stops the program
+//! at its start.
 
 use std::ops::RangeInclusive;
-use std::str::FromStr;
+use std::sync::LazyLock;
 
 use anyhow::{Context, bail};
-use balancer_core::{Conventions, Policy, PolicyField, Ratio, SpotPreference};
+use balancer_core::{Conventions, Policy, Ratio, SpotPreference};
 use clap::Args;
+use tracing::Level;
 
 use crate::k8s_names::{is_label_key, is_label_value};
 
-/// What applies to a job that states nothing.
+/// The policy of a job that states none.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct DefaultArguments {
-    /// Share of spot for a job that states none: 0 to 1 such as 0.7, a percentage such as 70%, or
-    /// RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY, COST_ONLY
+    /// Share of spot for a job that states none, or an invalid one. Accepted: 0 to 1 such as 0.7, a percentage such as
+    /// 70%, or RELIABILITY_ONLY (0), RELIABILITY_OVER_COST (0.3), BALANCED (0.5), COST_OVER_RELIABILITY (0.8), COST_ONLY
+    /// (1) in any case
     #[arg(long, env, default_value_t = Policy::DEFAULT.spot_ratio)]
     default_spot_ratio: Ratio,
 }
 
 impl DefaultArguments {
-    /// The policy of a job that states nothing.
+    /// The policy of a job that states none.
     pub fn policy(self) -> Policy {
         let Self { default_spot_ratio } = self;
         Policy { spot_ratio: default_spot_ratio, ..Policy::DEFAULT }
     }
 }
 
-/// How the cluster names roles, jobs and capacity.
+/// As one text, because `--help` would otherwise show it with a space for the comma.
+static DEFAULT_JOB_ID_LABEL: LazyLock<String> = LazyLock::new(|| Conventions::default().job_id_label.join(","));
+
+/// The labels and annotations of the cluster.
 #[derive(Args, Clone, Debug)]
-#[command(next_help_heading = "Conventions of the cluster")]
+#[command(next_help_heading = "Labels and annotations")]
 pub struct ConventionArguments {
-    /// STRICT pins spot executors to spot, where they wait for it; BEST_EFFORT gives them no
-    /// selector. On-demand executors are pinned either way
+    /// Whether spot executors must run on spot. STRICT: they get a nodeSelector, and wait until spot is available.
+    /// BEST_EFFORT: they get none. On-demand executors always get one. Accepted: STRICT or BEST_EFFORT, in any case
     #[arg(long, env, default_value = "BEST_EFFORT")]
     spot_preference: SpotPreference,
 
-    /// Node label and nodeSelector key of the capacity type
-    #[arg(long, env, default_value = "karpenter.sh/capacity-type", value_parser = label_key)]
+    /// Node label with the values spot and on-demand, and key of the nodeSelector. Accepted: a label key
+    #[arg(long, env, default_value_t = Conventions::default().capacity_type_label, value_parser = label_key)]
     capacity_type_label: String,
 
-    /// Pod label that tells the role [default: spark-role]
+    /// Pod label whose value is the role. Accepted: a label key [default: spark-role]
     #[arg(long, env, value_parser = label_key)]
     workload_role_label: Option<String>,
 
-    /// The older name of WORKLOAD_ROLE_LABEL
+    /// Older name of WORKLOAD_ROLE_LABEL, used only if that is not set
     #[arg(long, env, value_parser = label_key)]
     spark_role_label: Option<String>,
 
-    /// Value of the role label on drivers
-    #[arg(long, env, default_value = "driver", value_parser = label_value)]
+    /// Value of the role label on drivers. Accepted: a label value
+    #[arg(long, env, default_value_t = Conventions::default().driver_role_value, value_parser = label_value)]
     driver_role_value: String,
 
-    /// Value of the role label on executors
-    #[arg(long, env, default_value = "executor", value_parser = label_value)]
+    /// Value of the role label on executors. Accepted: a label value other than that of drivers
+    #[arg(long, env, default_value_t = Conventions::default().executor_role_value, value_parser = label_value)]
     executor_role_value: String,
 
-    /// Pod labels that may tell the job id, comma-separated; the first one present counts
+    /// Pod labels whose value is the job id; the first one that the pod has is used. Accepted: label keys, separated by
+    /// commas
     #[arg(
         long,
         env,
-        default_value = "emr-containers.amazonaws.com/job.id,spark-app-selector",
+        default_value = DEFAULT_JOB_ID_LABEL.as_str(),
         value_delimiter = ',',
         value_parser = label_key
     )]
     job_id_label: Vec<String>,
 
-    /// Annotation of the wanted share of spot, on the driver or on the executor itself
-    #[arg(long, env, default_value = PolicyField::SpotRatio.default_annotation(), value_parser = label_key)]
+    /// Annotation for the share of spot, on a driver or on a single executor. Accepted: an annotation key
+    #[arg(long, env, default_value_t = Conventions::default().spot_ratio_annotation, value_parser = label_key)]
     spot_ratio_annotation: String,
 
-    /// Annotation of the number of executors that must be on-demand before the ratio applies
-    #[arg(long, env, default_value = PolicyField::OnDemandBase.default_annotation(), value_parser = label_key)]
+    /// Annotation for the number of executors that must be on-demand before the ratio applies, on a driver or on a single
+    /// executor. Accepted: an annotation key
+    #[arg(long, env, default_value_t = Conventions::default().on_demand_base_annotation, value_parser = label_key)]
     on_demand_base_annotation: String,
 
-    /// Annotation that is written on each placed executor; empty writes none
-    #[arg(long, env, default_value = "workload/capacity-type", value_parser = label_key_or_empty)]
+    /// Annotation that the webhook adds to each executor, with the chosen capacity. Accepted: an annotation key, or empty
+    /// for none. Without it, an executor whose name the apiserver generates (generateName) is counted twice until
+    /// RECONCILE_GRACE_SECONDS have passed, and only the reconciler notices its deletion
+    #[arg(
+        long,
+        env,
+        default_value_t = Conventions::default().decision_annotation.unwrap_or_default(),
+        value_parser = label_key_or_empty
+    )]
     decision_annotation: String,
 
-    /// Whether pinned executors also get the role label as a nodeSelector
-    #[arg(long, env, default_value = "true", value_parser = yes_or_no, action = clap::ArgAction::Set, num_args = 0..=1, default_missing_value = "true")]
+    /// Whether the nodeSelector of an executor also has the role label, for node pools of executors only. Accepted: true or
+    /// false
+    #[arg(
+        long,
+        env,
+        default_value_t = Conventions::default().node_role_selector,
+        value_parser = switch,
+        action = clap::ArgAction::Set,
+        num_args = 0..=1,
+        default_missing_value = "true"
+    )]
     node_role_selector: bool,
 }
 
 impl ConventionArguments {
-    /// The conventions, checked against each other.
+    /// The conventions.
+    ///
+    /// # Errors
+    /// Drivers and executors have the same role value.
     pub fn conventions(self) -> anyhow::Result<Conventions> {
         let Self {
             spot_preference,
@@ -107,7 +133,9 @@ impl ConventionArguments {
         Ok(Conventions {
             spot_preference,
             capacity_type_label,
-            workload_role_label: workload_role_label.or(spark_role_label).unwrap_or_else(|| "spark-role".into()),
+            workload_role_label: workload_role_label
+                .or(spark_role_label)
+                .unwrap_or_else(|| Conventions::default().workload_role_label),
             driver_role_value,
             executor_role_value,
             job_id_label,
@@ -129,13 +157,24 @@ pub fn number<T: TryFrom<u64>>(range: RangeInclusive<u64>) -> impl Fn(&str) -> a
     }
 }
 
-/// A switch, as YAML and shells write them; a parser for a flag.
-pub fn yes_or_no(text: &str) -> anyhow::Result<bool> {
-    match text.trim().to_ascii_lowercase().as_str() {
-        "true" | "yes" | "on" | "1" => Ok(true),
-        "false" | "no" | "off" | "0" => Ok(false),
-        _ => bail!("{text:?} is not a switch; accepted: true or false"),
+/// One of these names, in any case; a parser for a flag.
+pub fn choice<T: Copy>(
+    choices: &'static [(&'static str, T)],
+    accepted: &'static str,
+) -> impl Fn(&str) -> anyhow::Result<T> + Clone {
+    move |text| {
+        let choice = choices.iter().find(|(name, _)| name.eq_ignore_ascii_case(text.trim()));
+        choice.map(|&(_, value)| value).with_context(|| format!("{text:?} is not accepted; accepted: {accepted}"))
     }
+}
+
+/// A switch, in the spellings of YAML and shells; a parser for a flag.
+pub fn switch(text: &str) -> anyhow::Result<bool> {
+    const YES: bool = true;
+    const NO: bool = false;
+    const SPELLINGS: &[(&str, bool)] =
+        &[("true", YES), ("yes", YES), ("on", YES), ("1", YES), ("false", NO), ("no", NO), ("off", NO), ("0", NO)];
+    choice(SPELLINGS, "true or false")(text)
 }
 
 /// The key of a label or an annotation; a parser for a flag.
@@ -158,43 +197,37 @@ fn label_value(text: &str) -> anyhow::Result<String> {
     Ok(text.to_owned())
 }
 
-/// How much is logged, and as what.
+/// Logs, and the port for probes and metrics.
 #[derive(Args, Clone, Copy, Debug)]
 #[command(next_help_heading = "Logs, probes and metrics")]
 pub struct TelemetryArguments {
-    /// TRACE, DEBUG, INFO, WARNING, ERROR or CRITICAL; any case
-    #[arg(long, env, default_value = "INFO")]
-    pub log_level: LogLevel,
+    /// Lowest level that is logged. Accepted: TRACE, DEBUG, INFO, WARNING, ERROR or CRITICAL, in any case
+    #[arg(long, env, default_value = "INFO", value_parser = choice(LEVELS, LEVELS_ACCEPTED))]
+    pub log_level: Level,
 
-    /// text for people, json for clusters
-    #[arg(long, env, default_value = "text")]
+    /// Format of the log on standard output. Accepted: text (lines for people) or json (one JSON object a line)
+    #[arg(long, env, default_value = "text", value_parser = choice(FORMATS, "text or json"))]
     pub log_format: LogFormat,
 
-    /// Port of plain HTTP for /livez, /readyz and /metrics; 0 takes a free one
+    /// Port of plain HTTP for /livez, /readyz and /metrics. Accepted: 0 to 65535; 0 selects a free port
     #[arg(long, env, default_value_t = 8080, value_parser = number::<u16>(0..=65_535))]
     pub admin_port: u16,
 }
 
-/// How much is logged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LogLevel(pub tracing::Level);
+/// The names of levels, those of Python included.
+const LEVELS: &[(&str, Level)] = &[
+    ("TRACE", Level::TRACE),
+    ("DEBUG", Level::DEBUG),
+    ("INFO", Level::INFO),
+    ("WARNING", Level::WARN),
+    ("WARN", Level::WARN),
+    ("ERROR", Level::ERROR),
+    ("CRITICAL", Level::ERROR),
+    ("FATAL", Level::ERROR),
+];
+const LEVELS_ACCEPTED: &str = "TRACE, DEBUG, INFO, WARNING, ERROR or CRITICAL";
 
-impl FromStr for LogLevel {
-    type Err = anyhow::Error;
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        use tracing::Level;
-        Ok(Self(match text.trim().to_ascii_uppercase().as_str() {
-            "TRACE" => Level::TRACE,
-            "DEBUG" => Level::DEBUG,
-            "INFO" => Level::INFO,
-            "WARNING" | "WARN" => Level::WARN,
-            "ERROR" | "CRITICAL" | "FATAL" => Level::ERROR,
-            _ => bail!("{text:?} is not a log level; accepted: TRACE, DEBUG, INFO, WARNING, ERROR or CRITICAL"),
-        }))
-    }
-}
-
-/// As what is logged.
+/// The format of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LogFormat {
     /// Lines for people.
@@ -203,28 +236,45 @@ pub enum LogFormat {
     Json,
 }
 
-impl FromStr for LogFormat {
-    type Err = anyhow::Error;
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        match text.trim().to_ascii_lowercase().as_str() {
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => bail!("{text:?} is not a log format; accepted: text or json"),
-        }
-    }
-}
+const FORMATS: &[(&str, LogFormat)] = &[("text", LogFormat::Text), ("json", LogFormat::Json)];
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Shared {
+        #[command(flatten)]
+        conventions: ConventionArguments,
+        #[command(flatten)]
+        defaults: DefaultArguments,
+    }
+
     #[test]
-    fn pythons_level_names_are_known_in_any_case() {
-        for (name, level) in
-            [("warning", tracing::Level::WARN), ("CRITICAL", tracing::Level::ERROR), ("Info", tracing::Level::INFO)]
-        {
-            assert_eq!(name.parse::<LogLevel>().ok(), Some(LogLevel(level)), "{name}");
+    fn without_settings_the_defaults_of_the_core_apply() {
+        let Shared { conventions, defaults } = Shared::try_parse_from(["test"]).expect("no setting is required");
+        assert_eq!(conventions.conventions().expect("the defaults are valid"), Conventions::default());
+        assert_eq!(defaults.policy(), Policy::DEFAULT);
+    }
+
+    #[test]
+    fn names_are_accepted_in_any_case() {
+        let level = choice(LEVELS, LEVELS_ACCEPTED);
+        for (name, expected) in [("warning", Level::WARN), ("CRITICAL", Level::ERROR), (" Info ", Level::INFO)] {
+            assert_eq!(level(name).ok(), Some(expected), "{name}");
         }
-        assert!("verbose".parse::<LogLevel>().is_err());
+        let error = level("verbose").expect_err("no such level").to_string();
+        assert!(error.contains("verbose") && error.contains(LEVELS_ACCEPTED), "{error}");
+    }
+
+    #[test]
+    fn switches_are_accepted_in_the_spellings_of_yaml_and_shells() {
+        for (text, expected) in [("TRUE", true), ("on", true), ("1", true), ("No", false), ("off", false), ("0", false)]
+        {
+            assert_eq!(switch(text).ok(), Some(expected), "{text}");
+        }
+        assert!(switch("perhaps").is_err());
     }
 }

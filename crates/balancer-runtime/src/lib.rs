@@ -1,6 +1,5 @@
-//! What the Spot Balancer binaries share, and nothing else: common arguments, telemetry, the admin
-//! endpoint, shutdown, access to the cluster.
-#![deny(missing_docs)]
+//! The code that the Spot Balancer binaries share: common settings, logs, metrics, the admin endpoint, shutdown, and access
+//! to the store and the cluster.
 
 pub mod admin;
 pub mod arguments;
@@ -15,7 +14,7 @@ use std::process::ExitCode;
 
 pub use balancer_store::coalesce_wakeups;
 
-/// How a program ends: well, or with its error and the causes of it on standard error.
+/// The exit code of a program. Prints an error with its causes to standard error.
 pub fn exit_code(result: anyhow::Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,5 +1,5 @@
-//! Structured logs, one line per event, written in batches: an admission must not wait for whoever
-//! reads our output, nor pay a system call for its line.
+//! Structured logs, one line per event. A thread writes them in batches, so that an admission neither waits for the reader
+//! of the log nor needs a system call of its own.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,40 +11,40 @@ use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use crate::arguments::{LogFormat, TelemetryArguments};
 
-/// How long a line may wait for company.
+/// How long a line may wait for more lines.
 const BATCH: Duration = Duration::from_millis(10);
-/// How long the end waits for the last lines to be written: the reader may have stopped reading.
-const LAST_LINES: Duration = Duration::from_secs(1);
-/// What is kept for a reader that does not read; past it lines are dropped and counted.
-const MOST_KEPT: usize = 1 << 20;
+/// How long a program waits at its end for the last lines to be written: the reader may have stopped.
+const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+/// Bytes that are kept for a slow reader; beyond them, lines are dropped and counted.
+const MAX_PENDING: usize = 1 << 20;
 
-/// Starts logging to standard output. Lines still unwritten are written when the guard is dropped.
+/// Starts logging to standard output. Dropping the guard writes the remaining lines.
 pub fn start(arguments: TelemetryArguments) -> Guard {
     let TelemetryArguments { log_level, log_format, admin_port: _ } = arguments;
     let lines = Lines::default();
     let subscriber = tracing_subscriber::fmt()
-        .with_max_level(log_level.0)
+        .with_max_level(log_level)
         .with_ansi(false)
         .with_target(false)
-        // What the Kubernetes client tells by itself of an outage, those who called it tell better.
+        // The callers of the Kubernetes client log its errors with more context.
         .with_writer(
             lines.clone().with_filter(|line| *line.level() > Level::WARN || !line.target().starts_with("kube_client")),
         );
-    // Fails only where a caller has set a subscriber already, which then is the one to use.
+    // Fails only if a caller has set a subscriber already, which is then used.
     let _ = match log_format {
         LogFormat::Text => tracing::subscriber::set_global_default(subscriber.finish()),
         LogFormat::Json => tracing::subscriber::set_global_default(subscriber.json().flatten_event(true).finish()),
     };
     let writer = lines.clone();
-    // Without the thread (no more threads to be had) nothing is logged, and all else works.
+    // If no thread can be started, nothing is logged, and everything else works.
     let _ = std::thread::Builder::new().name("log".into()).spawn(move || writer.write_batches());
-    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "a bug: please report it")));
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic: this is a bug, please report it")));
     Guard(lines)
 }
 
-/// Sees to it, when it is dropped, that what is left is written.
+/// Writes the remaining lines when it is dropped.
 #[derive(Debug)]
-#[must_use = "dropping it ends the log"]
+#[must_use = "dropping the guard ends the log"]
 pub struct Guard(Lines);
 
 impl Drop for Guard {
@@ -52,8 +52,8 @@ impl Drop for Guard {
         let mut pending = self.0.pending();
         pending.ending = true;
         self.0.0.filled.notify_all();
-        // Nobody is left to be told that the last lines could not be written.
-        drop(self.0.0.written.wait_timeout_while(pending, LAST_LINES, |pending| !pending.ended));
+        // There is no other place to report that the last lines are lost.
+        drop(self.0.0.written.wait_timeout_while(pending, FLUSH_LIMIT, |pending| !pending.ended));
     }
 }
 
@@ -102,10 +102,10 @@ impl Lines {
         let (bytes, dropped) = (std::mem::take(&mut pending.bytes), std::mem::take(&mut pending.dropped));
         drop(pending);
         let mut output = io::stdout().lock();
-        // Nobody is left to be told that the log cannot be written.
+        // There is no other place to report that the log cannot be written.
         let _ = output.write_all(&bytes).and_then(|()| output.flush());
         if dropped > 0 {
-            tracing::warn!(lines = dropped, "log lines were dropped: nobody read them");
+            tracing::warn!(lines = dropped, "log lines dropped: the reader is too slow");
         }
     }
 }
@@ -113,7 +113,7 @@ impl Lines {
 impl Write for Lines {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let mut pending = self.pending();
-        if pending.bytes.len() + line.len() > MOST_KEPT {
+        if pending.bytes.len() + line.len() > MAX_PENDING {
             pending.dropped += 1;
         } else {
             let first = pending.bytes.is_empty();

@@ -18,7 +18,7 @@ macro_rules! label {
         pub enum $name { $($(#[$variant_meta])* $variant,)* }
 
         impl $name {
-            /// Every value that there is.
+            /// Every value.
             pub const ALL: &[Self] = &[$(Self::$variant,)*];
 
             /// The value in metrics and logs.
@@ -56,7 +56,7 @@ label! {
         Spot = "spot",
         /// On-demand.
         OnDemand = "on-demand",
-        /// Nothing tells yet.
+        /// Not known yet.
         Unknown = "unknown",
     }
 }

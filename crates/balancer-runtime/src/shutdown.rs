@@ -1,18 +1,18 @@
-//! When to leave: SIGTERM from the cluster, SIGINT from a person.
+//! The signals that end a program: SIGTERM from the cluster, SIGINT from a person.
 
 use anyhow::Context;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Who asks us to leave, and so how patient to be.
+/// How to shut down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shutdown {
-    /// SIGTERM: the cluster is still taking us out of its endpoints.
+    /// After SIGTERM: keep serving for a while, because the cluster still removes the pod from its endpoints.
     Graceful,
-    /// SIGINT: somebody waits at a terminal.
+    /// After SIGINT: a person waits at a terminal.
     Immediate,
 }
 
-/// The signals, caught from here on.
+/// The caught signals.
 #[derive(Debug)]
 pub struct Signals {
     terminate: Signal,
@@ -20,7 +20,10 @@ pub struct Signals {
 }
 
 impl Signals {
-    /// Starts catching the signals. Fails where the process may not.
+    /// Starts catching the signals.
+    ///
+    /// # Errors
+    /// The process is not permitted to.
     pub fn catch() -> anyhow::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("cannot catch SIGTERM")?,
@@ -28,7 +31,7 @@ impl Signals {
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next signal.
     pub async fn wait(&mut self) -> Shutdown {
         tokio::select! {
             _ = self.terminate.recv() => Shutdown::Graceful,

@@ -1,6 +1,5 @@
 //! Which ledger a binary runs on, by its settings.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -10,27 +9,28 @@ use balancer_core::{
 use balancer_store::{Cursor, JobPage, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
 use clap::Args;
 
-use crate::arguments::number;
+use crate::arguments::{choice, number};
 
 /// Where counts are kept.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Store")]
 pub struct StoreArguments {
-    /// redis, or memory for one replica
-    #[arg(long, env, default_value = "redis")]
+    /// Where ledgers are stored. Accepted: redis, or memory for a single replica of the webhook, whose ledgers end with the
+    /// process
+    #[arg(long, env, default_value = "redis", value_parser = choice(STORES, "redis or memory"))]
     store: StoreKind,
 
-    /// redis:// or rediss:// (TLS), with user and password where the server wants them; required
-    /// unless the store is memory
+    /// URL of the Redis server. Accepted: redis:// or, for TLS, rediss://, then [[user]:password@]host[:port][/database].
+    /// Required unless STORE=memory or --dev. TLS trusts the CAs of the system, or those of SSL_CERT_FILE and SSL_CERT_DIR
     #[arg(long, env, hide_env_values = true)]
     redis_url: Option<String>,
 
-    /// Milliseconds after which the store counts as down for an admission; 1 to 15000, and never more
-    /// than a quarter of the admission's budget
+    /// Most time of one call to the store in milliseconds, after which the webhook decides without it. An admission makes at
+    /// most two calls. Accepted: 1 to 15000. The webhook uses at most a quarter of WEBHOOK_TIMEOUT_SECONDS
     #[arg(long, env, default_value_t = 500, value_parser = number::<u64>(1..=15_000))]
     store_timeout_milliseconds: u64,
 
-    /// Seconds that a job's ledger outlives its last touch; 1 to 31536000, a year
+    /// How long a ledger is kept after its last use, in seconds. Accepted: 1 to 31536000 (a year)
     #[arg(long, env, default_value_t = 86_400, value_parser = number::<u64>(1..=31_536_000))]
     redis_default_ttl_seconds: u64,
 }
@@ -48,16 +48,7 @@ enum StoreKind {
     Memory,
 }
 
-impl FromStr for StoreKind {
-    type Err = anyhow::Error;
-    fn from_str(text: &str) -> anyhow::Result<Self> {
-        match text.trim().to_ascii_lowercase().as_str() {
-            "redis" => Ok(Self::Redis),
-            "memory" => Ok(Self::Memory),
-            _ => bail!("{text:?} is not a store; accepted: redis or memory"),
-        }
-    }
-}
+const STORES: &[(&str, StoreKind)] = &[("redis", StoreKind::Redis), ("memory", StoreKind::Memory)];
 
 /// A store's settings, checked.
 pub struct StoreSettings {

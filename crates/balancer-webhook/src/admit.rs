@@ -1,5 +1,5 @@
-//! The one orchestrator: a review becomes work, the work meets the ledger, the answer becomes a
-//! reply. Whatever fails on the way, the pod is admitted.
+//! Answers an AdmissionReview: determines the action, applies it to the ledger, and writes the reply. If anything
+//! fails on the way, the pod is still admitted.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -11,69 +11,78 @@ use balancer_core::{
 use balancer_store::{Ledger, StoreError};
 
 use crate::drivers::{DriverLookup, DriverPolicy};
-use crate::metrics::{Admitted, Metrics, OperationLabel, OutcomeLabel, PolicySource, RoleLabel, Source, StoreCall};
+use crate::metrics::{
+    AdmissionLabels, Metrics, OperationLabel, OutcomeLabel, PlacementSource, PolicySource, RoleLabel, StoreCall,
+};
 
-/// Everything an admission needs.
+/// Everything that an admission needs.
 #[derive(Debug)]
 pub struct Admission<L> {
     /// Where executors are counted.
     pub ledger: Arc<L>,
-    /// Where a job's policy is looked up.
+    /// Finds the policy of a job whose policy the ledger does not have.
     pub drivers: DriverLookup,
-    /// How the cluster names things.
+    /// The labels and annotations of this cluster.
     pub conventions: Arc<Conventions>,
-    /// What holds where a job states nothing.
+    /// The policy of a job that states none.
     pub defaults: Policy,
-    /// What is counted.
+    /// The webhook's metrics.
     pub metrics: Arc<Metrics>,
 }
 
-/// Which of our two webhooks is asked.
+/// The webhook that a request is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {
-    /// `/mutate`: executors are placed, drivers learnt from.
+    /// `/mutate`: places executors, and records the policies of drivers.
     Mutate,
-    /// `/validate`: deleted executors are released.
+    /// `/validate`: releases deleted executors.
     Validate,
 }
 
-/// How one executor was placed.
+/// How one executor is placed.
 #[derive(Clone, Debug)]
-struct Placement {
+struct Decision {
     capacity: Capacity,
-    source: Source,
-    /// Who told the ratio, where one was used.
+    source: PlacementSource,
+    /// Where the ratio comes from, if one was used.
     policy: Option<PolicySource>,
-    /// The job's executors with this one; or why the store did not tell.
+    /// The job's counts with this executor, or why the store failed.
     counts: Result<Counts, StoreError>,
 }
 
 impl<L: Ledger> Admission<L> {
-    /// Answers the review in `body`, if it is one. Never denies a pod, never blocks a deletion.
+    /// Answers the review in `body`. Never denies a pod, and never blocks a deletion.
+    ///
+    /// # Errors
+    /// `body` is not a valid AdmissionReview.
     pub async fn answer(&self, hook: Hook, body: &[u8]) -> Result<Vec<u8>, ReviewError> {
         let started = Instant::now();
         let review = Review::decode(body)?;
         let (action, dry_run) = (Action::of(&review, &self.conventions), review.is_dry_run());
         let mut reply = Reply::allow(review.uid());
-        let admitted = match (hook, &action) {
+        let labels = match (hook, &action) {
             (Hook::Mutate, Action::Place(executor)) => self.place(executor, dry_run, &mut reply).await,
             (Hook::Mutate, Action::Learn(driver)) => self.learn(driver, dry_run, &mut reply).await,
             (Hook::Validate, Action::Release(executor)) => self.release(executor, dry_run).await,
             (Hook::Mutate, Action::Release(_)) | (Hook::Validate, Action::Place(_) | Action::Learn(_)) => {
-                Admitted::left(IgnoreReason::OtherOperation)
+                AdmissionLabels::ignored(IgnoreReason::OtherOperation)
             }
-            (_, Action::Ignore(leave)) => Admitted::left(*leave),
+            (_, Action::Ignore(reason)) => AdmissionLabels::ignored(*reason),
         };
-        self.metrics.admitted(admitted, started.elapsed());
+        self.metrics.admitted(labels, started.elapsed());
         Ok(reply.encode())
     }
 
-    async fn place(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
+    async fn place(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> AdmissionLabels {
         for invalid in &executor.invalid {
-            self.warn(reply, invalid, "it is ignored, and the job's own holds");
+            let used = match invalid.field {
+                PolicyField::SpotRatio => "the job's ratio",
+                _ => "the job's value",
+            };
+            self.warn(reply, invalid, used);
         }
-        let Placement { capacity, source, policy, counts } = self.decide(executor, dry_run, reply).await;
-        reply.patch = self.conventions.patch(executor, capacity);
+        let Decision { capacity, source, policy, counts } = self.decide(executor, dry_run, reply).await;
+        reply.patch = self.conventions.profile().apply(executor.pod, capacity, executor.placeholder);
         if !dry_run {
             self.metrics.placed(capacity, source, policy);
         }
@@ -91,7 +100,7 @@ impl<L: Ledger> Admission<L> {
                 spot,
                 on_demand,
                 dry_run,
-                "placed"
+                "executor placed"
             ),
             Err(error) => tracing::warn!(
                 namespace,
@@ -102,53 +111,52 @@ impl<L: Ledger> Admission<L> {
                 policy,
                 store = error.kind(), %error,
                 dry_run,
-                "placed without the store"
+                "executor placed without the store"
             ),
         }
-        Admitted {
+        AdmissionLabels {
             role: RoleLabel::Executor,
             operation: OperationLabel::Create,
             outcome: match (dry_run, source) {
                 (true, _) => OutcomeLabel::DryRun,
-                (false, Source::Degraded) => OutcomeLabel::Degraded,
+                (false, PlacementSource::Fallback) => OutcomeLabel::Degraded,
                 (false, _) => OutcomeLabel::Placed,
             },
         }
     }
 
-    /// Asks the ledger; where it knows no policy, asks the cluster and then the ledger again; where
-    /// there is no ledger to ask, decides by the closed form.
-    async fn decide(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Placement {
+    /// Calls the ledger. If the ledger has no policy for the job, looks the driver up and calls the ledger again.
+    /// If the ledger fails, decides by the fallback formula.
+    async fn decide(&self, executor: &Executor<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Decision {
         let mut request = PlaceRequest::of(executor);
         let mut policy =
             if request.overrides.spot_ratio.is_some() { PolicySource::Executor } else { PolicySource::Ledger };
         let mut known = executor.overrides.or(None);
-        let mut answer = self.ask(executor, &request, dry_run).await;
-        if matches!(answer, Ok(PlaceOutcome::NeedPolicy)) {
-            let (told, jobs) = self.look_up(executor, &mut policy, reply).await;
+        let mut outcome = self.ask_ledger(executor, &request, dry_run).await;
+        if matches!(outcome, Ok(PlaceOutcome::NeedPolicy)) {
+            let (certain, jobs) = self.look_up(executor, &mut policy, reply).await;
             let complete = executor.overrides.or_default(jobs);
             known = Some(complete);
-            if told {
+            if certain {
                 request.policy = Some(jobs);
             } else {
-                // A default that nobody told must not be noted as the job's policy.
+                // The lookup failed. The default is for this executor alone, and must not be stored for the job.
                 request.overrides = complete.into();
             }
-            answer = self.ask(executor, &request, dry_run).await;
+            outcome = self.ask_ledger(executor, &request, dry_run).await;
         }
-        let why = match answer {
+        let error = match outcome {
             Ok(PlaceOutcome::Placed(Placed { capacity, is_new, counts })) => {
                 let source = match (executor.required, is_new) {
-                    (Some(_), _) => Source::Pinned,
-                    (None, false) => Source::Reused,
-                    (None, true) => Source::Ledger,
+                    (Some(_), _) => PlacementSource::Required,
+                    (None, false) => PlacementSource::Existing,
+                    (None, true) => PlacementSource::Ledger,
                 };
-                let policy = (source == Source::Ledger).then_some(policy);
-                return Placement { capacity, source, policy, counts: Ok(counts) };
+                let policy = (source == PlacementSource::Ledger).then_some(policy);
+                return Decision { capacity, source, policy, counts: Ok(counts) };
             }
-            // A ledger that asks again though it was told is as good as none.
             Ok(PlaceOutcome::NeedPolicy) => {
-                StoreError::InvalidReply("it asks for a policy that it was told".to_owned())
+                StoreError::InvalidReply("it needs a policy, although the request has one".to_owned())
             }
             Err(error) => error,
         };
@@ -161,104 +169,120 @@ impl<L: Ledger> Admission<L> {
             }
         };
         let policy = executor.required.is_none().then_some(policy);
-        Placement { capacity, source: Source::Degraded, policy, counts: Err(why) }
+        Decision { capacity, source: PlacementSource::Fallback, policy, counts: Err(error) }
     }
 
-    async fn ask(
+    async fn ask_ledger(
         &self,
         executor: &Executor<'_>,
         request: &PlaceRequest<'_>,
         dry_run: bool,
     ) -> Result<PlaceOutcome, StoreError> {
         let call = if dry_run { StoreCall::Peek } else { StoreCall::Place };
-        let asking = async {
+        let outcome = async {
             match dry_run {
                 true => self.ledger.peek(executor.job, request).await,
                 false => self.ledger.place(executor.job, request).await,
             }
         };
-        self.metrics.timed(call, asking).await
+        self.metrics.timed(call, outcome).await
     }
 
-    /// The job's policy by its driver, and whether the cluster told it.
-    async fn look_up(&self, executor: &Executor<'_>, from: &mut PolicySource, reply: &mut Reply<'_>) -> (bool, Policy) {
-        let looked = self.drivers.policy(executor.job, executor.job_label).await;
-        let (told, overrides, invalid) = match &*looked {
+    /// The policy of the job by its driver's annotations and the defaults, and whether it is certain: a failed
+    /// lookup leaves only the defaults.
+    async fn look_up(
+        &self,
+        executor: &Executor<'_>,
+        source: &mut PolicySource,
+        reply: &mut Reply<'_>,
+    ) -> (bool, Policy) {
+        let found = self.drivers.policy(executor.job, executor.job_label).await;
+        let (certain, overrides, invalid) = match &*found {
             DriverPolicy::Found { overrides, invalid } => (true, *overrides, invalid.as_slice()),
             DriverPolicy::NoDriver => (true, PolicyOverrides::default(), [].as_slice()),
             DriverPolicy::Failed(_) => (false, PolicyOverrides::default(), [].as_slice()),
         };
-        self.metrics.looked_up(&looked);
+        self.metrics.looked_up(&found);
         for invalid in invalid {
             self.warn_of_default(reply, invalid);
         }
-        if *from != PolicySource::Executor {
-            *from = match overrides.spot_ratio {
+        if *source != PolicySource::Executor {
+            *source = match overrides.spot_ratio {
                 Some(_) => PolicySource::Driver,
                 None if invalid.iter().any(|invalid| invalid.field == PolicyField::SpotRatio) => PolicySource::Invalid,
                 None => PolicySource::Default,
             };
         }
-        (told, overrides.or_default(self.defaults))
+        (certain, overrides.or_default(self.defaults))
     }
 
-    async fn learn(&self, driver: &Driver<'_>, dry_run: bool, reply: &mut Reply<'_>) -> Admitted {
+    async fn learn(&self, driver: &Driver<'_>, dry_run: bool, reply: &mut Reply<'_>) -> AdmissionLabels {
         for invalid in &driver.invalid {
             self.warn_of_default(reply, invalid);
         }
         let policy = driver.overrides.or_default(self.defaults);
-        let (namespace, job, ratio, base) =
-            (driver.job.namespace, driver.job.app_id, policy.spot_ratio, policy.on_demand_base);
+        let Policy { spot_ratio, on_demand_base } = policy;
+        let (namespace, job) = (driver.job.namespace, driver.job.app_id);
         let invalid = driver.invalid.first().map(tracing::field::display);
         let mut outcome = OutcomeLabel::DryRun;
         if !dry_run {
             let learning = self.ledger.learn(driver.job, policy);
             outcome = match self.metrics.timed(StoreCall::Learn, learning).await {
                 Ok(()) => {
-                    tracing::info!(namespace, job, %ratio, base, invalid, "learned");
-                    OutcomeLabel::Learned
+                    tracing::info!(namespace, job, %spot_ratio, on_demand_base, invalid, "driver policy recorded");
+                    OutcomeLabel::PolicyRecorded
                 }
                 Err(error) => {
-                    tracing::warn!(namespace, job, %ratio, base, invalid, store = error.kind(), %error, "not learned; the first executor's look-up will find it");
+                    tracing::warn!(
+                        namespace, job, %spot_ratio, on_demand_base, invalid, store = error.kind(), %error,
+                        "driver policy not recorded; the first executor's lookup will find it"
+                    );
                     OutcomeLabel::Degraded
                 }
             };
         }
-        Admitted { role: RoleLabel::Driver, operation: OperationLabel::Create, outcome }
+        AdmissionLabels { role: RoleLabel::Driver, operation: OperationLabel::Create, outcome }
     }
 
-    async fn release(&self, executor: &Executor<'_>, dry_run: bool) -> Admitted {
+    async fn release(&self, executor: &Executor<'_>, dry_run: bool) -> AdmissionLabels {
         let (namespace, job, name) = (executor.job.namespace, executor.job.app_id, executor.key);
         let mut outcome = OutcomeLabel::DryRun;
         if !dry_run {
             let releasing = self.ledger.release(executor.job, executor.key, executor.uid);
             outcome = match self.metrics.timed(StoreCall::Release, releasing).await {
                 Ok(Some(capacity)) => {
-                    tracing::info!(namespace, job, executor = name, capacity = capacity.as_str(), "released");
+                    tracing::info!(namespace, job, executor = name, capacity = capacity.as_str(), "executor released");
                     OutcomeLabel::Released
                 }
                 Ok(None) => {
-                    tracing::debug!(namespace, job, executor = name, "not in the ledger");
-                    OutcomeLabel::Left
+                    tracing::debug!(namespace, job, executor = name, "executor not in the ledger");
+                    OutcomeLabel::Ignored
                 }
                 Err(error) => {
-                    tracing::warn!(namespace, job, executor = name, store = error.kind(), %error, "not released");
+                    tracing::warn!(
+                        namespace, job, executor = name, store = error.kind(), %error,
+                        "executor not released: the store failed"
+                    );
                     OutcomeLabel::Degraded
                 }
             };
         }
-        Admitted { role: RoleLabel::Executor, operation: OperationLabel::Delete, outcome }
+        AdmissionLabels { role: RoleLabel::Executor, operation: OperationLabel::Delete, outcome }
     }
 
     fn warn_of_default(&self, reply: &mut Reply<'_>, invalid: &InvalidField) {
         let default = PolicyOverrides::from(self.defaults).value(invalid.field).unwrap_or_default();
-        self.warn(reply, invalid, &format!("using the default {default}"));
+        let used = match invalid.field {
+            PolicyField::OnDemandBase => format!("on-demand base {default}"),
+            _ => format!("the default {default}"),
+        };
+        self.warn(reply, invalid, &used);
     }
 
-    /// Tells whoever submits the pod, and whoever runs the cluster, of an annotation that is wrong.
-    fn warn(&self, reply: &mut Reply<'_>, invalid: &InvalidField, holds: &str) {
+    /// Warns the submitter of the pod about an invalid annotation, and counts it for the operator.
+    fn warn(&self, reply: &mut Reply<'_>, invalid: &InvalidField, used: &str) {
         let annotation = self.conventions.annotation(invalid.field);
-        self.metrics.invalid(invalid);
-        reply.warnings.push(format!("{annotation}: {invalid}; {holds}"));
+        self.metrics.invalid_annotation(invalid);
+        reply.warnings.push(format!("{annotation}: {invalid}; using {used}"));
     }
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use balancer_core::{Conventions, Policy};
 use balancer_reconcile::{ReconcileArguments, ReconcileSettings};
-use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number, yes_or_no};
+use balancer_runtime::arguments::{ConventionArguments, DefaultArguments, TelemetryArguments, number, switch};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::Parser;
 
@@ -18,31 +18,32 @@ use crate::tls::CertificateSource;
 #[derive(Clone, Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
 pub struct Arguments {
-    /// Budget of one admission in seconds, look-ups included; 1 to 30
+    /// Most time of one admission in seconds, including the driver lookup. Accepted: 1 to 30. The timeoutSeconds of the
+    /// webhook configurations must be higher
     #[arg(long, env, default_value_t = 5, value_parser = number::<u64>(1..=30))]
     webhook_timeout_seconds: u64,
 
-    /// Port of the HTTPS webhook; 0 takes a free one
+    /// Port of the HTTPS webhook. Accepted: 0 to 65535; 0 selects a free port
     #[arg(long, env, default_value_t = 8443, value_parser = number::<u16>(0..=65_535))]
     port: u16,
 
-    /// Certificate chain in PEM; read again when it changes
+    /// File of the certificate chain, in PEM. A changed file is loaded within five seconds, without a restart
     #[arg(long, env, default_value = "/tls/tls.crt")]
     tls_cert_path: PathBuf,
 
-    /// Its private key in PEM
+    /// File of the certificate's private key, in PEM. A changed file is loaded like the certificate
     #[arg(long, env, default_value = "/tls/tls.key")]
     tls_key_path: PathBuf,
 
-    /// Try it without a cluster: memory store, and a certificate made at the start
+    /// Run without a cluster, to try the webhook: memory store, generated certificate, no reconciler, no driver lookup
     #[arg(long)]
     dev: bool,
 
     #[command(flatten)]
     defaults: DefaultArguments,
-    /// Whether this process also keeps the counts what the cluster says [default: true with the memory
-    /// store, whose counts nobody else can keep, false with redis]
-    #[arg(long, env, value_parser = yes_or_no, num_args = 0..=1, default_missing_value = "true", help_heading = "Reconciling")]
+    /// Whether the webhook's process also runs the reconciler. Accepted: true or false. Never with --dev [default: true
+    /// with the memory store, which no other process can reconcile, and false with redis]
+    #[arg(long, env, value_parser = switch, num_args = 0..=1, default_missing_value = "true", help_heading = "Reconciling")]
     reconcile_enabled: Option<bool>,
 
     #[command(flatten)]
@@ -55,16 +56,16 @@ pub struct Arguments {
     telemetry: TelemetryArguments,
 }
 
-/// What the webhook runs by.
+/// The checked settings of the webhook.
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) conventions: Arc<Conventions>,
     pub(crate) defaults: Policy,
     /// How long one admission may wait for the Kubernetes API.
-    pub(crate) look_up_limit: Duration,
+    pub(crate) lookup_limit: Duration,
     pub(crate) port: u16,
     pub(crate) certificate: CertificateSource,
-    /// `None` where this process does not reconcile.
+    /// `None` if this process does not run the reconciler.
     pub(crate) reconcile: Option<ReconcileSettings>,
     pub(crate) store: StoreSettings,
     pub(crate) telemetry: TelemetryArguments,
@@ -87,15 +88,14 @@ impl Arguments {
             telemetry,
         } = self;
         let budget = Duration::from_secs(webhook_timeout_seconds);
-        // An admission asks the store, at most twice, and the Kubernetes API, at most once: half of the
-        // budget for each.
+        // An admission calls the store at most twice, and the Kubernetes API at most once. Each gets half of the time.
         let store = store.settings(dev)?.within(budget / 4);
-        // Without a cluster there is nothing to reconcile by.
+        // Without a cluster there is nothing to reconcile with.
         let reconciles = !dev && reconcile_enabled.unwrap_or(store.in_memory());
         Ok(Settings {
             conventions: Arc::new(conventions.conventions()?),
             defaults: defaults.policy(),
-            look_up_limit: budget.saturating_sub(2 * store.timeout()),
+            lookup_limit: budget.saturating_sub(2 * store.timeout()),
             port,
             certificate: if dev {
                 CertificateSource::SelfSigned

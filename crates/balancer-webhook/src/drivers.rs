@@ -1,5 +1,5 @@
-//! Looks a job's policy up by its driver in the Kubernetes API, for when the ledger knows none: one
-//! look-up in flight per job, each bounded, few remembered and not for long.
+//! Looks up a job's driver in the Kubernetes API, for jobs whose policy the ledger does not have: at most one lookup in
+//! flight per job, each with a deadline, and a short-lived cache of bounded size.
 
 use std::fmt;
 use std::num::NonZeroUsize;
@@ -8,63 +8,64 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use balancer_core::{Conventions, InvalidField, JobRef, Pod, PolicyOverrides};
+use balancer_runtime::k8s_names::{is_dns_label, is_label_value};
 use futures::FutureExt;
 use futures::future::{BoxFuture, Shared};
 use kube::api::ListParams;
 use lru::LruCache;
 
-/// Jobs whose look-ups are under way or remembered.
-const MOST_REMEMBERED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
-/// A told policy serves again for so long where the ledger cannot keep it.
-const TOLD_FOR: Duration = Duration::from_secs(5);
-/// A failure, or a driver that is not there, is asked about again after so long.
-const UNTOLD_FOR: Duration = Duration::from_secs(1);
-/// A job has one driver; a few more may be left of earlier attempts.
-const MOST_DRIVERS: u32 = 50;
+/// Jobs whose lookups are in flight or cached.
+const MAX_CACHED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
+/// How long a policy is cached, for a ledger that is down and cannot store it.
+const FOUND_TTL: Duration = Duration::from_secs(5);
+/// How long a failure, or the absence of a driver, is cached.
+const NOT_FOUND_TTL: Duration = Duration::from_secs(1);
+/// A job has one live driver; a few more may remain from earlier attempts.
+const MAX_DRIVERS: u32 = 50;
 
-/// Far above the budget, which is the bound that counts; a connection must not hang forever.
-const API_SILENCE: Duration = Duration::from_secs(30);
+/// Far above the deadline of a lookup; it only frees a connection that would hang forever.
+const API_READ_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a look-up came to.
+/// The result of a lookup.
 #[derive(Debug)]
 pub enum DriverPolicy {
-    /// The live, newest driver of the job states this.
+    /// The newest live driver of the job.
     Found {
-        /// What its annotations validly state.
+        /// The valid fields of its annotations.
         overrides: PolicyOverrides,
-        /// What they state and we cannot read.
+        /// The invalid fields of its annotations.
         invalid: Vec<InvalidField>,
     },
-    /// The cluster has no driver of that job, or none to ask.
+    /// The job has no live driver, or there is no cluster.
     NoDriver,
-    /// The cluster could not be asked, or not in time.
+    /// The Kubernetes API did not answer, or not in time.
     Failed(LookupError),
 }
 
-/// Why the cluster told nothing.
+/// Why a lookup failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LookupError {
-    /// It refused, or answered nonsense.
-    #[error("the Kubernetes API did not tell the job's driver: {0}")]
+    /// The request failed.
+    #[error("the Kubernetes API did not return the job's drivers: {0}")]
     Api(#[source] Box<kube::Error>),
-    /// Its answer is not a list of pods.
-    #[error("the Kubernetes API's answer is not a list of pods: {0}")]
+    /// The answer is not a list of pods.
+    #[error("the answer of the Kubernetes API is not a list of pods: {0}")]
     NotPods(#[source] serde_json::Error),
-    /// The budget ran out.
+    /// The deadline passed.
     #[error("the Kubernetes API did not answer within {0:?}")]
     TimedOut(Duration),
 }
 
-/// Asks the cluster.
+/// Where drivers are looked up.
 pub enum DriverSource {
-    /// By the Kubernetes API.
+    /// In the Kubernetes API.
     Cluster {
         /// The client.
         client: kube::Client,
-        /// How the cluster names drivers and jobs.
+        /// The labels of drivers and jobs.
         conventions: Arc<Conventions>,
     },
-    /// There is no cluster: no job has a driver.
+    /// There is no cluster, so no job has a driver.
     None,
 }
 
@@ -78,21 +79,24 @@ impl fmt::Debug for DriverSource {
 }
 
 impl DriverSource {
-    /// Connects as the environment says: a kubeconfig, or the pod's service account.
+    /// A client for the cluster of the environment: a kubeconfig, or the pod's service account. `dev` has no cluster.
+    ///
+    /// # Errors
+    /// There is no access to a cluster.
     pub async fn new(dev: bool, conventions: Arc<Conventions>) -> anyhow::Result<Self> {
         if dev {
             return Ok(Self::None);
         }
-        let client = balancer_runtime::cluster::client(API_SILENCE)
+        let client = balancer_runtime::cluster::client(API_READ_TIMEOUT)
             .await
-            .context("cannot look drivers up; accepted: access to a cluster, or --dev without any")?;
+            .context("cannot look up drivers; accepted: access to a cluster, or --dev without one")?;
         Ok(Self::Cluster { client, conventions })
     }
 
-    async fn find(&self, job: &Job) -> Result<DriverPolicy, LookupError> {
+    async fn find(&self, job: &JobKey) -> Result<DriverPolicy, LookupError> {
         let Self::Cluster { client, conventions } = self else { return Ok(DriverPolicy::NoDriver) };
-        // They come from a pod that was not validated yet, and go into a URL and a selector.
-        if !is_label_text(&job.namespace) || !is_label_text(&job.app_id) {
+        // Both come from a pod that is not validated yet, and are inserted into a URL and a selector.
+        if !is_dns_label(&job.namespace) || !is_label_value(&job.app_id) {
             return Ok(DriverPolicy::NoDriver);
         }
         let selector = format!(
@@ -100,9 +104,9 @@ impl DriverSource {
             job.label, job.app_id, conventions.workload_role_label, conventions.driver_role_value
         );
         let api = |error: kube::Error| LookupError::Api(Box::new(error));
-        // A consistent read, not one from the apiserver's cache: a driver that the cache has yet to
-        // hear of would leave its whole job at the default.
-        let list = ListParams::default().labels(&selector).limit(MOST_DRIVERS);
+        // A consistent read, not one from the apiserver's cache: if the cache does not have the driver yet, the whole
+        // job would get the default.
+        let list = ListParams::default().labels(&selector).limit(MAX_DRIVERS);
         let request = kube::core::Request::new(format!("/api/v1/namespaces/{}/pods", job.namespace))
             .list(&list)
             .map_err(|error| api(kube::Error::BuildRequest(error)))?;
@@ -121,11 +125,6 @@ impl DriverSource {
     }
 }
 
-/// Whether it can be a namespace or a label's value at all; if not, no driver has it.
-fn is_label_text(text: &str) -> bool {
-    (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
-}
-
 #[derive(serde::Deserialize)]
 struct Pods<'a> {
     #[serde(borrow)]
@@ -133,7 +132,7 @@ struct Pods<'a> {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Job {
+struct JobKey {
     namespace: String,
     label: String,
     app_id: String,
@@ -141,31 +140,31 @@ struct Job {
 
 type Inflight = Shared<BoxFuture<'static, Arc<DriverPolicy>>>;
 
-/// The look-ups of all jobs.
+/// Looks up drivers; concurrent lookups of one job share one request.
 pub struct DriverLookup {
-    finder: Arc<DriverSource>,
+    source: Arc<DriverSource>,
     limit: Duration,
-    inflight: Mutex<LruCache<Job, (Inflight, Instant)>>,
+    inflight: Mutex<LruCache<JobKey, (Inflight, Instant)>>,
 }
 
 impl fmt::Debug for DriverLookup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DriverLookup").field("finder", &self.finder).field("limit", &self.limit).finish_non_exhaustive()
+        f.debug_struct("DriverLookup").field("source", &self.source).field("limit", &self.limit).finish_non_exhaustive()
     }
 }
 
 impl DriverLookup {
-    /// Look-ups by `finder`, each of at most `limit`.
-    pub fn new(finder: DriverSource, limit: Duration) -> Self {
-        Self { finder: Arc::new(finder), limit, inflight: Mutex::new(LruCache::new(MOST_REMEMBERED)) }
+    /// Lookups in `source`, each of at most `limit`.
+    pub fn new(source: DriverSource, limit: Duration) -> Self {
+        Self { source: Arc::new(source), limit, inflight: Mutex::new(LruCache::new(MAX_CACHED)) }
     }
 
-    /// What the job's driver states. Admissions of one job share one look-up.
+    /// What the annotations of the job's driver state. `label` is the pod label that has the job id.
     pub async fn policy(&self, job: JobRef<'_>, label: &str) -> Arc<DriverPolicy> {
-        let job = Job { namespace: job.namespace.into(), label: label.into(), app_id: job.app_id.into() };
+        let job = JobKey { namespace: job.namespace.into(), label: label.into(), app_id: job.app_id.into() };
         let flight = {
             let mut inflight = self.inflight.lock().unwrap_or_else(PoisonError::into_inner);
-            match inflight.get(&job).filter(|(flight, since)| serves(flight, *since)) {
+            match inflight.get(&job).filter(|(flight, since)| is_fresh(flight, *since)) {
                 Some((flight, _)) => flight.clone(),
                 None => {
                     let flight = self.start(job.clone());
@@ -174,42 +173,42 @@ impl DriverLookup {
                 }
             }
         };
-        // Whoever joins late waits no longer than whoever began.
+        // A caller that joins a lookup late waits at most as long as the first one.
         match tokio::time::timeout(self.limit, flight).await {
-            Ok(looked) => looked,
+            Ok(policy) => policy,
             Err(_) => Arc::new(DriverPolicy::Failed(LookupError::TimedOut(self.limit))),
         }
     }
 
-    /// In a task of its own: an admission that gives up must not stop the others' look-up.
-    fn start(&self, job: Job) -> Inflight {
-        let (finder, limit) = (Arc::clone(&self.finder), self.limit);
+    /// Spawns a task, because an admission that gives up must not cancel the lookup for the others.
+    fn start(&self, job: JobKey) -> Inflight {
+        let (source, limit) = (Arc::clone(&self.source), self.limit);
         let task = tokio::spawn(async move {
-            let looked = match tokio::time::timeout(limit, finder.find(&job)).await {
-                Ok(Ok(looked)) => looked,
+            let policy = match tokio::time::timeout(limit, source.find(&job)).await {
+                Ok(Ok(policy)) => policy,
                 Ok(Err(error)) => DriverPolicy::Failed(error),
                 Err(_) => DriverPolicy::Failed(LookupError::TimedOut(limit)),
             };
-            if let DriverPolicy::Failed(error) = &looked {
-                tracing::warn!(namespace = job.namespace, job = job.app_id, %error, "the job's driver is not known");
+            if let DriverPolicy::Failed(error) = &policy {
+                tracing::warn!(namespace = job.namespace, job = job.app_id, %error, "driver lookup failed");
             }
-            Arc::new(looked)
+            Arc::new(policy)
         });
-        // The task is never cancelled; should it panic, the policy is as unknown as after a time-out.
-        let told =
+        // The task is never cancelled. If it panics, the policy is as unknown as after a timeout.
+        let policy =
             task.map(move |done| done.unwrap_or_else(|_| Arc::new(DriverPolicy::Failed(LookupError::TimedOut(limit)))));
-        told.boxed().shared()
+        policy.boxed().shared()
     }
 }
 
-/// Whether a look-up still serves: under way, or told not long ago.
-fn serves(flight: &Inflight, since: Instant) -> bool {
-    let most = match flight.peek().map(Arc::as_ref) {
+/// Whether a lookup can be shared: it is in flight, or its result has not expired.
+fn is_fresh(flight: &Inflight, since: Instant) -> bool {
+    let ttl = match flight.peek().map(Arc::as_ref) {
         None => return true,
-        Some(DriverPolicy::Found { .. }) => TOLD_FOR,
-        Some(DriverPolicy::NoDriver | DriverPolicy::Failed(_)) => UNTOLD_FOR,
+        Some(DriverPolicy::Found { .. }) => FOUND_TTL,
+        Some(DriverPolicy::NoDriver | DriverPolicy::Failed(_)) => NOT_FOUND_TTL,
     };
-    since.elapsed() < most
+    since.elapsed() < ttl
 }
 
 #[cfg(test)]
@@ -226,12 +225,12 @@ mod tests {
     const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
     const LABEL: &str = "spark-app-selector";
 
-    /// Look-ups in a Kubernetes API that the test answers for.
-    fn look_up(limit: Duration) -> (Arc<DriverLookup>, Api) {
+    /// Lookups in a Kubernetes API whose answers the test gives.
+    fn lookup(limit: Duration) -> (Arc<DriverLookup>, Api) {
         let (service, api) = mock::pair();
         let client = kube::Client::new(service, "default");
-        let finder = DriverSource::Cluster { client, conventions: Arc::default() };
-        (Arc::new(DriverLookup::new(finder, limit)), api)
+        let source = DriverSource::Cluster { client, conventions: Arc::default() };
+        (Arc::new(DriverLookup::new(source, limit)), api)
     }
 
     fn driver(created: &str, ratio: &str, phase: &str) -> Value {
@@ -242,14 +241,14 @@ mod tests {
     }
 
     async fn answer(api: &mut Api, drivers: Value) -> String {
-        let (request, answer) = api.next_request().await.expect("the API was not asked");
+        let (request, answer) = api.next_request().await.expect("no request to the API");
         let body = json!({"items": drivers}).to_string();
         answer.send_response(Response::new(Body::from(body.into_bytes())));
         request.uri().to_string()
     }
 
-    fn ratio(looked: &DriverPolicy) -> String {
-        match looked {
+    fn ratio(found: &DriverPolicy) -> String {
+        match found {
             DriverPolicy::Found { overrides, .. } => {
                 overrides.spot_ratio.map(|ratio| ratio.to_string()).unwrap_or_default()
             }
@@ -258,52 +257,52 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn many_executors_of_a_job_share_one_look_up() {
-        let (look_up, mut api) = look_up(Duration::from_secs(5));
-        let asking = (0..50).map(|_| look_up.policy(JOB, LABEL));
+    async fn executors_of_a_job_share_one_lookup() {
+        let (lookup, mut api) = lookup(Duration::from_secs(5));
+        let asking = (0..50).map(|_| lookup.policy(JOB, LABEL));
         let answering = async {
             let uri = answer(&mut api, json!([driver("2026-01-01T00:00:00Z", "0.7", "Running")])).await;
             assert!(uri.starts_with("/api/v1/namespaces/etl/pods?"), "{uri}");
             assert!(uri.contains("spark-app-selector%3Dspark-1%2Cspark-role%3Ddriver"), "{uri}");
         };
-        let (looked, ()) = tokio::join!(futures::future::join_all(asking), answering);
-        assert!(looked.iter().all(|looked| ratio(looked) == "0.7"));
-        // Remembered for a while: nobody answers a second question here.
-        assert_eq!(ratio(&*look_up.policy(JOB, LABEL).await), "0.7");
+        let (found, ()) = tokio::join!(futures::future::join_all(asking), answering);
+        assert!(found.iter().all(|found| ratio(found) == "0.7"));
+        // Cached: the test would not answer a second request.
+        assert_eq!(ratio(&*lookup.policy(JOB, LABEL).await), "0.7");
     }
 
     #[tokio::test]
-    async fn the_newest_live_driver_is_the_one_that_counts() {
-        let (look_up, mut api) = look_up(Duration::from_secs(5));
+    async fn the_newest_live_driver_is_used() {
+        let (lookup, mut api) = lookup(Duration::from_secs(5));
         let drivers = json!([
             driver("2026-01-01T00:00:02Z", "0.3", "Running"),
             driver("2026-01-01T00:00:09Z", "0.9", "Failed"),
             driver("2026-01-01T00:00:01Z", "0.1", "Pending"),
         ]);
-        let (looked, _) = tokio::join!(look_up.policy(JOB, LABEL), answer(&mut api, drivers));
-        assert_eq!(ratio(&looked), "0.3");
+        let (found, _) = tokio::join!(lookup.policy(JOB, LABEL), answer(&mut api, drivers));
+        assert_eq!(ratio(&found), "0.3");
     }
 
     #[tokio::test(start_paused = true)]
-    async fn an_api_that_does_not_answer_costs_no_more_than_the_limit_and_is_not_asked_by_each() {
+    async fn a_silent_api_costs_each_lookup_at_most_the_limit() {
         let limit = Duration::from_secs(4);
-        let (look_up, mut api) = look_up(limit);
+        let (lookup, mut api) = lookup(limit);
         let begin = tokio::time::Instant::now();
-        let (first, second) = tokio::join!(look_up.policy(JOB, LABEL), look_up.policy(JOB, LABEL));
+        let (first, second) = tokio::join!(lookup.policy(JOB, LABEL), lookup.policy(JOB, LABEL));
         assert!(matches!((&*first, &*second), (DriverPolicy::Failed(_), DriverPolicy::Failed(_))));
         assert_eq!(begin.elapsed(), limit);
-        // For a moment it is not asked again.
-        assert!(matches!(&*look_up.policy(JOB, LABEL).await, DriverPolicy::Failed(_)));
+        // The failure is cached for a moment.
+        assert!(matches!(&*lookup.policy(JOB, LABEL).await, DriverPolicy::Failed(_)));
         assert_eq!(begin.elapsed(), limit);
         assert!(api.next_request().await.is_some());
     }
 
     #[tokio::test]
-    async fn a_job_that_no_driver_can_have_is_not_asked_for() {
-        let (look_up, _api) = look_up(Duration::from_secs(5));
+    async fn names_that_no_driver_can_have_are_not_looked_up() {
+        let (lookup, _api) = lookup(Duration::from_secs(5));
         for (namespace, id) in [("etl/../secrets", "x"), ("etl", "a,b=c"), ("etl", ""), ("", "x"), ("etl", "é")] {
-            let looked = look_up.policy(JobRef { namespace, app_id: id }, LABEL).await;
-            assert!(matches!(&*looked, DriverPolicy::NoDriver), "{namespace:?} {id:?}: {looked:?}");
+            let found = lookup.policy(JobRef { namespace, app_id: id }, LABEL).await;
+            assert!(matches!(&*found, DriverPolicy::NoDriver), "{namespace:?} {id:?}: {found:?}");
         }
     }
 }

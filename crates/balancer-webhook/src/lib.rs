@@ -1,13 +1,12 @@
-//! The admission webhook: each new Spark executor goes to spot or on-demand at its job's ratio, and
-//! each deleted one leaves the ledger.
+//! The admission webhook: it places each new Spark executor on spot or on-demand by its job's ratio, and releases each
+//! deleted one from the ledger.
 //!
-//! [`server`] and [`tls`] know connections, [`routes`] knows HTTP, [`admit`] is the one place where
-//! a review meets the ledger, [`drivers`] asks the cluster for a job's policy.
-#![deny(missing_docs)]
+//! [`server`] and [`tls`] handle connections, [`routes`] HTTP, [`admit`] reviews and the ledger, and [`drivers`] looks
+//! up a job's policy in the cluster.
 
 pub mod admit;
 pub mod arguments;
-pub mod dev;
+mod dev;
 pub mod drivers;
 pub mod metrics;
 pub mod routes;
@@ -21,25 +20,28 @@ use anyhow::Context;
 use balancer_reconcile::{Parts, Progress, Running};
 use balancer_runtime::admin::{self, Admin, Readiness};
 use balancer_runtime::shutdown::Signals;
+use tokio::sync::watch;
 
 pub use arguments::Arguments;
 
 /// Runs the webhook until a signal ends it.
 ///
-/// Everything that can fail at a start fails here, before the port is bound: settings, certificate,
-/// cluster access. A Redis that is down does not: admissions are then placed without the ledger.
+/// # Errors
+/// Settings, certificate, access to the cluster, or a port: all are checked before the webhook serves. A Redis that is
+/// down is no error, because executors are then placed without it.
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let settings = arguments.settings()?;
     let _log = balancer_runtime::log::start(settings.telemetry);
     let mut signals = Signals::catch()?;
-    let metrics = Arc::new(metrics::Metrics::new());
+    let mut registry = admin::registry(env!("CARGO_PKG_VERSION"));
+    let metrics = Arc::new(metrics::Metrics::register(&mut registry));
 
-    let certificate = Arc::new(settings.certificate.load()?);
-    let finder = drivers::DriverSource::new(settings.dev, Arc::clone(&settings.conventions)).await?;
+    let certificate = Arc::new(settings.certificate.load(metrics.certificate())?);
+    let drivers = drivers::DriverSource::new(settings.dev, Arc::clone(&settings.conventions)).await?;
     let ledger = Arc::new(settings.store.open().await?);
     let admission = Arc::new(admit::Admission {
         ledger: Arc::clone(&ledger),
-        drivers: drivers::DriverLookup::new(finder, settings.look_up_limit),
+        drivers: drivers::DriverLookup::new(drivers, settings.lookup_limit),
         conventions: Arc::clone(&settings.conventions),
         defaults: settings.defaults,
         metrics: Arc::clone(&metrics),
@@ -54,15 +56,13 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         version = env!("CARGO_PKG_VERSION"),
         address = %server.address(),
         admin = %admin.address(),
-        store = admission.ledger.name(),
+        store = ledger.name(),
         "serving"
     );
     if settings.dev {
-        dev::greet(server.address());
+        dev::print_greeting(server.address());
     }
-    let mut registry = admin::registry(env!("CARGO_PKG_VERSION"));
-    metrics.register(&mut registry, &certificate);
-    let reconciling = match settings.reconcile {
+    let reconciler = match settings.reconcile {
         Some(reconcile) => {
             let metrics = Arc::new(balancer_reconcile::Metrics::register(&mut registry));
             let (shared, conventions, defaults) = (!ledger.in_memory(), settings.conventions, settings.defaults);
@@ -74,29 +74,30 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     tokio::spawn(admin.run(Arc::new(registry), readiness.clone()));
     tokio::spawn(certificate.keep_fresh());
-    let first_round = reconciling.as_ref().filter(|_| ledger.in_memory()).map(Running::progress);
-    let ready = async {
-        // Ledgers that no other process keeps have to be known first.
-        if let Some(mut progress) = first_round {
-            let _ = progress.wait_for(|progress| *progress == Progress::Synced).await;
-        }
-        readiness.set(true);
-        std::future::pending::<Infallible>().await
-    };
+    // The counts in memory are complete only after the first resync.
+    let first_resync = reconciler.as_ref().filter(|_| ledger.in_memory()).map(Running::progress);
     let router = routes::Router::new(admission, metrics);
-    let leave = async {
-        let leave = tokio::select! {
-            leave = signals.wait() => leave,
-            never = ready => match never {},
+    let shutdown = async {
+        let mode = tokio::select! {
+            mode = signals.wait() => mode,
+            never = set_ready_after(first_resync, &readiness) => match never {},
         };
-        tracing::info!("leaving: answering what was begun");
+        tracing::info!("shutting down");
         readiness.set(false);
-        leave
+        mode
     };
-    server.run(router, leave).await;
-    if let Some(reconciling) = reconciling {
-        reconciling.shut_down().await;
+    server.run(router, shutdown).await;
+    if let Some(reconciler) = reconciler {
+        reconciler.shut_down().await;
     }
-    tracing::info!("left");
+    tracing::info!("shut down");
     Ok(())
+}
+
+async fn set_ready_after(first_resync: Option<watch::Receiver<Progress>>, readiness: &Readiness) -> Infallible {
+    if let Some(mut progress) = first_resync {
+        let _ = progress.wait_for(|progress| *progress == Progress::Synced).await;
+    }
+    readiness.set(true);
+    std::future::pending().await
 }

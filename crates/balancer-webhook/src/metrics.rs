@@ -1,4 +1,4 @@
-//! What the webhook counts. Labels are enums: how many there can be is fixed when it is compiled.
+//! The webhook's metrics. Labels are enums, so the number of series is fixed when the program is compiled.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -16,78 +16,77 @@ use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
 use crate::drivers::DriverPolicy;
-use crate::tls::Certificate;
 
 label! {
-    /// The role of an admitted pod.
+    /// The role of a pod in an AdmissionReview.
     RoleLabel {
         /// An executor.
         Executor = "executor",
         /// A driver.
         Driver = "driver",
-        /// Neither, or not told.
+        /// Any other pod.
         Other = "other",
     }
 }
 
 label! {
-    /// What was done to the pod.
+    /// The operation of an AdmissionReview.
     OperationLabel {
-        /// It was created.
+        /// A creation.
         Create = "create",
-        /// It was deleted.
+        /// A deletion.
         Delete = "delete",
-        /// Anything else.
+        /// Any other operation, or one on any other pod.
         Other = "other",
     }
 }
 
 label! {
-    /// What an admission came to.
+    /// The outcome of an admission.
     OutcomeLabel {
         /// The executor was placed.
         Placed = "placed",
-        /// The executor left the ledger.
+        /// The executor was removed from the ledger.
         Released = "released",
-        /// The driver's policy was noted.
-        Learned = "learned",
-        /// Answered without the store.
+        /// The driver's policy was stored.
+        PolicyRecorded = "policy_recorded",
+        /// The store failed, and the review was answered without it.
         Degraded = "degraded",
-        /// Answered, and nothing written.
+        /// A dry run: answered, and nothing was stored.
         DryRun = "dry_run",
-        /// Nothing of ours.
-        Left = "left",
-        /// An executor or driver without a job id.
-        NoJob = "no_job",
+        /// There was nothing to do.
+        Ignored = "ignored",
+        /// The executor or driver has no job id.
+        NoJobId = "no_job_id",
     }
 }
 
 label! {
-    /// Who told an executor's capacity.
-    Source {
-        /// The ledger, by the job's ratio.
+    /// What determined an executor's capacity.
+    PlacementSource {
+        /// The job's ratio and counts, in the ledger.
         Ledger = "ledger",
-        /// The ledger, which knew the executor.
-        Reused = "reused",
-        /// The closed form, or the pod itself, while the store was down.
-        Degraded = "degraded",
-        /// The pod itself.
-        Pinned = "pinned",
+        /// The ledger already had the executor.
+        Existing = "existing",
+        /// The store failed: the fallback formula, or the pod itself.
+        Fallback = "fallback",
+        /// The pod itself requires the capacity.
+        Required = "required",
     }
 }
 
 label! {
-    /// Who told the ratio of a new placement.
+    /// Where the ratio of a new placement comes from.
     PolicySource {
         /// The executor's annotation.
         Executor = "executor",
-        /// The driver's annotation, by a look-up.
+        /// The driver's annotation, by a lookup.
         Driver = "driver",
-        /// The ledger, which had learnt it.
+        /// The ledger.
         Ledger = "ledger",
-        /// Nobody.
+        /// The default, because neither has one.
         Default = "default",
-        /// The driver, wrongly: the default holds.
+        /// The default, because the driver's annotation is invalid.
         Invalid = "invalid",
     }
 }
@@ -95,68 +94,68 @@ label! {
 label! {
     /// A call to the store.
     StoreCall {
-        /// Decide and enter.
+        /// Place an executor.
         Place = "place",
-        /// Decide, for a dry run.
+        /// Decide without storing anything, for a dry run.
         Peek = "peek",
-        /// Strike.
+        /// Remove an executor.
         Release = "release",
-        /// Note a policy.
+        /// Store a driver's policy.
         Learn = "learn",
     }
 }
 
 label! {
-    /// What a look-up of a driver came to.
-    LookUpLabel {
-        /// The driver was found.
+    /// The outcome of a driver lookup.
+    LookupOutcome {
+        /// The job has a live driver.
         Found = "found",
         /// The job has none.
         NoDriver = "no_driver",
-        /// The Kubernetes API did not tell.
+        /// The Kubernetes API did not answer, or not in time.
         Failed = "failed",
     }
 }
 
 label! {
-    /// Why a request got no admission.
-    Refusal {
+    /// Why a request was rejected.
+    RejectReason {
         /// No such path.
         Path = "path",
         /// Another method.
         Method = "method",
         /// Another content type.
         ContentType = "content_type",
-        /// A body over the cap.
+        /// The body is over the limit.
         TooLarge = "too_large",
-        /// A body that did not come in time, or broke off.
+        /// The body was incomplete, or not complete in time.
         Body = "body",
-        /// A body that is no AdmissionReview.
+        /// The body is not a valid AdmissionReview.
         Review = "review",
     }
 }
 
-/// The kind of an admission.
+/// The labels of one admission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-pub struct Admitted {
-    /// Of what.
+pub struct AdmissionLabels {
+    /// The role of the pod.
     pub role: RoleLabel,
-    /// Doing what.
+    /// What happens to the pod.
     pub operation: OperationLabel,
-    /// With what end.
+    /// What the webhook did.
     pub outcome: OutcomeLabel,
 }
 
-impl Admitted {
-    /// An admission that is none of ours.
-    pub fn left(leave: IgnoreReason) -> Self {
-        let outcome = if leave == IgnoreReason::NoJob { OutcomeLabel::NoJob } else { OutcomeLabel::Left };
+impl AdmissionLabels {
+    /// An admission with nothing to do.
+    pub fn ignored(reason: IgnoreReason) -> Self {
+        let outcome = if reason == IgnoreReason::NoJob { OutcomeLabel::NoJobId } else { OutcomeLabel::Ignored };
         Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome }
     }
 }
 
-/// What an admission can come to.
-const ADMITTED: [(RoleLabel, OperationLabel, OutcomeLabel); 12] = {
+/// Every combination of labels that an admission can have.
+const ADMISSIONS: [(RoleLabel, OperationLabel, OutcomeLabel); 12] = {
     use OperationLabel as Operation;
     use OutcomeLabel as Outcome;
     [
@@ -164,59 +163,62 @@ const ADMITTED: [(RoleLabel, OperationLabel, OutcomeLabel); 12] = {
         (RoleLabel::Executor, Operation::Create, Outcome::Degraded),
         (RoleLabel::Executor, Operation::Create, Outcome::DryRun),
         (RoleLabel::Executor, Operation::Delete, Outcome::Released),
-        (RoleLabel::Executor, Operation::Delete, Outcome::Left),
+        (RoleLabel::Executor, Operation::Delete, Outcome::Ignored),
         (RoleLabel::Executor, Operation::Delete, Outcome::Degraded),
         (RoleLabel::Executor, Operation::Delete, Outcome::DryRun),
-        (RoleLabel::Driver, Operation::Create, Outcome::Learned),
+        (RoleLabel::Driver, Operation::Create, Outcome::PolicyRecorded),
         (RoleLabel::Driver, Operation::Create, Outcome::Degraded),
         (RoleLabel::Driver, Operation::Create, Outcome::DryRun),
-        (RoleLabel::Other, Operation::Other, Outcome::Left),
-        (RoleLabel::Other, Operation::Other, Outcome::NoJob),
+        (RoleLabel::Other, Operation::Other, Outcome::Ignored),
+        (RoleLabel::Other, Operation::Other, Outcome::NoJobId),
     ]
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Placement {
+struct PlacementLabels {
     capacity: CapacityLabel,
-    source: Source,
+    source: PlacementSource,
 }
 
 label_sets! {
     PolicyLabels { source: PolicySource }
     StoreLabels { call: StoreCall }
-    LookUpLabels { outcome: LookUpLabel }
-    RefusalLabels { reason: Refusal }
+    LookupLabels { outcome: LookupOutcome }
+    RejectLabels { reason: RejectReason }
 }
 
-/// What is counted.
+/// The webhook's metrics.
 #[derive(Debug)]
 pub struct Metrics {
-    admissions: Family<Admitted, Counter>,
+    admissions: Family<AdmissionLabels, Counter>,
     admission_seconds: Histogram,
-    placements: Family<Placement, Counter>,
+    placements: Family<PlacementLabels, Counter>,
     policies: Family<PolicyLabels, Counter>,
     store_seconds: Family<StoreLabels, Histogram>,
     store_errors: Family<StoreErrorLabels, Counter>,
-    look_ups: Family<LookUpLabels, Counter>,
-    refusals: Family<RefusalLabels, Counter>,
-    invalid: Family<InvalidFieldLabels, Counter>,
+    lookups: Family<LookupLabels, Counter>,
+    rejected: Family<RejectLabels, Counter>,
+    invalid_annotations: Family<InvalidFieldLabels, Counter>,
     connections: Gauge,
+    certificate: CertificateMetrics,
 }
 
-/// From 50 µs, a placement from memory, to 6.5 s, past every budget that is the default.
+/// The metrics of the served certificate. Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct CertificateMetrics {
+    pub(crate) expiry: Gauge,
+    pub(crate) reload_failures: Counter,
+}
+
+/// From 50 µs, a placement in memory, to 6.5 s, more than the default budget of an admission.
 fn latency() -> Histogram {
     Histogram::new(exponential_buckets(0.000_05, 2.0, 18))
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl Metrics {
-    /// All at nought.
-    pub fn new() -> Self {
+    /// Registers all metrics, each with all its series: a rate over a series that appears with its first event
+    /// does not include that event.
+    pub fn register(registry: &mut Registry) -> Self {
         let metrics = Self {
             admissions: Family::default(),
             admission_seconds: latency(),
@@ -224,24 +226,24 @@ impl Metrics {
             policies: Family::default(),
             store_seconds: Family::new_with_constructor(latency),
             store_errors: Family::default(),
-            look_ups: Family::default(),
-            refusals: Family::default(),
-            invalid: Family::default(),
+            lookups: Family::default(),
+            rejected: Family::default(),
+            invalid_annotations: Family::default(),
             connections: Gauge::default(),
+            certificate: CertificateMetrics::default(),
         };
-        metrics.begin();
+        metrics.create_series();
+        metrics.add_to(registry);
         metrics
     }
 
-    /// All series are there from the start: a rate over one that appears with its first event does not
-    /// see that event.
-    fn begin(&self) {
-        for (role, operation, outcome) in ADMITTED {
-            drop(self.admissions.get_or_create(&Admitted { role, operation, outcome }));
+    fn create_series(&self) {
+        for (role, operation, outcome) in ADMISSIONS {
+            drop(self.admissions.get_or_create(&AdmissionLabels { role, operation, outcome }));
         }
         for capacity in [CapacityLabel::Spot, CapacityLabel::OnDemand] {
-            for &source in Source::ALL {
-                drop(self.placements.get_or_create(&Placement { capacity, source }));
+            for &source in PlacementSource::ALL {
+                drop(self.placements.get_or_create(&PlacementLabels { capacity, source }));
             }
         }
         for &source in PolicySource::ALL {
@@ -253,19 +255,18 @@ impl Metrics {
         for kind in StoreError::KINDS {
             drop(self.store_errors.get_or_create(&StoreErrorLabels { kind }));
         }
-        for &outcome in LookUpLabel::ALL {
-            drop(self.look_ups.get_or_create(&LookUpLabels { outcome }));
+        for &outcome in LookupOutcome::ALL {
+            drop(self.lookups.get_or_create(&LookupLabels { outcome }));
         }
-        for &reason in Refusal::ALL {
-            drop(self.refusals.get_or_create(&RefusalLabels { reason }));
+        for &reason in RejectReason::ALL {
+            drop(self.rejected.get_or_create(&RejectLabels { reason }));
         }
         for labels in InvalidFieldLabels::all() {
-            drop(self.invalid.get_or_create(&labels));
+            drop(self.invalid_annotations.get_or_create(&labels));
         }
     }
 
-    /// Shows all.
-    pub fn register(&self, registry: &mut Registry, certificate: &Certificate) {
+    fn add_to(&self, registry: &mut Registry) {
         let Self {
             admissions,
             admission_seconds,
@@ -273,75 +274,92 @@ impl Metrics {
             policies,
             store_seconds,
             store_errors,
-            look_ups,
-            refusals,
-            invalid,
+            lookups,
+            rejected,
+            invalid_annotations,
             connections,
+            certificate: CertificateMetrics { expiry, reload_failures },
         } = self;
-        registry.register("admissions", "Reviews answered", admissions.clone());
+        registry.register(
+            "admissions",
+            "AdmissionReviews answered; role and operation are other if there was nothing to do, and the release of an \
+             executor that is not in the ledger is ignored",
+            admissions.clone(),
+        );
         registry.register_with_unit(
             "admission",
-            "Time from a review's last byte to its answer",
+            "Time from the last byte of an AdmissionReview to its answer",
             Unit::Seconds,
             admission_seconds.clone(),
         );
-        registry.register("placements", "Executors placed, dry runs left out", placements.clone());
-        registry.register("policies", "New placements by the ratio, by who told it", policies.clone());
-        registry.register_with_unit("store", "Time for an answer of the store", Unit::Seconds, store_seconds.clone());
-        registry.register("store_errors", "Calls that the store did not answer", store_errors.clone());
         registry.register(
-            "driver_look_ups",
-            "Admissions that asked the Kubernetes API for their job's driver, those that shared a look-up included",
-            look_ups.clone(),
+            "placements",
+            "Executors placed, without dry runs, by what determined the capacity: the job's ratio (ledger), an earlier \
+             placement of the same executor (existing), the pod's own selector or affinity (required), or the fallback \
+             formula because the store failed (fallback)",
+            placements.clone(),
         );
-        registry.register("refused_requests", "Requests that were no admission", refusals.clone());
+        registry.register("policies", "New placements by a ratio, by where the ratio comes from", policies.clone());
+        registry.register_with_unit("store", "Duration of calls to the store", Unit::Seconds, store_seconds.clone());
+        registry.register("store_errors", "Calls to the store that failed", store_errors.clone());
+        registry.register(
+            "driver_lookups",
+            "Admissions that needed the job's driver from the Kubernetes API; concurrent ones of a job share one request",
+            lookups.clone(),
+        );
+        registry.register("rejected_requests", "Requests that were not a valid AdmissionReview", rejected.clone());
         registry.register(
             "invalid_annotations",
-            "Annotations that could not be read, and were warned of",
-            invalid.clone(),
+            "Annotations with an invalid value; the value was ignored and the submitter warned",
+            invalid_annotations.clone(),
         );
-        registry.register("connections", "Connections open", connections.clone());
+        registry.register("connections", "Open connections", connections.clone());
         registry.register_with_unit(
             "certificate_expiry_timestamp",
-            "When the served certificate expires, in Unix time",
+            "When the served certificate expires, as a Unix time",
             Unit::Seconds,
-            certificate.expiry(),
+            expiry.clone(),
         );
         registry.register(
             "certificate_reload_failures",
-            "Looks at a changed certificate that cannot be used; the one before is served on",
-            certificate.failures(),
+            "Failed attempts to load a changed certificate, one every five seconds; the previous one stays in use",
+            reload_failures.clone(),
         );
     }
 
-    pub(crate) fn admitted(&self, admitted: Admitted, took: Duration) {
-        self.admissions.get_or_create(&admitted).inc();
+    /// The metrics of the certificate, for the code that loads it.
+    pub fn certificate(&self) -> CertificateMetrics {
+        self.certificate.clone()
+    }
+
+    pub(crate) fn admitted(&self, labels: AdmissionLabels, took: Duration) {
+        self.admissions.get_or_create(&labels).inc();
         self.admission_seconds.observe(took.as_secs_f64());
     }
 
-    /// `policy` is who told the ratio, where one was used.
-    pub(crate) fn placed(&self, capacity: Capacity, source: Source, policy: Option<PolicySource>) {
-        self.placements.get_or_create(&Placement { capacity: capacity.into(), source }).inc();
+    /// Counts a placement. `policy` is where its ratio comes from, if a ratio was used.
+    pub(crate) fn placed(&self, capacity: Capacity, source: PlacementSource, policy: Option<PolicySource>) {
+        self.placements.get_or_create(&PlacementLabels { capacity: capacity.into(), source }).inc();
         if let Some(source) = policy {
             self.policies.get_or_create(&PolicyLabels { source }).inc();
         }
     }
 
-    pub(crate) fn looked_up(&self, looked: &DriverPolicy) {
-        let outcome = match looked {
-            DriverPolicy::Found { .. } => LookUpLabel::Found,
-            DriverPolicy::NoDriver => LookUpLabel::NoDriver,
-            DriverPolicy::Failed(_) => LookUpLabel::Failed,
+    pub(crate) fn looked_up(&self, policy: &DriverPolicy) {
+        let outcome = match policy {
+            DriverPolicy::Found { .. } => LookupOutcome::Found,
+            DriverPolicy::NoDriver => LookupOutcome::NoDriver,
+            DriverPolicy::Failed(_) => LookupOutcome::Failed,
         };
-        self.look_ups.get_or_create(&LookUpLabels { outcome }).inc();
+        self.lookups.get_or_create(&LookupLabels { outcome }).inc();
     }
 
-    pub(crate) fn invalid(&self, invalid: &InvalidField) {
-        self.invalid.get_or_create(&invalid.field.into()).inc();
+    pub(crate) fn invalid_annotation(&self, invalid: &InvalidField) {
+        self.invalid_annotations.get_or_create(&invalid.field.into()).inc();
     }
 
-    pub(crate) fn refused(&self, reason: Refusal) {
-        self.refusals.get_or_create(&RefusalLabels { reason }).inc();
+    pub(crate) fn rejected(&self, reason: RejectReason) {
+        self.rejected.get_or_create(&RejectLabels { reason }).inc();
     }
 
     /// Times a call to the store, and counts and logs its error.
@@ -355,24 +373,24 @@ impl Metrics {
         self.store_seconds.get_or_create(&StoreLabels { call }).observe(started.elapsed().as_secs_f64());
         if let Err(error) = &answer {
             self.store_errors.get_or_create(&StoreErrorLabels { kind: error.kind() }).inc();
-            // The decision's own line tells the operator; this one tells why.
-            tracing::debug!(call = call.as_str(), kind = error.kind(), %error, "the store did not answer");
+            // The line of the decision warns the operator; this line has the first of two failed calls, too.
+            tracing::debug!(call = call.as_str(), kind = error.kind(), %error, "the store failed");
         }
         answer
     }
 
-    /// Counts a connection until the answer is dropped.
-    pub(crate) fn connected(self: &Arc<Self>) -> Connected {
+    /// Counts a connection until the returned guard is dropped.
+    pub(crate) fn connected(self: &Arc<Self>) -> ConnectionGuard {
         self.connections.inc();
-        Connected(Arc::clone(self))
+        ConnectionGuard(Arc::clone(self))
     }
 }
 
 /// An open connection.
 #[derive(Debug)]
-pub(crate) struct Connected(Arc<Metrics>);
+pub(crate) struct ConnectionGuard(Arc<Metrics>);
 
-impl Drop for Connected {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
         self.0.connections.dec();
     }

@@ -1,5 +1,5 @@
-//! The certificate that the webhook serves: loaded before a port is bound, and read again when it
-//! changes, so that cert-manager can rotate it without a restart.
+//! The certificate that the webhook serves: loaded before the port is bound, and reloaded when it changes, so that
+//! cert-manager can rotate it without a restart.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -8,18 +8,18 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
-use prometheus_client::metrics::counter::Counter;
-use prometheus_client::metrics::gauge::Gauge;
 use rustls::ServerConfig;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-/// The kubelet swaps a whole folder by a symbolic link, which file watches miss: we read and compare.
-const POLL: Duration = Duration::from_secs(5);
-/// A chain and a key are a few KiB; a mistaken path may be anything.
-const MOST_BYTES: u64 = 1 << 20;
+use crate::metrics::CertificateMetrics;
+
+/// The kubelet replaces a whole folder by a symbolic link, which file watches miss. So the files are read and compared.
+const POLL_INTERVAL: Duration = Duration::from_secs(5);
+/// A chain and a key have a few KiB; a wrong path may lead to a file of any size.
+const MAX_BYTES: u64 = 1 << 20;
 
 /// Where the certificate comes from.
 #[derive(Clone, Debug)]
@@ -31,19 +31,18 @@ pub enum CertificateSource {
         /// The key, `TLS_KEY_PATH`.
         key: PathBuf,
     },
-    /// Made at the start, for `--dev`.
+    /// Generated at the start, for `--dev`.
     SelfSigned,
 }
 
-/// The certificate that is served now.
+/// The certificate in use.
 #[derive(Debug)]
 pub struct Certificate {
     source: CertificateSource,
     config: ArcSwap<ServerConfig>,
-    /// What `config` was made of.
+    /// The source of `config`.
     pem: Mutex<Pem>,
-    expiry: Gauge,
-    failures: Counter,
+    metrics: CertificateMetrics,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -59,19 +58,15 @@ impl std::fmt::Debug for Pem {
 }
 
 impl CertificateSource {
-    /// Reads and checks the certificate. Fails where it cannot be served; the error names the setting.
-    pub fn load(self) -> anyhow::Result<Certificate> {
+    /// Reads and checks the certificate.
+    ///
+    /// # Errors
+    /// The certificate cannot be served. The error names the setting.
+    pub fn load(self, metrics: CertificateMetrics) -> anyhow::Result<Certificate> {
         let pem = self.read()?;
         let (config, expires) = self.configure(&pem)?;
-        let certificate = Certificate {
-            source: self,
-            config: ArcSwap::from_pointee(config),
-            pem: Mutex::new(pem),
-            expiry: Gauge::default(),
-            failures: Counter::default(),
-        };
-        certificate.expiry.set(expires);
-        Ok(certificate)
+        metrics.expiry.set(expires);
+        Ok(Certificate { source: self, config: ArcSwap::from_pointee(config), pem: Mutex::new(pem), metrics })
     }
 
     fn read(&self) -> anyhow::Result<Pem> {
@@ -100,13 +95,13 @@ impl CertificateSource {
             .collect::<Result<Vec<_>, _>>()
             .with_context(|| format!("{chain_name} is not PEM; accepted: a PEM certificate chain"))?;
         let Some(leaf) = chain.first() else {
-            bail!("{chain_name} holds no certificate; accepted: a PEM certificate chain");
+            bail!("{chain_name} contains no certificate; accepted: a PEM certificate chain");
         };
         let (_, parsed) = X509Certificate::from_der(leaf)
-            .with_context(|| format!("{chain_name}: the first certificate cannot be read"))?;
+            .with_context(|| format!("{chain_name}: the first certificate is invalid"))?;
         let expires = parsed.validity().not_after.timestamp();
         let key = PrivateKeyDer::from_pem_slice(&pem.key)
-            .with_context(|| format!("{key_name} holds no private key; accepted: one in PEM"))?;
+            .with_context(|| format!("{key_name} contains no private key; accepted: a private key in PEM"))?;
         let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
@@ -123,40 +118,32 @@ impl Certificate {
         self.config.load_full()
     }
 
-    pub(crate) fn expiry(&self) -> Gauge {
-        self.expiry.clone()
-    }
-
-    pub(crate) fn failures(&self) -> Counter {
-        self.failures.clone()
-    }
-
-    /// Reads the files again and again; a changed certificate serves the connections that come after.
-    /// One that cannot be used is told and counted, and the one before is served on.
+    /// Polls the files. A changed certificate is used for new connections. If it is invalid, the failure is logged and
+    /// counted, and the previous certificate stays in use.
     pub async fn keep_fresh(self: Arc<Self>) -> Infallible {
-        let mut told = None;
+        let mut logged = None;
         loop {
-            tokio::time::sleep(POLL).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
             let this = Arc::clone(&self);
             let refreshed = tokio::task::spawn_blocking(move || this.refresh()).await;
             let problem = match refreshed {
                 Ok(Ok(changed)) => {
                     if changed {
-                        tracing::info!(expires = self.expiry.get(), "serving the changed certificate");
+                        tracing::info!(expires = self.metrics.expiry.get(), "certificate reloaded");
                     }
                     None
                 }
                 Ok(Err(error)) => Some(format!("{error:#}")),
                 Err(error) => Some(error.to_string()),
             };
-            // Counted as often as it is seen, so that an alert ends with the problem and not before: a
-            // rotation in progress may be half-written for a poll. Told once, not every five seconds.
-            self.failures.inc_by(problem.is_some().into());
-            if problem != told {
+            // Counted at every poll, so that an alert lasts as long as the problem: a rotation may be half-written at one
+            // poll. Logged once.
+            self.metrics.reload_failures.inc_by(problem.is_some().into());
+            if problem != logged {
                 if let Some(error) = &problem {
-                    tracing::error!(error, "cannot use the changed certificate");
+                    tracing::error!(error, "cannot load the changed certificate; the previous one stays in use");
                 }
-                told = problem;
+                logged = problem;
             }
         }
     }
@@ -164,14 +151,14 @@ impl Certificate {
     fn refresh(&self) -> anyhow::Result<bool> {
         let CertificateSource::Files { .. } = self.source else { return Ok(false) };
         let pem = self.source.read()?;
-        let mut served = self.pem.lock().unwrap_or_else(PoisonError::into_inner);
-        if *served == pem {
+        let mut current = self.pem.lock().unwrap_or_else(PoisonError::into_inner);
+        if *current == pem {
             return Ok(false);
         }
         let (config, expires) = self.source.configure(&pem)?;
         self.config.store(Arc::new(config));
-        self.expiry.set(expires);
-        *served = pem;
+        self.metrics.expiry.set(expires);
+        *current = pem;
         Ok(true)
     }
 }
@@ -180,7 +167,7 @@ fn read(path: &PathBuf, setting: &str) -> anyhow::Result<Vec<u8>> {
     use std::io::Read;
     let file = std::fs::File::open(path).with_context(|| format!("{setting}: cannot open {}", path.display()))?;
     let mut bytes = Vec::new();
-    file.take(MOST_BYTES)
+    file.take(MAX_BYTES)
         .read_to_end(&mut bytes)
         .with_context(|| format!("{setting}: cannot read {}", path.display()))?;
     Ok(bytes)

@@ -1,55 +1,59 @@
-//! Skims JSON: finds the few values that are wanted and passes over the rest as fast as its bytes can
-//! be looked at.
+//! Scans a JSON text for the few values that are wanted, and skips the rest.
 //!
-//! Why not `serde_json` alone: an executor's review is 8.5 KB, of which some hundred bytes are wanted,
-//! and it checks every byte of the others too, which is most of what the pure part of an admission
-//! costs. What is passed over is only seen to be complete. What is wanted is checked; where it is
-//! more than plain strings, by `serde_json`.
+//! An executor's review has 8.5 KB, of which a few hundred bytes are wanted. `serde_json` also validates every
+//! byte of the others, which costs more than everything else in the pure part of an admission. The scanner
+//! only checks that a skipped value is complete. It validates every value that it returns.
 
 use std::borrow::Cow;
 use std::fmt;
 
 use serde::Deserialize;
 
-use crate::container::end_of_container;
-use crate::pod::Pairs;
+use super::brackets::end_of_value;
+use super::pairs::Pairs;
 use crate::text::Text;
 
-/// Why bytes are not the JSON that was looked for.
+/// A JSON text has another shape than expected, or ends too early.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SkimError {
-    /// The byte at which it was noticed.
+pub struct JsonError {
+    /// The offset of the error, in bytes.
     pub at: usize,
-    /// What would have been accepted there.
+    /// What is accepted there.
     pub expected: &'static str,
 }
 
-impl fmt::Display for SkimError {
+impl fmt::Display for JsonError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "expected {} at byte {}", self.expected, self.at)
     }
 }
 
-impl std::error::Error for SkimError {}
+impl std::error::Error for JsonError {}
 
-/// A place in a JSON text.
+/// A type that is read from the scanner's position.
+pub(crate) trait Scan<'a>: Sized {
+    /// Reads the next value. `null` means absent.
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError>;
+}
+
+/// A position in a JSON text.
 #[derive(Debug)]
-pub(crate) struct Skimmer<'a> {
+pub(crate) struct Scanner<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
-impl<'a> Skimmer<'a> {
+impl<'a> Scanner<'a> {
     pub(crate) fn new(bytes: &'a [u8]) -> Self {
         Self { bytes, at: 0 }
     }
 
-    /// Calls `member` with each key of the object here, to take the key's value; answers whether
-    /// there is one: `null` is none, as Go has it. Keys are as written, with their escapes.
+    /// Reads the next value, which must be an object or `null`. `member` is called with each key and must read
+    /// or skip its value. Keys are not unescaped. Returns `false` for `null`.
     pub(crate) fn members(
         &mut self,
-        mut member: impl FnMut(&mut Self, &'a [u8]) -> Result<(), SkimError>,
-    ) -> Result<bool, SkimError> {
+        mut member: impl FnMut(&mut Self, &'a [u8]) -> Result<(), JsonError>,
+    ) -> Result<bool, JsonError> {
         if self.peek() == Some(b'n') {
             self.literal("null")?;
             return Ok(false);
@@ -73,54 +77,23 @@ impl<'a> Skimmer<'a> {
         Ok(true)
     }
 
-    /// The string here; `null` is none.
-    pub(crate) fn text(&mut self) -> Result<Option<Text<'a>>, SkimError> {
-        if self.peek() == Some(b'n') {
-            return self.literal("null").map(|()| None);
-        }
-        self.expect(b'"', "a string")?;
-        let start = self.at;
-        let raw = self.rest_of_string()?;
-        unescape(raw, start).map(Some)
-    }
-
-    /// The object of strings here; `null` is none, and as a value the empty string.
-    pub(crate) fn pairs(&mut self) -> Result<Option<Pairs<'a>>, SkimError> {
-        let mut pairs = Vec::new();
-        let present = self.members(|this, key| {
-            let key = unescape(key, this.at)?;
-            pairs.push((key, this.text()?.unwrap_or_default()));
-            Ok(())
-        })?;
-        Ok(present.then(|| Pairs::new(pairs)))
-    }
-
-    /// The boolean here; `null` is none.
-    pub(crate) fn boolean(&mut self) -> Result<Option<bool>, SkimError> {
-        match self.peek() {
-            Some(b't') => self.literal("true").map(|()| Some(true)),
-            Some(b'f') => self.literal("false").map(|()| Some(false)),
-            _ => self.literal("null").map(|()| None),
-        }
-    }
-
-    /// The value here, read by `serde_json`.
-    pub(crate) fn typed<T: Deserialize<'a>>(&mut self, expected: &'static str) -> Result<T, SkimError> {
+    /// Reads the next value with `serde_json`.
+    pub(crate) fn deserialize<T: Deserialize<'a>>(&mut self, expected: &'static str) -> Result<T, JsonError> {
         self.peek();
         let start = self.at;
-        self.pass()?;
+        self.skip()?;
         let value = self.bytes.get(start..self.at).unwrap_or_default();
-        serde_json::from_slice(value).map_err(|_| SkimError { at: start, expected })
+        serde_json::from_slice(value).map_err(|_| JsonError { at: start, expected })
     }
 
-    /// Passes over the value here.
-    pub(crate) fn pass(&mut self) -> Result<(), SkimError> {
+    /// Skips the next value.
+    pub(crate) fn skip(&mut self) -> Result<(), JsonError> {
         match self.peek() {
             Some(b'"') => {
                 self.at += 1;
                 self.rest_of_string().map(drop)
             }
-            Some(b'{' | b'[') => self.pass_container(),
+            Some(b'{' | b'[') => self.skip_brackets(),
             Some(b'-' | b'0'..=b'9' | b'a'..=b'z') => {
                 let rest = self.bytes.get(self.at..).unwrap_or_default();
                 let ends = |byte: &u8| matches!(byte, b',' | b'}' | b']' | b' ' | b'\n' | b'\r' | b'\t');
@@ -131,16 +104,16 @@ impl<'a> Skimmer<'a> {
         }
     }
 
-    /// Fails unless nothing but white space is left.
-    pub(crate) fn finish(&mut self) -> Result<(), SkimError> {
+    /// Fails unless only white space is left.
+    pub(crate) fn finish(&mut self) -> Result<(), JsonError> {
         match self.peek() {
             None => Ok(()),
             Some(_) => Err(self.error("the end")),
         }
     }
 
-    fn pass_container(&mut self) -> Result<(), SkimError> {
-        match end_of_container(self.bytes, self.at) {
+    fn skip_brackets(&mut self) -> Result<(), JsonError> {
+        match end_of_value(self.bytes, self.at) {
             Some(end) => {
                 self.at = end;
                 Ok(())
@@ -152,8 +125,8 @@ impl<'a> Skimmer<'a> {
         }
     }
 
-    /// The string whose opening quote was passed, as written; its closing quote is passed too.
-    fn rest_of_string(&mut self) -> Result<&'a [u8], SkimError> {
+    /// The string whose opening quote was already read, not unescaped. Reads its closing quote too.
+    fn rest_of_string(&mut self) -> Result<&'a [u8], JsonError> {
         let start = self.at;
         match end_of_string(self.bytes, start) {
             Some(end) => {
@@ -167,7 +140,7 @@ impl<'a> Skimmer<'a> {
         }
     }
 
-    /// The next byte that is not white space.
+    /// The next byte that is not white space. It is not consumed.
     fn peek(&mut self) -> Option<u8> {
         loop {
             match self.bytes.get(self.at)? {
@@ -177,7 +150,7 @@ impl<'a> Skimmer<'a> {
         }
     }
 
-    fn expect(&mut self, byte: u8, expected: &'static str) -> Result<(), SkimError> {
+    fn expect(&mut self, byte: u8, expected: &'static str) -> Result<(), JsonError> {
         if self.peek() != Some(byte) {
             return Err(self.error(expected));
         }
@@ -185,7 +158,7 @@ impl<'a> Skimmer<'a> {
         Ok(())
     }
 
-    fn literal(&mut self, literal: &'static str) -> Result<(), SkimError> {
+    fn literal(&mut self, literal: &'static str) -> Result<(), JsonError> {
         self.peek();
         if !self.bytes.get(self.at..).unwrap_or_default().starts_with(literal.as_bytes()) {
             return Err(self.error(literal));
@@ -194,14 +167,56 @@ impl<'a> Skimmer<'a> {
         Ok(())
     }
 
-    fn error(&self, expected: &'static str) -> SkimError {
-        SkimError { at: self.at, expected }
+    fn error(&self, expected: &'static str) -> JsonError {
+        JsonError { at: self.at, expected }
     }
 }
 
-/// Where the closing quote is of a string that goes on at `at`; `None` where there is none.
+impl<'a> Scan<'a> for Option<Text<'a>> {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        if scanner.peek() == Some(b'n') {
+            return scanner.literal("null").map(|()| None);
+        }
+        scanner.expect(b'"', "a string")?;
+        let start = scanner.at;
+        let raw = scanner.rest_of_string()?;
+        unescape(raw, start).map(Some)
+    }
+}
+
+impl<'a> Scan<'a> for Text<'a> {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        Ok(Option::scan(scanner)?.unwrap_or_default())
+    }
+}
+
+impl<'a> Scan<'a> for Option<Pairs<'a>> {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        let mut pairs = Vec::new();
+        let present = scanner.members(|scanner, key| {
+            let key = unescape(key, scanner.at)?;
+            pairs.push((key, Text::scan(scanner)?));
+            Ok(())
+        })?;
+        Ok(present.then(|| Pairs(pairs)))
+    }
+}
+
+/// `null` means `false`.
+impl<'a> Scan<'a> for bool {
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        match scanner.peek() {
+            Some(b't') => scanner.literal("true").map(|()| true),
+            Some(b'f') => scanner.literal("false").map(|()| false),
+            _ => scanner.literal("null").map(|()| false),
+        }
+    }
+}
+
+/// The offset of the quote that closes the string which continues at `at`; `None` if the string does not end.
 ///
-/// Eight bytes at a time: of a byte `x`, `(x - 1) & !x & 0x80` is set where it is 0, and first there.
+/// Looks at eight bytes at a time: for a byte `x`, `(x - 1) & !x & 0x80` is not 0 if `x` is 0. A borrow can set
+/// further bits, but only above the first byte that is 0.
 #[inline]
 fn end_of_string(bytes: &[u8], mut at: usize) -> Option<usize> {
     const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
@@ -221,16 +236,16 @@ fn end_of_string(bytes: &[u8], mut at: usize) -> Option<usize> {
         }
         match bytes.get(at)? {
             b'"' => return Some(at),
-            // Whatever is escaped, its first byte does not end the string.
+            // The first byte after a backslash never ends the string.
             b'\\' => at += 2,
             _ => at += 1,
         }
     }
 }
 
-/// What a string as written stands for.
-fn unescape(raw: &[u8], at: usize) -> Result<Text<'_>, SkimError> {
-    let error = SkimError { at, expected: "a string in UTF-8" };
+/// The string that the bytes between two quotes stand for.
+fn unescape(raw: &[u8], at: usize) -> Result<Text<'_>, JsonError> {
+    let error = JsonError { at, expected: "a string in UTF-8" };
     if !raw.contains(&b'\\') {
         return std::str::from_utf8(raw).map(Text::from).map_err(|_| error);
     }

@@ -1,14 +1,15 @@
-//! Finds where an object or array ends, 64 bytes at a step: most of a review is in containers that
-//! nothing is wanted of, and looking at one byte after the other, the processor guesses wrong at each
-//! end of a string.
+//! Finds the end of a JSON object or array, 64 bytes per step.
+//!
+//! Most bytes of a review belong to objects and arrays that are skipped. Looking at one byte after the other is
+//! slow because the processor mispredicts the branch at the end of each string.
 
 use std::iter::once;
 
 use wide::u8x16;
 
-/// Where the object or array that begins at `start` is over; `None` where it does not end. Brackets in
-/// strings do not count; of the others it is not looked at which kind they are.
-pub(crate) fn end_of_container(bytes: &[u8], start: usize) -> Option<usize> {
+/// The offset after the object or array that starts at `start`; `None` if it does not end. Brackets in strings
+/// do not count. The function does not check that an opening and its closing bracket are of the same kind.
+pub(super) fn end_of_value(bytes: &[u8], start: usize) -> Option<usize> {
     let rest = bytes.get(start + 1..)?;
     let (blocks, tail) = rest.as_chunks::<64>();
     let mut last = [0; 64];
@@ -36,17 +37,17 @@ pub(crate) fn end_of_container(bytes: &[u8], start: usize) -> Option<usize> {
     None
 }
 
-/// How many bits are set.
+/// The number of bits that are set.
 fn count(bits: u64) -> u64 {
     bits.count_ones().into()
 }
 
-/// A bit for each byte that is a quote, a backslash, an opening or a closing bracket, in this order.
+/// The bits of the bytes that are quotes, backslashes, opening brackets and closing brackets.
 fn find(block: &[u8; 64]) -> [u64; 4] {
     let mut found = [0; 4];
     for (i, part) in block.as_chunks::<16>().0.iter().enumerate() {
         let part = u8x16::new(*part);
-        // This bit is the difference between [ and {, and between ] and }.
+        // This bit is the only difference between [ and {, and between ] and }.
         let folded = part | u8x16::splat(0x20);
         let here = [(part, b'"'), (part, b'\\'), (folded, b'{'), (folded, b'}')];
         for (all, (part, byte)) in found.iter_mut().zip(here) {
@@ -56,8 +57,8 @@ fn find(block: &[u8; 64]) -> [u64; 4] {
     found
 }
 
-/// A bit for each byte that stands behind a backslash which is not itself escaped. `carry` is the first
-/// such bit, from the block before and for the next one.
+/// The bits of the bytes that a backslash escapes. `carry` is the bit that the last byte of a block sets in the
+/// next block.
 fn escapes(mut backslashes: u64, carry: &mut u64) -> u64 {
     let mut escaped = std::mem::take(carry);
     backslashes &= !escaped;
@@ -70,7 +71,7 @@ fn escapes(mut backslashes: u64, carry: &mut u64) -> u64 {
     escaped
 }
 
-/// A bit for each byte that has an odd number of quotes up to it: of strings, and their opening quotes.
+/// The bits of the bytes inside strings, opening quotes included: an odd number of quotes ends at each.
 fn parity(quotes: u64) -> u64 {
     [1, 2, 4, 8, 16, 32].iter().fold(quotes, |bits, shift| bits ^ bits << shift)
 }
@@ -94,15 +95,15 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_container_ends_where_serde_json_ends_it(value in json(), pretty: bool, before in 0..70usize, behind in "[\\]}{\"\\\\a]{0,80}") {
+        fn objects_and_arrays_end_where_serde_json_says(value in json(), pretty: bool, before in 0..70usize, behind in "[\\]}{\"\\\\a]{0,80}") {
             let value = Value::from(vec![value]);
             let text = if pretty { format!("{value:#}{behind}") } else { format!("{value}{behind}") };
             let mut values = Deserializer::from_str(&text).into_iter::<IgnoredAny>();
             prop_assert!(values.next().is_some_and(|value| value.is_ok()));
             let end = before + values.byte_offset();
             let bytes = [vec![b'"'; before], text.into_bytes()].concat();
-            prop_assert_eq!(end_of_container(&bytes, before), Some(end));
-            prop_assert_eq!(end_of_container(&bytes[..end - 1], before), None);
+            prop_assert_eq!(end_of_value(&bytes, before), Some(end));
+            prop_assert_eq!(end_of_value(&bytes[..end - 1], before), None);
         }
     }
 }
