@@ -49,4 +49,4 @@ ci:
 
 # Run the webhook on this machine, without a cluster or Redis
 dev *ARGUMENTS:
-    cargo run --locked --release -p balancer-webhook -- --dev {{ ARGUMENTS }}
+    cargo run --locked -p balancer-webhook -- --dev {{ ARGUMENTS }}

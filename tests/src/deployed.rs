@@ -21,7 +21,7 @@ use crate::endpoint::https;
 use crate::helm::{Helm, RELEASE};
 use crate::metrics::Metrics;
 use crate::pods;
-use crate::redis::RedisServer;
+use crate::redis::{RedisServer, policy_word};
 use crate::release::Options as Settings;
 use crate::wait::{SOON, until_true};
 
@@ -138,7 +138,7 @@ pub fn in_sandbox() -> Value {
 /// The driver's ratio in the ledger, and how many executors it counts.
 pub async fn ledger(redis: &RedisServer, job: &str) -> Result<(Option<String>, u32, u32)> {
     let key = format!("exec-count:{{{JOBS}:{job}}}");
-    let (ratio, spot, on_demand): (_, Option<u32>, Option<u32>) =
-        redis.connection().await?.hmget(key, &["ratio", "spot", "on-demand"]).await?;
-    Ok((ratio, spot.unwrap_or(0), on_demand.unwrap_or(0)))
+    let (policy, spot, on_demand): (Option<String>, Option<u32>, Option<u32>) =
+        redis.connection().await?.hmget(key, &["policy", "spot", "on-demand"]).await?;
+    Ok((policy_word(policy.as_deref(), "spot-ratio"), spot.unwrap_or(0), on_demand.unwrap_or(0)))
 }

@@ -138,7 +138,7 @@ fn folder(variable: &str) -> Option<PathBuf> {
     std::env::var_os(variable).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from this test's own target folder: the cheap `release`
+/// A binary of ours from `SPOT_BALANCER_BINARIES`, or from this test's own target folder: `release`
 /// build for a test, the `dist` build of the image for a benchmark.
 fn release_binary(name: &str) -> Result<PathBuf> {
     if let Some(folder) = std::env::var_os("SPOT_BALANCER_BINARIES") {

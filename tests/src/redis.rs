@@ -13,6 +13,11 @@ use crate::process::{Process, scratch_path};
 
 const START: Duration = Duration::from_secs(10);
 
+/// A word's value in the field `policy` of a job's record: `key` is `spot-ratio` or `on-demand-base`.
+pub fn policy_word(policy: Option<&str>, key: &str) -> Option<String> {
+    policy?.split(' ').find_map(|word| word.strip_prefix(key)?.strip_prefix('=')).map(str::to_owned)
+}
+
 /// A running redis-server without persistence. Dropping it kills it.
 #[derive(Debug)]
 pub struct RedisServer {

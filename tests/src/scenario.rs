@@ -21,7 +21,7 @@ use crate::kubelet::Kubelet;
 use crate::nodes::{self, CAPACITY};
 use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
-use crate::redis::RedisServer;
+use crate::redis::{RedisServer, policy_word};
 use crate::registration::Registration;
 use crate::wait::{SOON, until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
@@ -261,7 +261,9 @@ impl Scenario {
 
     /// The ratio and the base that the ledger holds of a job, as they are written there.
     pub async fn policy(&self, job: &str) -> Result<(Option<String>, Option<String>)> {
-        Ok(self.redis.connection().await?.hmget(self.keys(job).0, &["ratio", "base"]).await?)
+        let policy: Option<String> = self.redis.connection().await?.hget(self.keys(job).0, "policy").await?;
+        let word = |key| policy_word(policy.as_deref(), key);
+        Ok((word("spot-ratio"), word("on-demand-base")))
     }
 
     /// The job's executors by the ledger's entries.

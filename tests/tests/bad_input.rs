@@ -52,8 +52,8 @@ async fn real_reviews_are_answered_and_counted_over_both_protocols() -> Result<(
 
         let driver = fixture("k8s-1.36-spark-3.5-create-driver")?;
         assert_eq!(post("/mutate?timeout=10s", &driver).await?, Vec::<Value>::new());
-        let ratio: String = redis.connection().await?.hget("exec-count:{sandbox:00000003abc}", "ratio").await?;
-        assert_eq!(ratio, "0.7");
+        let policy: String = redis.connection().await?.hget("exec-count:{sandbox:00000003abc}", "policy").await?;
+        assert!(policy.starts_with("spot-ratio=0.7 "), "{policy}");
 
         // The old apiserver's object has no namespace: the ledger's keys get it from the request.
         let (old, new) = ("spark-pi-7abe5c", "spark-pi-dd77a5");

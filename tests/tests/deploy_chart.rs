@@ -124,53 +124,59 @@ async fn invalid_values_are_refused_with_a_reason() -> Result<()> {
         (json!({"setings": {}}), "additional properties 'setings' not allowed"),
         (json!({"settings": {"webhookTimeoutSeconds": 30}}), "maximum: got 30, want 29"),
         (json!({"settings": {"webhookTimeoutSeconds": 0}}), "minimum: got 0, want 1"),
-        (json!({"settings": {"webhookTimeoutSeconds": 10}}), "has to wait longer than the webhook takes"),
+        (
+            json!({"settings": {"webhookTimeoutSeconds": 10}}),
+            "The apiserver must wait longer than the webhook's budget",
+        ),
         (json!({"settings": {"spotPreference": "MAYBE"}}), "value must be one of 'BEST_EFFORT', 'STRICT'"),
-        (json!({"settings": {"defaultSpotRatio": "1.5"}}), "settings.defaultSpotRatio is \"1.5\", which is no ratio"),
-        (json!({"settings": {"defaultSpotRatio": "101%"}}), "which is no ratio; accepted: 0 to 1"),
-        (json!({"settings": {"defaultSpotRatio": -0.1}}), "which is no ratio"),
+        (
+            json!({"settings": {"defaultSpotRatio": "1.5"}}),
+            "settings.defaultSpotRatio is \"1.5\", which is not a ratio",
+        ),
+        (json!({"settings": {"defaultSpotRatio": "101%"}}), "which is not a ratio. Accepted: 0 to 1"),
+        (json!({"settings": {"defaultSpotRatio": -0.1}}), "which is not a ratio"),
         (json!({"settings": {"defaultSpotRatio": "CHEAP"}}), "or RELIABILITY_ONLY"),
         (json!({"settings": {"jobIdLabel": []}}), "minItems: got 0, want 1"),
         (json!({"settings": {"jobIdLabel": ["a b"]}}), "does not match pattern"),
-        (json!({"settings": {"driverRoleValue": "executor"}}), "are both \"executor\": they have to differ"),
+        (json!({"settings": {"driverRoleValue": "executor"}}), "are both \"executor\". Set two different values"),
         (json!({"settings": {"nodeRoleSelector": "yes"}}), "got string, want boolean"),
         (json!({"settings": {"reconcileGraceSeconds": 0}}), "minimum: got 0, want 5"),
         (json!({"store": "disk"}), "value must be one of 'redis', 'memory'"),
-        (json!({"store": "memory", "reconciler": {"mode": "deployment"}}), "only that can reconcile it"),
-        (json!({"store": "memory", "reconciler": {"mode": "none"}}), "the ledger would be empty for ever"),
-        (json!({"store": "memory", "webhook": {"autoscaling": {"enabled": true}}}), "is of one replica"),
-        (json!({"store": "memory", "redis": {"url": "redis://a"}}), "store is memory and redis names a server"),
+        (json!({"store": "memory", "reconciler": {"mode": "deployment"}}), "only the webhook can reconcile it"),
+        (json!({"store": "memory", "reconciler": {"mode": "none"}}), "nothing would fill the ledger again"),
+        (json!({"store": "memory", "webhook": {"autoscaling": {"enabled": true}}}), "works with one replica only"),
+        (json!({"store": "memory", "redis": {"url": "redis://a"}}), "or redis.existingSecret.name names a server"),
         (json!({"redis": {"url": "http://a"}}), "does not match pattern"),
         (json!({"redis": {"url": "redis://a", "existingSecret": {"name": "b"}}}), "are both set"),
-        (json!({"redis": {"ca": PEM}}), "speaks no TLS"),
+        (json!({"redis": {"ca": PEM}}), "does not use TLS"),
         (json!({"certificates": {"source": "none"}}), "'cert-manager', 'secret', 'helm'"),
-        (json!({"certificates": {"source": "secret"}}), "set certificates.secret.name"),
-        (json!({"certificates": {"secret": {"name": "a"}}}), "set certificates.source to secret"),
-        (json!({"namespaces": {"names": ["kube-system"]}}), "never sent to the webhook"),
-        (json!({"namespaces": {"names": ["spot-balancer"]}}), "never sent to the webhook"),
-        (
-            json!({"namespaces": {"names": ["a"], "selector": {"matchLabels": {"a": "b"}}}}),
-            "choose namespaces by name or by label",
-        ),
+        (json!({"certificates": {"source": "secret"}}), "Set certificates.secret.name"),
+        (json!({"certificates": {"secret": {"name": "a"}}}), "Set certificates.source to secret"),
+        (json!({"namespaces": {"names": ["kube-system"]}}), "Run jobs in another namespace"),
+        (json!({"namespaces": {"names": ["spot-balancer"]}}), "Run jobs in another namespace"),
+        (json!({"namespaces": {"names": ["a"], "selector": {"matchLabels": {"a": "b"}}}}), "Set only one of them"),
         (json!({"webhook": {"replicas": 0}}), "minimum: got 0, want 1"),
-        (json!({"webhook": {"service": {"port": 8080}}}), "the Service has both: they have to differ"),
-        (json!({"certificates": {"certManager": {"duration": "24h"}}}), "the certificate is valid for 24h"),
+        (json!({"webhook": {"service": {"port": 8080}}}), "The Service exposes both"),
+        (json!({"certificates": {"certManager": {"duration": "24h"}}}), "certificates.certManager.duration is 24h"),
         (json!({"certificates": {"certManager": {"issuerRef": {"kind": "ClusterIssuer"}}}}), "issuerRef has no name"),
         (json!({"certificates": {"certificateKey": "chain.pem"}}), "have the keys tls.crt and tls.key"),
-        (json!({"webhook": {"hostNetwork": true}}), "the small Redis would admit none of them"),
+        (json!({"webhook": {"hostNetwork": true}}), "the bundled Redis would reject the webhook"),
         (json!({"webhook": {"port": 80}}), "minimum: got 80, want 1,024"),
-        (json!({"webhook": {"port": 8080}}), "they have to differ"),
-        (json!({"webhook": {"autoscaling": {"minReplicas": 9}}}), "minReplicas is 9, more than maxReplicas, 6"),
+        (json!({"webhook": {"port": 8080}}), "Set two different ports"),
+        (
+            json!({"webhook": {"autoscaling": {"minReplicas": 9}}}),
+            "minReplicas is 9, more than webhook.autoscaling.maxReplicas, which is 6",
+        ),
         (
             json!({"monitoring": {"serviceMonitor": {"enabled": true}, "podMonitor": {"enabled": true}}}),
-            "everything would be scraped twice",
+            "Prometheus would scrape everything twice",
         ),
         (
             json!({
                 "monitoring": {"prometheusRule": {"enabled": true}},
                 "certificates": {"certManager": {"renewBefore": "335h59m"}},
             }),
-            "Make the first less, or the second 336h or more",
+            "Lower certificateDays, or set renewBefore to 336h or more",
         ),
     ];
     for (values, reason) in refused {
@@ -354,12 +360,12 @@ async fn the_plain_manifests_are_what_the_chart_renders() -> Result<()> {
     let path = repository("deploy/spot-balancer.yaml");
     let rendered = Helm::start().await?.template(&json!({})).await?;
     let head = "\
-# Spot Balancer for those who have no Helm, with the chart's defaults, for Kubernetes 1.27 and newer. It wants
-# cert-manager, a namespace `spot-balancer` that has nothing else in it, and your image (it stands here twice).
+# Spot Balancer without Helm: the chart with its default values, for Kubernetes 1.27 and newer. It needs cert-manager, a
+# namespace `spot-balancer` with nothing else in it, and your image, which you must enter in two places.
 #
 #   kubectl apply --filename spot-balancer.yaml
 #
-# Rendered from deploy/chart/spot-balancer; not to be edited.
+# Rendered from deploy/chart/spot-balancer. Do not edit this file.
 apiVersion: v1
 kind: Namespace
 metadata:
@@ -378,7 +384,7 @@ metadata:
     let different = manifests.lines().zip(written.lines()).position(|(now, then)| now != then);
     ensure!(
         written == manifests,
-        "deploy/spot-balancer.yaml is stale (line {}); SPOT_BALANCER_UPDATE=1 tests/run --test deploy_chart writes it anew",
+        "deploy/spot-balancer.yaml is stale (line {}); SPOT_BALANCER_UPDATE=1 tests/run --test deploy_chart renders it again",
         different.map_or(0, |line| line + 1)
     );
     Ok(())

@@ -156,7 +156,7 @@ async fn several_releases_coexist_and_conflicting_ones_are_refused_before_anythi
     helm.namespace = "elsewhere".into();
     let refusal = helm.install(&by_helm("STRICT")).await.err().context("two of one name")?;
     let refusal = format!("{refusal:#}");
-    assert!(refusal.contains("of a release in the namespace spot-balancer") && refusal.contains("choose"), "{refusal}");
+    assert!(refusal.contains("a release in the namespace spot-balancer") && refusal.contains("Choose"), "{refusal}");
     helm.release = "1st".into();
     let refusal = helm.install(&by_helm("STRICT")).await.err().context("a Service that begins with a digit")?;
     assert!(format!("{refusal:#}").contains("Set fullnameOverride"), "{refusal:#}");
@@ -305,8 +305,8 @@ async fn the_charts_redis_keeps_within_its_memory_limit_and_writes_nothing_to_di
     place(100..2500).await?;
     let keys: usize = redis::cmd("DBSIZE").query_async(&mut connection).await?;
     ensure!((200..5000).contains(&keys), "{keys} keys: the bound was not met");
-    let degraded = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "degraded")]);
-    assert_eq!(degraded, Some(0.0), "{}", webhook.process().log()?);
+    let fallback = webhook.metrics().await?.sum("spot_balancer_placements_total", &[("source", "fallback")]);
+    assert_eq!(fallback, Some(0.0), "{}", webhook.process().log()?);
     Ok(())
 }
 

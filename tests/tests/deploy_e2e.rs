@@ -33,7 +33,7 @@ async fn end_to_end_tests_pass_if_executors_are_placed_and_clean_up() -> Result<
         for line in ["ratio 1.0: 10 of 10 on spot", "ratio 0.0: 0 of 10 on spot", "ratio 0.7: 7 of 10 on spot"] {
             assert!(output.contains(line), "{output}");
         }
-        assert!(output.contains("all as asked"), "{output}");
+        assert!(output.contains("all ratios as expected"), "{output}");
         until_cleaned_up(&scenario).await?;
     }
     Ok(())

@@ -77,7 +77,7 @@ async fn an_emptied_store_is_refilled() -> Result<()> {
     scenario.driver("waiting", "0.9").await?.pod()?;
     // By which a loss is told.
     until_true(SOON, "a mark in the store", async || {
-        Ok(redis::cmd("EXISTS").arg("exec-reconciler").query_async(&mut scenario.redis.connection().await?).await?)
+        Ok(redis::cmd("EXISTS").arg("exec-heartbeat").query_async(&mut scenario.redis.connection().await?).await?)
     })
     .await?;
     scenario.redis.flush().await?;

@@ -252,7 +252,8 @@ async fn metrics_and_log_show_what_the_reconciler_does() -> Result<()> {
     ensure!(quick < 2.0, "from a change to its repair it takes {quick} s on average");
 
     let log = scenario.reconcilers[0].process().log()?;
-    let corrected: Vec<&str> = log.lines().filter(|line| line.contains("ledger corrected") && line.contains(JOB)).collect();
+    let corrected: Vec<&str> =
+        log.lines().filter(|line| line.contains("ledger corrected") && line.contains(JOB)).collect();
     ensure!(!corrected.is_empty() && corrected.len() <= 4, "{log}");
     for line in corrected {
         for part in ["namespace", "missing", "stale", "wrong_capacity", "spot", "on_demand"] {

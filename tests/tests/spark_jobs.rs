@@ -79,7 +79,7 @@ async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
     for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
         assert!(output.contains(line), "{output}");
     }
-    assert!(output.contains("all as asked"), "{output}");
+    assert!(output.contains("all ratios as expected"), "{output}");
     until_nothing_is_left(&scenario).await?;
     // A driver that is deleted after its executors makes others in their place.
     assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);

@@ -20,7 +20,7 @@ const DAY: Duration = Duration::from_secs(86_400);
 const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
 const COUNT: &str = "exec-count:{etl:spark-1}";
 const PODS: &str = "exec-pods:{etl:spark-1}";
-const MARK: &str = "exec-reconciler";
+const MARK: &str = "exec-heartbeat";
 
 async fn connect(server: &RedisServer, ttl: Duration) -> Result<RedisLedger> {
     Ok(RedisLedger::connect(&server.url(), RedisOptions { timeout: Duration::from_secs(10), ttl }).await?)
@@ -155,7 +155,8 @@ async fn a_person_can_read_the_two_keys_of_a_job() -> Result<()> {
         bench.ledger.place(JOB, &request(executor)).await?;
     }
     bench.mend(&[live("a", None)], None, DAY).await?;
-    let fields = [("base", "1"), ("on-demand", "2"), ("ratio", "0.7"), ("spot", "1"), ("term", "1")];
+    let policy = "spot-ratio=0.7 on-demand-base=1";
+    let fields = [("on-demand", "2"), ("policy", policy), ("spot", "1"), ("term", "1"), ("v", "1")];
     let fields = fields.map(|(name, value)| (name.to_owned(), value.to_owned()));
     assert_eq!(bench.hash(COUNT).await?, BTreeMap::from(fields));
 
@@ -348,10 +349,12 @@ async fn a_lost_policy_is_asked_for_again() -> Result<()> {
     let mut bench = Bench::start().await?;
     for change in [
         cmd("DEL").arg(COUNT).to_owned(),
-        cmd("HDEL").arg(COUNT).arg("base").to_owned(),
-        cmd("HSET").arg(COUNT).arg("ratio").arg("lots").to_owned(),
-        cmd("HSET").arg(COUNT).arg("ratio").arg("1.5").to_owned(),
-        cmd("HSET").arg(COUNT).arg("base").arg("-1").to_owned(),
+        cmd("HDEL").arg(COUNT).arg("policy").to_owned(),
+        cmd("HSET").arg(COUNT).arg("policy").arg("lots").to_owned(),
+        cmd("HSET").arg(COUNT).arg("policy").arg("spot-ratio=0.5").to_owned(),
+        cmd("HSET").arg(COUNT).arg("policy").arg("spot-ratio=lots on-demand-base=0").to_owned(),
+        cmd("HSET").arg(COUNT).arg("policy").arg("spot-ratio=1.5 on-demand-base=0").to_owned(),
+        cmd("HSET").arg(COUNT).arg("policy").arg("spot-ratio=0.5 on-demand-base=-1").to_owned(),
     ] {
         bench.ask::<()>(&cmd("FLUSHALL")).await?;
         bench.fill(4).await?;
@@ -362,6 +365,50 @@ async fn a_lost_policy_is_asked_for_again() -> Result<()> {
         let shown = bench.ledger.get(JOB).await?.context("the job is gone")?;
         assert_eq!(shown.policy(), looked_up.policy, "{change:?}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn fields_and_policy_words_of_a_newer_version_survive() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    let stored = "zones=3 spot-ratio=0.5 on-demand-base=0 x=";
+    bench.ask::<()>(cmd("HSET").arg(COUNT).arg(&[("v", "2"), ("policy", stored), ("closed", "soon")])).await?;
+    assert_eq!(counts(bench.ledger.place(JOB, &request("e1")).await?), Some((1, 0)));
+    let expect = async |bench: &mut Bench, known: &str| -> Result<()> {
+        let record = bench.hash(COUNT).await?;
+        let field = |name| record.get(name).map(String::as_str);
+        assert_eq!((field("v"), field("closed")), (Some("2"), Some("soon")));
+        assert_eq!(field("policy"), Some(format!("zones=3 {known} x=").as_str()));
+        Ok(())
+    };
+    expect(&mut bench, "spot-ratio=0.5 on-demand-base=0").await?;
+    bench.ledger.learn(JOB, policy("0.7", 2)?).await?;
+    expect(&mut bench, "spot-ratio=0.7 on-demand-base=2").await?;
+    bench.mend(&[live("e1", None)], Some(policy("0.9", 1)?), DAY).await?;
+    expect(&mut bench, "spot-ratio=0.9 on-demand-base=1").await?;
+    bench.ledger.release(JOB, "e1", None).await?;
+    expect(&mut bench, "spot-ratio=0.9 on-demand-base=1").await?;
+
+    // A first policy is merged too.
+    bench.ask::<()>(cmd("HSET").arg(COUNT).arg("policy").arg("zones=3 spot-ratio=lots x=")).await?;
+    let looked_up = PlaceRequest { policy: Some(policy("0.25", 2)?), ..request("e2") };
+    bench.ledger.place(JOB, &looked_up).await?;
+    let merged = bench.hash(COUNT).await?.remove("policy");
+    assert_eq!(merged.as_deref(), Some("zones=3 spot-ratio=0.25 x= on-demand-base=2"));
+    assert_eq!(bench.ledger.get(JOB).await?.and_then(|ledger| ledger.policy()), looked_up.policy);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_policy_that_is_not_one_is_replaced() -> Result<()> {
+    need!(Redis);
+    let mut bench = Bench::start().await?;
+    bench.fill(1).await?;
+    bench.ask::<()>(cmd("HSET").arg(COUNT).arg("policy").arg("lots of spot")).await?;
+    assert_eq!(bench.ledger.get(JOB).await?.and_then(|ledger| ledger.policy()), None);
+    bench.ledger.learn(JOB, policy("0.7", 2)?).await?;
+    assert_eq!(bench.hash(COUNT).await?.remove("policy").as_deref(), Some("spot-ratio=0.7 on-demand-base=2"));
     Ok(())
 }
 

@@ -1,10 +1,10 @@
-//! What the pure part of an admission costs: reading a real review, deciding, writing the reply.
+//! The cost of the pure part of an admission: decoding a real review, deciding, and encoding the reply.
 
 use balancer_core::{Action, Capacity, Conventions, Counts, Policy, Reply, Review, decide};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
-/// Without white space, as it comes over the wire.
+/// A real review without white space, as apiservers send it.
 fn wire() -> Vec<u8> {
     let fixture = include_bytes!("../../../tests/fixtures/k8s-1.36-spark-3.5-create-executor.json");
     serde_json::from_slice::<serde_json::Value>(fixture)

@@ -1,5 +1,5 @@
-//! PlaceRequest inside another admission tool: from the bytes of a review to the bytes of its reply, with
-//! a ledger of one's own (here a map).
+//! Placing executors in another admission tool: from the bytes of a review to the bytes of its reply, with a ledger
+//! of its own (here a map).
 //!
 //! ```sh
 //! cargo run --example embed < tests/fixtures/k8s-1.36-spark-3.5-create-executor.json
@@ -10,11 +10,11 @@ use std::io::{Read, Write};
 
 use balancer_core::{Action, Conventions, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError};
 
-/// A ledger of every job, in a map. Yours may be a table, or a field of something that you keep anyway.
+/// The ledgers of all jobs in a map. Yours may be a table, or a field of a record that you have anyway.
 #[derive(Default)]
 struct Ledgers(HashMap<(String, String), JobLedger>);
 
-/// Answers one review. `policy` is what your tool knows of the job; the driver's annotation, perhaps.
+/// Answers one review. `policy` is the job's policy, for example from the annotations of its driver.
 fn admit(
     bytes: &[u8],
     conventions: &Conventions,

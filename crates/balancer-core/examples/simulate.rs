@@ -1,5 +1,5 @@
-//! A job's life without any cluster: executors come, spot is reclaimed, more come. Shows how the
-//! ratio is kept. Simulated: no pod is made.
+//! Simulates a job without a cluster: executors are added, spot executors are reclaimed, more are added. It shows how
+//! the ledger keeps the ratio.
 //!
 //! ```sh
 //! cargo run --example simulate -- 0.7 2    # ratio, on-demand base
@@ -16,7 +16,7 @@ struct Simulation {
 }
 
 impl Simulation {
-    /// `executors` more, as Spark names them.
+    /// Adds executors with the names that Spark gives them.
     fn add(&mut self, executors: u64) {
         for number in self.next..self.next + executors {
             let name = format!("etl-exec-{number}");
@@ -34,7 +34,7 @@ impl Simulation {
         self.report(&format!("+{executors}"));
     }
 
-    /// The cloud takes `executors` spot executors back.
+    /// Removes spot executors, as if the cloud had reclaimed them.
     fn reclaim(&mut self, executors: usize) {
         let gone: Vec<String> = self
             .ledger
@@ -52,10 +52,10 @@ impl Simulation {
 
     fn report(&self, what: &str) {
         let Counts { spot, on_demand } = self.ledger.counts();
-        let past_base = (spot + on_demand).saturating_sub(u64::from(self.policy.on_demand_base));
+        let beyond_base = (spot + on_demand).saturating_sub(u64::from(self.policy.on_demand_base));
         #[expect(clippy::cast_precision_loss, reason = "for people to read")]
-        let share = spot as f64 / past_base.max(1) as f64;
-        println!("\n{what:>9}: {spot} spot, {on_demand} on-demand; spot is {share:.3} of those past the base");
+        let share = spot as f64 / beyond_base.max(1) as f64;
+        println!("\n{what:>9}: {spot} spot, {on_demand} on-demand; spot is {share:.3} of those beyond the base");
     }
 }
 

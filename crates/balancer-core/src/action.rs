@@ -1,5 +1,4 @@
-//! What a review is about: which executor of which job is created or deleted, or which driver
-//! states a policy.
+//! What a review asks for: to place an executor, to release one, or to learn a driver's policy.
 
 use crate::capacity::Capacity;
 use crate::conventions::Conventions;
@@ -8,10 +7,10 @@ use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyOverrides};
 use crate::review::{Operation, Review};
 
-/// The longest name that Kubernetes accepts; namespaces, label values and uids are shorter.
-const MOST_BYTES: usize = 253;
+/// The longest name that Kubernetes accepts, in bytes. Namespaces, label values and uids are shorter.
+const MAX_NAME_BYTES: usize = 253;
 
-/// A job: its namespace, and its id within it.
+/// A job, identified by its namespace and the value of its job id label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobRef<'a> {
     /// The namespace.
@@ -21,13 +20,13 @@ pub struct JobRef<'a> {
 }
 
 impl JobRef<'_> {
-    /// The same, to keep.
+    /// The same job, owned.
     pub fn to_job_id(self) -> JobId {
         JobId { namespace: self.namespace.to_owned(), app_id: self.app_id.to_owned() }
     }
 }
 
-/// A [`JobRef`] of one's own.
+/// An owned [`JobRef`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JobId {
     /// The namespace.
@@ -37,13 +36,13 @@ pub struct JobId {
 }
 
 impl JobId {
-    /// The job.
+    /// The same job, borrowed.
     pub fn as_job_ref(&self) -> JobRef<'_> {
         JobRef { namespace: &self.namespace, app_id: &self.app_id }
     }
 }
 
-/// What is to be done about a review.
+/// What to do about a review.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Action<'a> {
     /// An executor is created: place it.
@@ -52,14 +51,14 @@ pub enum Action<'a> {
     Release(Executor<'a>),
     /// A driver is created: learn its policy.
     Learn(Driver<'a>),
-    /// Nothing of ours.
+    /// There is nothing to do.
     Ignore(IgnoreReason),
 }
 
-/// Why a review is left alone.
+/// Why there is nothing to do about a review.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum IgnoreReason {
-    /// Not a pod, or a part of one such as its eviction.
+    /// Not a pod, or a subresource of a pod such as its eviction.
     NotAPod,
     /// A pod of another role.
     OtherRole,
@@ -67,34 +66,34 @@ pub enum IgnoreReason {
     OtherOperation,
     /// No job id label.
     NoJob,
-    /// A name, namespace, job id or uid longer than Kubernetes accepts: the pod will be refused.
+    /// A name, namespace, job id or uid longer than Kubernetes accepts. The apiserver will refuse the pod.
     TooLong,
-    /// The executor is bound to a node already: a selector could only make the node reject it. The
-    /// reconciler counts it by its node.
+    /// The executor is already bound to a node, and a nodeSelector could only make the node reject it. The
+    /// reconciler counts it by the capacity of its node.
     Bound,
 }
 
 /// An executor that is created or deleted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Executor<'a> {
-    /// Its job.
+    /// The job.
     pub job: JobRef<'a>,
-    /// The label that told the job; its driver carries the same.
+    /// The label that contained the job id. The job's driver has the same label.
     pub job_label: &'a str,
-    /// Its key in the ledger: its name, or [`Executor::stamp`].
+    /// The executor's key in the ledger: its name, or [`Executor::placeholder`].
     pub key: &'a str,
-    /// The id that stands for the name that the apiserver has yet to make; written into the decision
-    /// annotation, so that the pod can be matched later.
+    /// The id that replaces the name if the apiserver generates the name after the admission. The decision
+    /// annotation contains it, so that later reviews and the reconciler find the entry.
     pub placeholder: Option<&'a str>,
-    /// The pod's uid; known once it exists.
+    /// The pod's uid; absent at creation.
     pub uid: Option<&'a str>,
-    /// By what it is decided without a ledger.
+    /// What the fallback formula uses.
     pub ordinal: Ordinal<'a>,
-    /// The capacity that it fixes itself.
+    /// The capacity that the pod requires by itself.
     pub required: Option<Capacity>,
-    /// What its own annotations validly state.
+    /// The policy fields that the executor's own annotations state.
     pub overrides: PolicyOverrides,
-    /// What they state and we cannot read.
+    /// The fields whose values are invalid.
     pub invalid: Vec<InvalidField>,
     /// The pod.
     pub pod: &'a Pod<'a>,
@@ -103,11 +102,11 @@ pub struct Executor<'a> {
 /// A driver that is created.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Driver<'a> {
-    /// Its job.
+    /// The job.
     pub job: JobRef<'a>,
-    /// What its annotations validly state.
+    /// The policy fields that the driver's annotations state.
     pub overrides: PolicyOverrides,
-    /// What they state and we cannot read.
+    /// The fields whose values are invalid.
     pub invalid: Vec<InvalidField>,
 }
 
@@ -135,7 +134,7 @@ impl<'a> Action<'a> {
                 return Err(IgnoreReason::OtherOperation);
             }
             let (_, id) = conventions.job(pod).ok_or(IgnoreReason::NoJob)?;
-            if namespace.len() > MOST_BYTES || id.len() > MOST_BYTES {
+            if namespace.len() > MAX_NAME_BYTES || id.len() > MAX_NAME_BYTES {
                 return Err(IgnoreReason::TooLong);
             }
             let (overrides, invalid) = conventions.overrides(pod);
@@ -154,14 +153,14 @@ impl<'a> Action<'a> {
             .into_iter()
             .find_map(|name| name.as_deref().filter(|name| !name.is_empty()));
         let placeholder = match (creating, name) {
-            // A reinvoked admission finds the id that we gave it first.
+            // On reinvocation the pod has the id of the first call.
             (true, None) => Some(conventions.placeholder(pod).unwrap_or(&request.uid)),
             (true, Some(_)) => None,
             (false, _) => conventions.placeholder(pod),
         };
         let key = placeholder.or(name).unwrap_or(&request.uid);
         let uid = pod.metadata.uid.as_deref().filter(|uid| !uid.is_empty());
-        if [namespace, id, key, uid.unwrap_or_default()].iter().any(|text| text.len() > MOST_BYTES) {
+        if [namespace, id, key, uid.unwrap_or_default()].iter().any(|text| text.len() > MAX_NAME_BYTES) {
             return Err(IgnoreReason::TooLong);
         }
         let (overrides, invalid) = conventions.overrides(pod);

@@ -1,14 +1,14 @@
-//! Where the next executor goes: the rule of DESIGN section 5, in exact integer arithmetic, and its
-//! closed form for when no ledger can be asked.
+//! The capacity of the next executor, in exact integer arithmetic, and the fallback formula for when the store
+//! does not answer.
 
 use crate::capacity::{Capacity, Counts};
 use crate::policy::Policy;
 use crate::ratio::Ratio;
 
-/// Where a job with these live executors and this policy gets its next executor.
+/// The capacity of the next executor of a job with these live executors and this policy.
 ///
-/// First the base goes on-demand; past it, spot as long as spot's share of the executors past the
-/// base is not above the ratio. Never more than one executor away from the ratio.
+/// The executors of the on-demand base come first. After them the next executor goes to spot unless spot's share
+/// of the executors beyond the base is above the ratio. So a job stays within one executor of its ratio.
 pub fn decide(counts: Counts, policy: Policy) -> Capacity {
     let base = u64::from(policy.on_demand_base);
     if counts.on_demand < base || policy.spot_ratio == Ratio::ZERO {
@@ -17,29 +17,29 @@ pub fn decide(counts: Counts, policy: Policy) -> Capacity {
     if policy.spot_ratio == Ratio::ONE {
         return Capacity::Spot;
     }
-    let past_base = counts.spot + (counts.on_demand - base);
+    let beyond_base = counts.spot + (counts.on_demand - base);
     let spot = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
-    // With no executor past the base this is 0 <= 0: the first one goes to spot.
-    if spot <= u128::from(policy.spot_ratio.billionths()) * u128::from(past_base) {
+    // Without an executor beyond the base this is 0 <= 0, so the first one goes to spot.
+    if spot <= u128::from(policy.spot_ratio.billionths()) * u128::from(beyond_base) {
         Capacity::Spot
     } else {
         Capacity::OnDemand
     }
 }
 
-/// What an executor is called by, when the ledger cannot be asked.
+/// What the fallback formula knows of an executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ordinal<'a> {
-    /// Spark's `spark-exec-id`: 1, 2, 3 …
+    /// The label `spark-exec-id`, with which Spark numbers the executors of a job from 1.
     Number(u64),
-    /// No number is known; this name (or id) stands for it.
+    /// The name or placeholder, if the number is not known.
     Name(&'a str),
 }
 
-/// Where an executor goes when no ledger can be asked.
+/// The fallback formula: the capacity of an executor if the store does not answer.
 ///
-/// By its number: what [`decide`] would have said had every earlier executor lived. By its name: a
-/// hash of it, so that the share is right on average and the answer the same each time.
+/// For a number, this is what [`decide`] returns if every earlier executor still lives. For a name, it depends on
+/// a hash of the name, so that the ratio is met on average and the answer is always the same.
 pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
     let ratio = u128::from(policy.spot_ratio.billionths());
     let one = u128::from(Ratio::ONE_IN_BILLIONTHS);
@@ -48,15 +48,15 @@ pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
         Ordinal::Number(number) => match number.saturating_sub(u64::from(policy.on_demand_base)) {
             0 => false,
             1 => true,
-            // floor((i-1)·r) > floor((i-2)·r): the step at which one more spot executor is due.
-            past => u128::from(past - 1) * ratio / one > u128::from(past - 2) * ratio / one,
+            // floor((i-1)·r) > floor((i-2)·r): at this executor one more spot executor is due.
+            i => u128::from(i - 1) * ratio / one > u128::from(i - 2) * ratio / one,
         },
         Ordinal::Name(name) => u128::from(hash(name)) * one < ratio << 64,
     };
     if spot { Capacity::Spot } else { Capacity::OnDemand }
 }
 
-/// FNV-1a with murmur's finish, so that names that differ in their last letter spread evenly.
+/// FNV-1a with the finalizer of MurmurHash3, so that names that differ only in their last letter spread evenly.
 fn hash(name: &str) -> u64 {
     let mut hash = name
         .bytes()
@@ -102,7 +102,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn from_an_empty_job_the_ledger_and_the_closed_form_agree_and_stay_within_one(
+        fn from_an_empty_job_rule_and_fallback_formula_agree_and_stay_within_one(
             ratio in ratios(), base in 0u32..20, executors in 1u64..400,
         ) {
             let policy = policy(ratio, base);
@@ -111,15 +111,15 @@ mod tests {
                 let capacity = decide(counts, policy);
                 prop_assert_eq!(decide_without_ledger(Ordinal::Number(number), policy), capacity, "executor {}", number);
                 counts.add(capacity);
-                let past_base = counts.total().saturating_sub(u64::from(base));
-                let wanted = u128::from(past_base) * u128::from(ratio);
+                let beyond_base = counts.total().saturating_sub(u64::from(base));
+                let wanted = u128::from(beyond_base) * u128::from(ratio);
                 let have = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
                 prop_assert!(have.abs_diff(wanted) <= u128::from(Ratio::ONE_IN_BILLIONTHS), "{:?} of {}", counts, number);
             }
         }
 
         #[test]
-        fn from_any_counts_enough_executors_bring_the_job_within_one_of_its_ratio(
+        fn from_any_counts_new_executors_restore_the_ratio(
             ratio in ratios(), spot in 0u64..60, on_demand in 0u64..60,
         ) {
             let policy = policy(ratio, 0);

@@ -1,5 +1,4 @@
-//! What a pod that is in the cluster tells of its job: the reconciler's side of what
-//! [`Action`](crate::Action) is to an admission.
+//! A live pod of a job, as the reconciler sees it.
 
 use crate::action::JobRef;
 use crate::capacity::Capacity;
@@ -7,7 +6,7 @@ use crate::conventions::Conventions;
 use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyOverrides};
 
-/// A live pod of a job, reduced to what counts (DESIGN section 7).
+/// A live pod of a job.
 #[derive(Clone, Debug, PartialEq)]
 pub enum JobPod<'a> {
     /// An executor.
@@ -19,35 +18,36 @@ pub enum JobPod<'a> {
 /// A live executor pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExecutorPod<'a> {
-    /// Its job.
+    /// The job.
     pub job: JobRef<'a>,
-    /// Its key in the ledger: its name, or the id stamped on a pod whose name the apiserver made.
+    /// The executor's key in the ledger: its name, or the placeholder if the apiserver generated the name.
     pub key: &'a str,
     /// The pod's uid.
     pub uid: &'a str,
-    /// The node that it is bound to, whose label tells its capacity first.
+    /// The node that the pod is bound to. If it is known, its capacity is the executor's.
     pub node: Option<&'a str>,
-    /// What its own nodeSelector or affinity fixes, else its decision annotation.
+    /// The capacity that the pod's nodeSelector or affinity requires, else the one in its decision annotation.
     pub asked: Option<Capacity>,
 }
 
 /// A live driver pod.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DriverPod<'a> {
-    /// Its job.
+    /// The job.
     pub job: JobRef<'a>,
     /// The pod's uid.
     pub uid: &'a str,
-    /// When it was made, RFC 3339 in UTC: compares as text. The newest driver of a job speaks for it.
+    /// The creation time, RFC 3339 in UTC, so that comparing texts compares times. The newest driver of a job
+    /// determines its policy.
     pub created: &'a str,
-    /// What its annotations validly state.
+    /// The policy fields that the driver's annotations state.
     pub overrides: PolicyOverrides,
-    /// What they state and we cannot read.
+    /// The fields whose values are invalid.
     pub invalid: Vec<InvalidField>,
 }
 
 impl<'a> JobPod<'a> {
-    /// What the pod tells; `None` for one that is of no job, or not live.
+    /// Classifies a pod; `None` if it does not belong to a job or is not live.
     pub fn of(pod: &'a Pod<'_>, conventions: &'a Conventions) -> Option<Self> {
         if !pod.is_live() {
             return None;
@@ -105,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn only_live_pods_of_a_job_are_seen() {
+    fn only_live_pods_of_a_job_count() {
         let seen = |pod: Pod<'_>| JobPod::of(&pod, &Conventions::default()).is_some();
         assert!(seen(pod(|_| {})));
         assert!(seen(pod(|pod| pod["status"]["phase"] = json!("Pending"))));
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn its_own_selector_is_believed_before_the_decision_and_the_decision_where_there_is_none() {
+    fn the_pods_own_selector_precedes_its_decision_annotation() {
         let decided = |pod: &mut Value| pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
         assert_eq!(executor(&pod(|_| {})), ("p".into(), None, None));
         assert_eq!(executor(&pod(decided)).2, Some(Capacity::Spot));
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_whose_name_the_apiserver_made_is_known_by_its_stamp() {
+    fn a_pod_with_a_generated_name_is_known_by_its_placeholder() {
         let stamped = pod(|pod| {
             pod["metadata"]["generateName"] = json!("p-");
             pod["metadata"]["annotations"] = json!({"workload/capacity-type": "on-demand/id-1"});
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_tells_its_policy_part_by_part() {
+    fn a_driver_states_each_policy_field_by_itself() {
         let driver = pod(|pod| {
             pod["metadata"]["labels"]["spark-role"] = json!("driver");
             pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "1", "workload/on-demand-base": "x"});

@@ -1,5 +1,5 @@
-//! One job's ledger: which live executor counts as which capacity. The reference for every store:
-//! a store adds only where it is kept, a clock and a lock (DESIGN sections 5 and 6).
+//! The ledger of one job: the capacity of each live executor. It is the reference for every store, which only adds
+//! where the ledger is kept, a clock and atomicity.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -9,9 +9,9 @@ use crate::capacity::{Capacity, Counts};
 use crate::decide::decide;
 use crate::policy::{Policy, PolicyOverrides};
 
-/// How often the leadership of the reconcilers has changed hands. A ledger that was reconciled in one
-/// term takes no reconciling of an earlier one: a leader that was stopped for a while, and does not know
-/// yet that another has taken over, sees a cluster of the past.
+/// A fencing token: how often the leader of the reconcilers has changed. A ledger that was reconciled in one term
+/// ignores reconciles of earlier terms. They come from a leader that was paused, does not know its successor yet,
+/// and has an outdated view of the cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Term(pub u64);
 
@@ -21,24 +21,24 @@ impl fmt::Display for Term {
     }
 }
 
-/// Milliseconds on the store's clock; only differences matter.
+/// Milliseconds on the store's clock. Only differences matter.
 pub type Millis = u64;
 
 /// A request to place one executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlaceRequest<'a> {
-    /// The executor's key in the ledger: its name, or the id stamped on a pod without one.
+    /// The executor's key in the ledger: its name, or the placeholder of a pod without a name.
     pub key: &'a str,
-    /// The capacity that the pod itself asks for; it is counted as that, whatever the ratio.
+    /// The capacity that the pod requires by itself. The executor counts as this, whatever the ratio.
     pub required: Option<Capacity>,
-    /// What the executor itself states; it wins over the job's policy, for this executor alone.
+    /// What the executor itself states. It precedes the job's policy for this executor.
     pub overrides: PolicyOverrides,
-    /// The job's policy, if the caller has looked it up; noted where the ledger knows none.
+    /// The job's policy, if the caller has looked it up. The ledger stores it if it has no policy.
     pub policy: Option<Policy>,
 }
 
 impl<'a> PlaceRequest<'a> {
-    /// A placing of this executor, with no policy looked up.
+    /// A request for this executor, without a policy of the job.
     pub fn of(executor: &'a Executor<'_>) -> Self {
         Self { key: executor.key, required: executor.required, overrides: executor.overrides, policy: None }
     }
@@ -49,89 +49,89 @@ impl<'a> PlaceRequest<'a> {
 pub enum PlaceOutcome {
     /// The executor is in the ledger.
     Placed(Placed),
-    /// Neither the request nor the ledger knows the job's policy: look the driver up and ask again.
+    /// Neither the request nor the ledger has the job's policy. Look up the driver and ask again.
     NeedPolicy,
 }
 
-/// Where an executor was placed.
+/// A placed executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {
-    /// Its capacity.
+    /// The capacity.
     pub capacity: Capacity,
-    /// Whether this request added it; `false` if it was in the ledger already, and counts once.
+    /// Whether this request added the executor; `false` if it already was in the ledger.
     pub is_new: bool,
-    /// The job's executors with this one.
+    /// The job's executors, this one included.
     pub counts: Counts,
 }
 
 /// One executor in the ledger.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it counts as.
+    /// The capacity that the executor counts as.
     pub capacity: Capacity,
-    /// The pod's uid, once the reconciler has seen the pod; an admission cannot know it.
+    /// The pod's uid, after a reconcile has found the pod. An admission does not know it.
     pub uid: Option<String>,
-    /// When it was last placed.
+    /// The time of the last placement.
     pub placed_at: Millis,
 }
 
-/// A live executor pod as the reconciler sees it.
+/// A live executor pod, as the reconciler found it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LiveExecutor<'a> {
-    /// Its key in the ledger.
+    /// The executor's key in the ledger.
     pub key: &'a str,
     /// The pod's uid.
     pub uid: &'a str,
-    /// Where it runs or must run; `None` while nothing tells.
+    /// The capacity that the pod runs on or must run on; `None` while it is not known.
     pub capacity: Option<Capacity>,
 }
 
-/// What the cluster says of one job.
+/// The state of one job in the cluster.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JobState<'a> {
-    /// Its live executors, each once.
+    /// The live executors, each once.
     pub live: &'a [LiveExecutor<'a>],
-    /// What its driver asks for, as far as that is known; each part replaces the noted one.
+    /// The policy fields that the driver states. Each replaces the stored one.
     pub overrides: PolicyOverrides,
-    /// Whether neither a driver nor an executor of it is left: its policy then goes with its last entry.
+    /// Whether the job has neither a driver nor an executor left. The policy is then removed with the last entry.
     pub ended: bool,
 }
 
-/// What a reconcile came to.
+/// The result of a reconcile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReconcileOutcome {
-    /// The ledger is what was observed.
+    /// The ledger now matches the cluster.
     Done(ReconcileSummary),
-    /// Nothing was changed: the ledger was reconciled in this later term.
+    /// Nothing was changed, because the ledger was already reconciled in this later term.
     Superseded(Term),
 }
 
-/// A ledger that is what was observed.
+/// What a reconcile has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReconcileSummary {
-    /// What had to be changed.
+    /// What it corrected.
     pub drift: Drift,
-    /// The executors by capacity, those that wait for their pods included.
+    /// The executors on each capacity, including placements that wait for their pods.
     pub counts: Counts,
-    /// In how many milliseconds the job is to be looked at again, since the first placement that has no
-    /// pod yet will then have waited for the grace, or the first released executor that still seems to live
-    /// will have had its time to go; `None` where there are none.
+    /// When to reconcile the job again, in milliseconds: when the first placement without a pod has waited for the
+    /// grace period, or [`JobLedger::RELEASE_GRACE`] ends for the first released executor that still appears to
+    /// be live. `None` if there is neither.
     pub recheck_after: Option<Millis>,
 }
 
-/// What a reconcile found wrong, and mended.
+/// How the ledger differed from the cluster before a reconcile corrected it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Drift {
-    /// Live executors that the ledger did not have: entered.
+    /// Live executors that were not in the ledger. They were added.
     pub missing: u64,
-    /// Entries without a live executor: struck.
+    /// Entries without a live executor. They were removed.
     pub stale: u64,
-    /// Entries under the other capacity: corrected.
+    /// Entries with the other capacity. They were corrected.
     pub wrong_capacity: u64,
 }
 
 impl Drift {
-    /// Whether the ledger was right already.
+    /// Whether the ledger matched the cluster.
     pub fn is_none(self) -> bool {
         self == Self::default()
     }
@@ -148,17 +148,17 @@ pub struct JobLedger {
 }
 
 impl JobLedger {
-    /// How many released uids a ledger remembers. One pod's end is reviewed two or three times within
-    /// moments; this outlasts the reviews of several pods that end at once, and costs Redis little.
+    /// How many released uids a ledger remembers. The end of one pod causes two or three reviews in quick
+    /// succession. This is enough for several pods that end at once, and takes little memory in Redis.
     pub const RELEASED_REMEMBERED: usize = 16;
 
-    /// How long a released executor has to show that it goes, in milliseconds; no longer than the grace. A
-    /// deletion is reviewed before the cluster shows it; one that is refused after its review has to come
-    /// back into the ledger.
+    /// How long a released executor may still appear to be live, in milliseconds; at most the grace period. A
+    /// deletion is reviewed before it shows in the cluster. An executor whose deletion is refused after the review
+    /// is added to the ledger again after this time.
     pub const RELEASE_GRACE: Millis = 2_000;
 
-    /// A ledger of what a store holds: `released` as [`JobLedger::released`] tells them. The counts
-    /// are taken from the entries.
+    /// A ledger from the parts that a store keeps. `released` is in the order of [`JobLedger::released`]. The counts
+    /// are those of the entries.
     pub fn from_parts(
         policy: Option<Policy>,
         entries: HashMap<String, Entry>,
@@ -171,13 +171,13 @@ impl JobLedger {
         ledger
     }
 
-    /// Decides and enters, in one step. Asked again for the same executor it gives the same answer
-    /// and counts once.
+    /// Decides on a capacity and adds the executor, in one step. A repeated request gets the same answer, and the
+    /// executor counts once.
     pub fn place(&mut self, request: &PlaceRequest<'_>, now: Millis) -> PlaceOutcome {
         let outcome = self.peek(request);
         self.policy = self.policy.or(request.policy);
         if let PlaceOutcome::Placed(placed) = outcome {
-            // A known name may be a new pod by that name: its uid is again unknown.
+            // A known name may belong to a new pod, so the uid is unknown again.
             let entry = Entry { capacity: placed.capacity, uid: None, placed_at: now };
             self.entries.insert(request.key.to_owned(), entry);
             self.counts = placed.counts;
@@ -185,7 +185,7 @@ impl JobLedger {
         outcome
     }
 
-    /// What [`JobLedger::place`] would answer, with nothing entered: for a dry run.
+    /// What [`JobLedger::place`] would return. Nothing is added; this is for a dry run.
     pub fn peek(&self, request: &PlaceRequest<'_>) -> PlaceOutcome {
         let PlaceRequest { key, required, overrides, policy } = *request;
         let known = self.entries.get(key).map(|entry| entry.capacity);
@@ -210,18 +210,17 @@ impl JobLedger {
         PlaceOutcome::Placed(Placed { capacity, is_new: known.is_none(), counts })
     }
 
-    /// Strikes an executor; answers what it counted as, or `None` where nothing was struck.
+    /// Removes an executor. Returns the capacity that it counted as, or `None` if nothing was removed.
     ///
-    /// Releasing twice is harmless, also when a newer pod has taken the name in between: an entry
-    /// known under another uid stays, and so does one of unknown uid where this uid was released already.
-    /// (One pod's deletion is reviewed several times, by several callers, and a review may come after
-    /// the next pod's placement, whose uid is not known yet.)
+    /// Several callers review the deletion of one pod, and such a review may arrive after the placement of the next
+    /// pod with the same name. Therefore an entry with another uid stays, and so does an entry without a uid if
+    /// `uid` was already released.
     pub fn release(&mut self, executor: &str, uid: Option<&str>, now: Millis) -> Option<Capacity> {
         if let Some(uid) = uid {
             let known = self.entries.get(executor).and_then(|entry| entry.uid.as_deref());
             let again = self.released.iter().any(|(released, _)| released == uid);
-            // A pod that was seen to live on after its release has to be released again, and its time to go
-            // begins anew.
+            // An entry with this uid is a pod that outlived its release. It is released again, and its
+            // RELEASE_GRACE starts again.
             if known.map_or(again, |known| known != uid) {
                 return None;
             }
@@ -229,25 +228,26 @@ impl JobLedger {
             self.released.truncate(Self::RELEASED_REMEMBERED - 1);
             self.released.push_front((uid.to_owned(), now));
         }
-        let struck = self.entries.remove(executor).map(|entry| entry.capacity);
-        if let Some(capacity) = struck {
+        let removed = self.entries.remove(executor).map(|entry| entry.capacity);
+        if let Some(capacity) = removed {
             self.counts.remove(capacity);
         }
         self.forget_if_empty();
-        struck
+        removed
     }
 
-    /// Notes the job's policy; the newest wins.
+    /// Stores the job's policy, and replaces an older one.
     pub fn learn(&mut self, policy: Policy) {
         self.policy = Some(policy);
     }
 
-    /// Makes the ledger what the cluster says, unless it was reconciled in a later term.
+    /// Makes the ledger match the cluster, unless it was already reconciled in a later term.
     ///
-    /// Struck are entries with no live executor: at once where the pod had been seen (its uid is
-    /// known), else once the placement is `grace` old. Entered are live executors of known capacity
-    /// that are missing, unless they were released so recently that they may still be seen to live; nor does
-    /// such a one become the pod of an entry that waits for its own. Counts are taken anew from the entries.
+    /// An entry without a live executor is removed: at once if it has a uid, because then its pod has existed, and
+    /// otherwise when the placement is older than `grace`. A live executor of known capacity that is missing is
+    /// added, unless it was released less than [`JobLedger::RELEASE_GRACE`] ago; such an executor is not matched to
+    /// an entry without a uid either, because the entry belongs to the next pod of that name. The counts are
+    /// computed again from the entries.
     pub fn reconcile(&mut self, seen: &JobState<'_>, grace: Millis, term: Term, now: Millis) -> ReconcileOutcome {
         if self.term > term {
             return ReconcileOutcome::Superseded(self.term);
@@ -267,8 +267,8 @@ impl JobLedger {
             drift.stale += u64::from(!keep);
             keep
         });
-        // How long pods that were released may still be seen to live. One that is yet to be released, by a clock
-        // that went back, is no reason to wait.
+        // How long each released pod may still appear to be live. If the clock was set back, a release can lie in
+        // the future; it is no reason to wait.
         let left =
             |at: Millis| Self::RELEASE_GRACE.min(grace).checked_sub(now.checked_sub(at)?).filter(|left| *left > 0);
         let going: HashMap<&str, Millis> =
@@ -305,7 +305,7 @@ impl JobLedger {
         ReconcileOutcome::Done(ReconcileSummary { drift, counts: self.counts, recheck_after })
     }
 
-    /// Without policy and executors there is no ledger, and no store keeps one.
+    /// A ledger without a policy and executors is none, and no store keeps it.
     fn forget_if_empty(&mut self) {
         if self.policy.is_none() && self.entries.is_empty() {
             *self = Self::default();
@@ -319,27 +319,27 @@ impl JobLedger {
         }
     }
 
-    /// The executors by capacity.
+    /// The number of executors on each capacity.
     pub fn counts(&self) -> Counts {
         self.counts
     }
 
-    /// The noted policy.
+    /// The stored policy.
     pub fn policy(&self) -> Option<Policy> {
         self.policy
     }
 
-    /// The uids of the last releases and when they were, the newest first.
+    /// The uids of the last releases and their times, the newest first.
     pub fn released(&self) -> impl Iterator<Item = (&str, Millis)> {
         self.released.iter().map(|(uid, at)| (uid.as_str(), *at))
     }
 
-    /// The term in which it was last reconciled.
+    /// The term of the last reconcile.
     pub fn term(&self) -> Term {
         self.term
     }
 
-    /// The entries by executor.
+    /// The entries by key.
     pub fn entries(&self) -> &HashMap<String, Entry> {
         &self.entries
     }
@@ -359,22 +359,22 @@ mod tests {
         PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: Some(POLICY) }
     }
 
-    fn mend(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> ReconcileSummary {
+    fn reconcile(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> ReconcileSummary {
         match ledger.reconcile(&JobState { live, ..JobState::default() }, grace, Term(1), now) {
-            ReconcileOutcome::Done(mended) => mended,
+            ReconcileOutcome::Done(summary) => summary,
             ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }
     }
 
     #[test]
-    fn without_any_policy_it_asks_for_one_and_enters_nothing() {
+    fn without_a_policy_place_asks_for_one_and_adds_nothing() {
         let mut ledger = JobLedger::default();
         assert_eq!(ledger.place(&PlaceRequest { policy: None, ..request("e1") }, 0), PlaceOutcome::NeedPolicy);
         assert_eq!(ledger, JobLedger::default());
     }
 
     #[test]
-    fn an_executors_own_ratio_needs_the_jobs_base_and_is_not_noted_for_the_job() {
+    fn an_executors_own_ratio_needs_the_jobs_base_and_is_not_stored() {
         let mut ledger = JobLedger::default();
         let own = PolicyOverrides { spot_ratio: Some(Ratio::ZERO), ..PolicyOverrides::default() };
         let asking = PlaceRequest { overrides: own, policy: None, ..request("e1") };
@@ -385,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn a_looked_up_policy_does_not_replace_the_one_that_a_driver_taught() {
+    fn a_looked_up_policy_does_not_replace_a_learned_one() {
         let mut ledger = JobLedger::default();
         ledger.learn(ALL_ON_DEMAND);
         ledger.place(&request("e1"), 0);
@@ -394,7 +394,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pinned_executor_counts_as_what_it_asks_for_even_if_it_was_known_as_the_other() {
+    fn a_required_capacity_replaces_the_one_in_the_ledger() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         let required = PlaceRequest { required: Some(Capacity::Spot), ..request("e1") };
@@ -403,17 +403,17 @@ mod tests {
     }
 
     #[test]
-    fn a_release_for_an_older_pod_of_the_same_name_strikes_nothing() {
+    fn releasing_an_older_pod_of_the_same_name_removes_nothing() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
-        mend(&mut ledger, &[LiveExecutor { key: "e1", uid: "new", capacity: None }], 60_000, 1);
+        reconcile(&mut ledger, &[LiveExecutor { key: "e1", uid: "new", capacity: None }], 60_000, 1);
         assert_eq!(ledger.release("e1", Some("old"), 0), None);
         assert_eq!(ledger.release("e1", Some("new"), 0), Some(Capacity::OnDemand));
         assert_eq!(ledger.release("e1", Some("new"), 0), None);
     }
 
     #[test]
-    fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing() {
+    fn a_repeated_release_after_the_name_was_reused_removes_nothing() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         assert_eq!(ledger.release("e1", Some("first"), 0), Some(Capacity::OnDemand));
@@ -435,55 +435,55 @@ mod tests {
     }
 
     #[test]
-    fn a_placement_waits_for_its_pod_for_the_grace_but_a_seen_pod_that_is_gone_is_struck_at_once() {
+    fn a_placement_waits_for_its_pod_but_a_pod_that_is_gone_is_removed_at_once() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("seen"), 0);
         ledger.place(&request("waiting"), 0);
         let seen = [LiveExecutor { key: "seen", uid: "u", capacity: None }];
-        assert_eq!(mend(&mut ledger, &seen, 100, 10).recheck_after, Some(90));
-        let struck = Drift { stale: 1, ..Drift::default() };
-        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &[], 100, 99);
-        assert_eq!((drift, counts.total(), recheck_after), (struck, 1, Some(1)));
-        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &[], 100, 100);
-        assert_eq!((drift, counts.total(), recheck_after), (struck, 0, None));
+        assert_eq!(reconcile(&mut ledger, &seen, 100, 10).recheck_after, Some(90));
+        let removed = Drift { stale: 1, ..Drift::default() };
+        let ReconcileSummary { drift, counts, recheck_after } = reconcile(&mut ledger, &[], 100, 99);
+        assert_eq!((drift, counts.total(), recheck_after), (removed, 1, Some(1)));
+        let ReconcileSummary { drift, counts, recheck_after } = reconcile(&mut ledger, &[], 100, 100);
+        assert_eq!((drift, counts.total(), recheck_after), (removed, 0, None));
     }
 
     #[test]
-    fn an_executor_that_was_just_released_has_its_time_to_go_and_comes_back_if_it_does_not() {
+    fn a_released_executor_that_stays_live_is_added_again_after_the_release_grace() {
         let mut ledger = JobLedger::default();
         ledger.learn(POLICY);
         let live = [LiveExecutor { key: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
-        mend(&mut ledger, &live, 10, 0);
+        reconcile(&mut ledger, &live, 10, 0);
         for released in [100, 200] {
             ledger.release("e1", Some("u1"), released);
-            // A review that comes again changes nothing of it.
+            // A repeated review changes nothing.
             ledger.release("e1", Some("u1"), released + 5);
-            let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 10, released + 9);
+            let ReconcileSummary { drift, counts, recheck_after } = reconcile(&mut ledger, &live, 10, released + 9);
             assert_eq!((drift, counts.total(), recheck_after), (Drift::default(), 0, Some(1)));
-            let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 10, released + 10);
+            let ReconcileSummary { drift, counts, recheck_after } = reconcile(&mut ledger, &live, 10, released + 10);
             assert_eq!((drift.missing, counts.total(), recheck_after), (1, 1, None));
         }
         ledger.release("e1", Some("u1"), 300);
-        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 300).recheck_after, Some(JobLedger::RELEASE_GRACE));
-        assert_eq!(mend(&mut ledger, &live, Millis::MAX, 299).drift.missing, 1, "the clock went back");
+        assert_eq!(reconcile(&mut ledger, &live, Millis::MAX, 300).recheck_after, Some(JobLedger::RELEASE_GRACE));
+        assert_eq!(reconcile(&mut ledger, &live, Millis::MAX, 299).drift.missing, 1, "the clock went back");
     }
 
     #[test]
-    fn a_pod_that_is_going_is_not_taken_for_the_next_one_of_its_name() {
+    fn a_released_pod_is_not_taken_for_the_next_one_of_its_name() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         let live = [LiveExecutor { key: "e1", uid: "u1", capacity: Some(Capacity::Spot) }];
-        mend(&mut ledger, &live, 100, 1);
+        reconcile(&mut ledger, &live, 100, 1);
         ledger.release("e1", Some("u1"), 2);
         ledger.place(&request("e1"), 3);
-        let ReconcileSummary { drift, counts, recheck_after } = mend(&mut ledger, &live, 100, 4);
+        let ReconcileSummary { drift, counts, recheck_after } = reconcile(&mut ledger, &live, 100, 4);
         assert_eq!((drift, counts, recheck_after), (Drift::default(), Counts { spot: 0, on_demand: 1 }, Some(98)));
-        // The old one is gone, and the new one is yet to be seen.
-        assert_eq!(mend(&mut ledger, &[], 100, 5).counts.total(), 1);
+        // The old pod is gone, and the new one does not exist yet.
+        assert_eq!(reconcile(&mut ledger, &[], 100, 5).counts.total(), 1);
     }
 
     #[test]
-    fn what_an_earlier_term_saw_changes_nothing() {
+    fn an_earlier_term_changes_nothing() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         let nothing = JobState::default();
@@ -494,21 +494,21 @@ mod tests {
     }
 
     #[test]
-    fn each_part_of_a_policy_that_is_observed_replaces_the_noted_one() {
+    fn each_stated_policy_field_replaces_the_stored_one() {
         let mut ledger = JobLedger::default();
         let ratio = |ratio| JobState {
             overrides: PolicyOverrides { spot_ratio: Some(ratio), ..PolicyOverrides::default() },
             ..JobState::default()
         };
         ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
-        assert_eq!(ledger, JobLedger::default(), "half of a policy is none");
+        assert_eq!(ledger, JobLedger::default(), "an incomplete policy is not stored");
         ledger.learn(POLICY);
         ledger.reconcile(&ratio(Ratio::ZERO), 0, Term(1), 0);
         assert_eq!(ledger.policy(), Some(Policy { spot_ratio: Ratio::ZERO, ..POLICY }));
     }
 
     #[test]
-    fn the_policy_of_an_ended_job_goes_with_its_last_entry() {
+    fn the_policy_of_an_ended_job_is_removed_with_its_last_entry() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         let ended = JobState { ended: true, ..JobState::default() };
@@ -520,7 +520,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_are_always_the_sum_of_the_entries(steps in proptest::collection::vec((0u8..6, 0u8..12, any::<bool>()), 0..120)) {
+        fn counts_are_always_those_of_the_entries(steps in proptest::collection::vec((0u8..6, 0u8..12, any::<bool>()), 0..120)) {
             let mut ledger = JobLedger::default();
             for (now, (step, executor, flag)) in steps.into_iter().enumerate() {
                 let name = format!("e{executor}");
@@ -538,7 +538,7 @@ mod tests {
                     }
                     2 => { ledger.release(&name, None, now as Millis); }
                     3 => { ledger.release(&name, Some("other"), now as Millis); }
-                    4 => { mend(&mut ledger, &[LiveExecutor { key: &name, uid: "u", capacity: required }], 5, now as Millis); }
+                    4 => { reconcile(&mut ledger, &[LiveExecutor { key: &name, uid: "u", capacity: required }], 5, now as Millis); }
                     _ => ledger.learn(POLICY),
                 }
                 let mut counts = Counts::default();

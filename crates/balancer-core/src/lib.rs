@@ -1,7 +1,7 @@
 //! Decides, per Spark job, whether an executor goes to spot or on-demand capacity.
 //!
-//! Pure: no I/O, no async, no clock. An embedding tool goes from the bytes of an AdmissionReview to
-//! the bytes of its reply with this crate and a ledger of its own:
+//! The crate is pure: it does no I/O, is not async and has no clock. With this crate and a ledger of its own, another
+//! admission tool turns the bytes of an AdmissionReview into the bytes of its reply:
 //!
 //! ```
 //! use balancer_core::{Conventions, PlaceOutcome, Review, Reply, JobLedger, PlaceRequest, Action, Policy};
@@ -16,9 +16,9 @@
 //! let mut reply = Reply::allow(review.uid());
 //! if let Action::Place(executor) = Action::of(&review, &conventions) {
 //!     let mut ledger = JobLedger::default();
-//!     let mut placing = PlaceRequest::of(&executor);
-//!     placing.policy = Some(Policy::default());
-//!     if let PlaceOutcome::Placed(placed) = ledger.place(&placing, 0) {
+//!     let mut request = PlaceRequest::of(&executor);
+//!     request.policy = Some(Policy::default());
+//!     if let PlaceOutcome::Placed(placed) = ledger.place(&request, 0) {
 //!         reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder);
 //!     }
 //! }
@@ -27,8 +27,8 @@
 //! # }
 //! ```
 //!
-//! The way of a request: bytes → [`Review`] → [`Subject`] (job, role, policy) → a ledger → [`Patch`]
-//! → [`Reply`] → bytes. `examples/embed.rs` walks it whole; `examples/simulate.rs` plays a job's life.
+//! A request goes one way: bytes → [`Review`] → [`Action`] → a ledger → [`Patch`] → [`Reply`] → bytes. See
+//! `examples/embed.rs` for all of it, and `examples/simulate.rs` for how a ledger keeps the ratio of a job.
 #![deny(missing_docs)]
 
 // Settings: the conventions of a cluster.

@@ -1,5 +1,4 @@
-//! The wanted share of spot, kept as an exact integer so that every replica, the memory ledger and
-//! the Redis scripts decide alike.
+//! The spot ratio, an exact integer, so that every replica, the memory store and the Redis scripts decide alike.
 
 use std::fmt;
 use std::str::FromStr;
@@ -10,13 +9,13 @@ use crate::text::shorten;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ratio(u32);
 
-/// Why a text is not a ratio.
+/// Why a text is not a spot ratio.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RatioError {
-    /// Neither a decimal, a percentage nor a known name.
+    /// The text is neither a decimal, nor a percentage, nor a known name.
     #[error("{0:?} is not a ratio; {ACCEPTED}")]
     NotARatio(String),
-    /// A number, but not within 0 to 1 (0 to 100 for a percentage).
+    /// The number is outside 0 to 1 (0 to 100 for a percentage).
     #[error("{0:?} is outside 0 to 1; {ACCEPTED}")]
     OutOfRange(String),
 }
@@ -25,7 +24,7 @@ const ACCEPTED: &str = "accepted: a decimal from 0 to 1 such as 0.7, a percentag
      RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY or COST_ONLY";
 
 impl Ratio {
-    /// How many steps make 1.
+    /// The ratio 1, in billionths.
     pub const ONE_IN_BILLIONTHS: u32 = 1_000_000_000;
     /// Everything on-demand.
     pub const ZERO: Self = Self(0);
@@ -35,7 +34,7 @@ impl Ratio {
     /// Half on spot.
     pub const HALF: Self = Self(Self::ONE_IN_BILLIONTHS / 2);
 
-    /// Names for people who should not have to think in raw numbers.
+    /// Names for common ratios.
     pub const NAMES: [(&'static str, Self); 5] = [
         ("RELIABILITY_ONLY", Self::ZERO),
         ("RELIABILITY_OVER_COST", Self(300_000_000)),
@@ -44,7 +43,7 @@ impl Ratio {
         ("COST_ONLY", Self::ONE),
     ];
 
-    /// A ratio of so many billionths; `None` above [`Ratio::ONE_IN_BILLIONTHS`].
+    /// A ratio in billionths; `None` above [`Ratio::ONE_IN_BILLIONTHS`].
     pub const fn from_billionths(billionths: u32) -> Option<Self> {
         if billionths <= Self::ONE_IN_BILLIONTHS { Some(Self(billionths)) } else { None }
     }
@@ -58,8 +57,8 @@ impl Ratio {
 impl FromStr for Ratio {
     type Err = RatioError;
 
-    /// Reads `0.7`, `.7`, `70%`, `BALANCED`; white space around it does not count. Digits past the
-    /// ninth decimal are rounded half up. No sign, exponent, NaN or infinity.
+    /// Parses `0.7`, `.7`, `70%` or `BALANCED`, and ignores surrounding white space and the case of names. Rounds
+    /// half up after nine decimals. A sign, an exponent, NaN and infinity are errors.
     fn from_str(text: &str) -> Result<Self, RatioError> {
         let trimmed = text.trim();
         if let Some((_, ratio)) = Self::NAMES.iter().find(|(name, _)| name.eq_ignore_ascii_case(trimmed)) {
@@ -70,7 +69,7 @@ impl FromStr for Ratio {
             None => (trimmed, u128::from(Self::ONE_IN_BILLIONTHS)),
         };
         let steps = decimal_times(number, unit).ok_or_else(|| {
-            // "-0.1" and "inf" are numbers to their writer: say what is wrong with them.
+            // "-0.1" and "inf" are numbers, so their error is the range.
             match number.parse::<f64>() {
                 Ok(value) if value < 0.0 || value.is_infinite() => RatioError::OutOfRange(shorten(trimmed)),
                 _ => RatioError::NotARatio(shorten(trimmed)),
@@ -83,8 +82,8 @@ impl FromStr for Ratio {
     }
 }
 
-/// A plain decimal times `unit`, rounded half up; `None` for anything but digits around one point.
-/// Saturates far above every ratio, so that a long number is out of range and not an overflow.
+/// A decimal times `unit`, rounded half up; `None` for anything but digits and one point. Saturates far above
+/// every ratio, so that a long number is out of range and does not overflow.
 fn decimal_times(number: &str, unit: u128) -> Option<u128> {
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
     let digits = |part: &str| part.bytes().all(|b| b.is_ascii_digit());
@@ -92,7 +91,7 @@ fn decimal_times(number: &str, unit: u128) -> Option<u128> {
         return None;
     }
     let whole = whole.bytes().fold(0u128, |n, b| n.saturating_mul(10).saturating_add(u128::from(b - b'0')));
-    // Twenty digits are far past half a billionth; more cannot change the rounding but by a tie.
+    // Further digits than twenty could change the rounding only at a tie.
     let mut part = 0u128;
     let mut scale = 1u128;
     for b in fraction.bytes().take(20) {
@@ -104,7 +103,7 @@ fn decimal_times(number: &str, unit: u128) -> Option<u128> {
 }
 
 impl fmt::Display for Ratio {
-    /// The shortest decimal: `0`, `0.7`, `1`.
+    /// The shortest decimal, such as `0`, `0.7` or `1`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let whole = self.0 / Self::ONE_IN_BILLIONTHS;
         let part = self.0 % Self::ONE_IN_BILLIONTHS;
@@ -122,7 +121,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn every_accepted_form_reads_as_its_exact_value() {
+    fn every_accepted_form_has_its_exact_value() {
         for (text, billionths) in [
             ("0", 0),
             ("0.0", 0),
@@ -151,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_outside_the_range_are_refused_as_such() {
+    fn numbers_outside_the_range_are_out_of_range() {
         for text in [
             "1.000000001",
             "1.1",
@@ -170,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_are_no_ratio_are_refused_as_such() {
+    fn other_texts_are_not_a_ratio() {
         for text in [
             "", " ", ".", "%", "NaN", "nan%", "0,7", "0.7.1", "1e-1", "+0.5", "half", "7/10", "0x1", "70%%", "% 70",
             "０.７", "0 .7",
@@ -188,7 +187,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_displayed_reads_back_the_same(billionths in 0u32..=Ratio::ONE_IN_BILLIONTHS) {
+        fn parse_returns_what_display_wrote(billionths in 0u32..=Ratio::ONE_IN_BILLIONTHS) {
             let ratio = Ratio::from_billionths(billionths).unwrap();
             prop_assert_eq!(ratio.to_string().parse::<Ratio>(), Ok(ratio));
         }

@@ -1,6 +1,6 @@
-//! Real AdmissionReviews, from Spark through real apiservers: what is read of them, what is written
-//! back, and that no bytes whatever make the decoder panic.
-#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test says by a panic what is wrong")]
+//! Real AdmissionReviews, sent by real apiservers for pods of Spark: what is read from them, what is written back, and
+//! that no bytes make the decoder panic.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by a panic")]
 
 use balancer_core::{
     Action, Capacity, Conventions, Counts, IgnoreReason, Ordinal, PolicyOverrides, Ratio, Reply, Review, ReviewError,
@@ -25,14 +25,14 @@ fn value(bytes: &[u8]) -> Value {
     serde_json::from_slice(bytes).unwrap()
 }
 
-/// A real creation with `change` done to its pod.
+/// A real creation whose pod is changed by `change`.
 fn create_with(change: impl FnOnce(&mut Value)) -> Vec<u8> {
     let mut review = value(CREATE_1_36);
     change(&mut review["request"]["object"]);
     serde_json::to_vec(&review).unwrap()
 }
 
-/// The pod as it is after our patch for `capacity`.
+/// The pod after the patch for `capacity`.
 fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value {
     let review = Review::decode(bytes).unwrap();
     let Action::Place(executor) = Action::of(&review, conventions) else { panic!("not an executor's creation") };
@@ -53,7 +53,7 @@ fn strict() -> Conventions {
 }
 
 #[test]
-fn an_executors_creation_is_read_alike_from_old_and_new_apiservers() {
+fn old_and_new_apiservers_name_the_executor_alike() {
     let conventions = Conventions::default();
     for (bytes, id, name) in [
         (CREATE_1_20, "spark-pi-7abe5c", "spark-pi-7abe5c-exec-1"),
@@ -95,7 +95,7 @@ fn every_kind_of_deletion_names_the_executor_and_its_uid() {
 }
 
 #[test]
-fn the_first_job_label_present_tells_the_job_and_an_empty_one_does_not() {
+fn the_first_job_id_label_that_is_not_empty_counts() {
     let conventions = Conventions::default();
     let labelled = |labels: Value| create_with(|pod| pod["metadata"]["labels"] = labels);
     for (labels, expected) in [
@@ -119,7 +119,7 @@ fn the_first_job_label_present_tells_the_job_and_an_empty_one_does_not() {
 }
 
 #[test]
-fn what_is_none_of_ours_is_left() {
+fn other_objects_operations_and_roles_are_ignored() {
     let conventions = Conventions::default();
     let with = |path: &str, to: Value| {
         let mut review = value(CREATE_1_36);
@@ -149,7 +149,7 @@ fn what_is_none_of_ours_is_left() {
 }
 
 #[test]
-fn a_pod_without_a_name_is_known_by_the_request_and_found_again_by_its_stamp() {
+fn a_pod_without_a_name_gets_a_placeholder_that_finds_it_again() {
     let conventions = strict();
     let nameless = create_with(|pod| {
         pod["metadata"]["name"] = Value::Null;
@@ -167,7 +167,7 @@ fn a_pod_without_a_name_is_known_by_the_request_and_found_again_by_its_stamp() {
     let pod = patched(&nameless, &conventions, Capacity::Spot);
     assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], format!("spot/{uid}"));
 
-    // The same pod comes again in another call of the same admission, and later to be deleted.
+    // The same pod in another call of the same admission, and later in its deletion.
     review["request"]["uid"] = json!("another call");
     review["request"]["object"] = pod.clone();
     let again = serde_json::to_vec(&review).unwrap();
@@ -197,7 +197,7 @@ fn a_copied_decision_does_not_rename_a_pod_that_has_a_name() {
 }
 
 #[test]
-fn the_patch_merges_and_loses_nothing_of_the_pods_own() {
+fn the_patch_keeps_what_the_pod_has() {
     let own_affinity = json!({"podAntiAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}});
     let bytes = create_with(|pod| {
         pod["spec"]["nodeSelector"] = json!({"disk": "nvme", "a/b~c": "x"});
@@ -218,7 +218,7 @@ fn the_patch_merges_and_loses_nothing_of_the_pods_own() {
 }
 
 #[test]
-fn a_best_effort_spot_executor_gets_no_selector_and_an_on_demand_one_is_pinned() {
+fn best_effort_adds_a_selector_to_on_demand_executors_only() {
     let conventions = Conventions::default();
     let spot = patched(CREATE_1_20, &conventions, Capacity::Spot);
     assert_eq!(spot["spec"]["nodeSelector"], Value::Null);
@@ -270,7 +270,7 @@ fn absent_null_and_empty_parents_are_all_patched() {
 }
 
 #[test]
-fn a_reinvoked_admission_changes_nothing_more() {
+fn reinvocation_changes_nothing() {
     let mut review = value(CREATE_1_36);
     review["request"]["object"] = patched(CREATE_1_36, &strict(), Capacity::Spot);
     let again = serde_json::to_vec(&review).unwrap();
@@ -278,7 +278,7 @@ fn a_reinvoked_admission_changes_nothing_more() {
 }
 
 #[test]
-fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
+fn a_pod_that_requires_a_capacity_counts_as_it_and_is_not_patched() {
     let affinity = |terms: Value| json!({"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": terms}}}});
     let key = "karpenter.sh/capacity-type";
     let term = |operator: &str, values: Value| json!({"matchExpressions": [{"key": key, "operator": operator, "values": values}]});
@@ -332,7 +332,7 @@ fn a_pod_that_fixes_its_capacity_is_counted_as_that_and_left_as_it_is() {
 }
 
 #[test]
-fn an_executors_own_annotations_are_read_and_wrong_ones_told() {
+fn an_executors_own_annotations_are_read_and_invalid_ones_reported() {
     let conventions = Conventions::default();
     let bytes = create_with(|pod| {
         pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "COST_ONLY", "workload/on-demand-base": "many"});
@@ -344,7 +344,7 @@ fn an_executors_own_annotations_are_read_and_wrong_ones_told() {
 }
 
 #[test]
-fn what_is_no_review_is_refused_by_its_cause() {
+fn each_invalid_review_has_its_error() {
     let wrong = |change: fn(&mut Value)| {
         let mut review = value(CREATE_1_36);
         change(&mut review);
@@ -384,7 +384,7 @@ fn a_reply_without_changes_has_no_patch() {
 }
 
 #[test]
-fn escaped_strings_are_read_as_what_they_stand_for() {
+fn escaped_strings_are_unescaped() {
     let bytes = String::from_utf8(CREATE_1_36.to_vec())
         .unwrap()
         .replace("spark-pi-dd77a5-exec-1", r"spark-pi-dd77a5\u002dexec\u002d1");
@@ -395,7 +395,7 @@ fn escaped_strings_are_read_as_what_they_stand_for() {
 }
 
 #[test]
-fn counts_never_fall_below_none() {
+fn counts_do_not_fall_below_zero() {
     let mut counts = Counts::default();
     counts.remove(Capacity::Spot);
     assert_eq!(counts, Counts::default());

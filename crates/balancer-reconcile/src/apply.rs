@@ -29,8 +29,7 @@ pub(crate) fn apply(event: ClusterEvent, index: &mut ClusterIndex, sync: &mut Sy
                 Event::Init => index.init_nodes(),
                 Event::InitApply(node) | Event::Apply(node) => {
                     let labels = node.labels();
-                    let capacity = profile.of_node(|key| labels.get(key).map(String::as_str));
-                    index.apply_node(&node.name_any(), capacity);
+                    index.apply_node(&node.name_any(), profile.of_node(|key| labels.get(key).map(String::as_str)));
                 }
                 Event::Delete(node) => index.delete_node(&node.name_any()),
                 Event::InitDone => index.init_nodes_done(),

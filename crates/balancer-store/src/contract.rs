@@ -1,4 +1,4 @@
-//! What every [`Ledger`] has to do, as tests that any store can be put to.
+//! The tests that every store must pass.
 //!
 //! [`contract!`](crate::contract!) makes a test of each, given how to make an empty ledger; that may
 //! also return from the test, where the store's server is not there. Each uses a job of its own, so one
@@ -38,42 +38,42 @@ const KNOWN: bool = false;
 macro_rules! contract {
     ($ledger:expr) => {
         $crate::contract!($ledger;
-            placing_an_executor_twice_counts_it_once,
-            a_jobs_executors_follow_its_ratio_after_its_base,
-            every_ratio_decides_as_the_reference_does,
-            peeking_answers_what_placing_would_and_writes_nothing,
-            without_any_policy_it_asks_for_one_and_enters_nothing,
-            a_looked_up_policy_is_noted_for_the_next_executor,
-            a_looked_up_policy_does_not_replace_the_one_that_was_taught,
-            the_newest_policy_that_is_taught_wins,
-            what_an_executor_states_holds_for_itself_alone,
-            an_executor_that_states_all_needs_no_policy,
-            a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for,
-            a_pinned_executor_known_as_the_other_changes_sides,
-            a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid,
-            releasing_twice_is_releasing_once,
-            a_release_for_an_older_pod_of_the_name_strikes_nothing,
-            a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing,
-            a_release_without_a_uid_strikes_whatever_has_the_name,
-            reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong,
-            reconciling_a_right_ledger_finds_nothing,
-            a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once,
-            a_released_executor_is_not_entered_again_while_it_may_be_going,
-            a_live_executor_of_unknown_capacity_stays_but_is_not_entered,
-            a_reconciled_policy_replaces_the_noted_one,
-            each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none,
-            the_policy_of_a_job_that_ended_goes_with_its_last_executor,
-            a_reconcile_of_an_earlier_term_changes_nothing,
-            a_job_that_was_forgotten_forgets_its_term,
-            a_job_of_which_nothing_is_known_stays_unknown,
-            a_tally_tells_the_counts_and_makes_no_ledger,
-            every_job_that_has_a_ledger_is_told,
-            a_mark_tells_the_one_before_it,
-            names_may_hold_any_text,
-            jobs_do_not_touch_one_another,
-            executors_placed_at_once_are_each_counted_once,
-            ten_thousand_executors_are_no_matter,
-            random_histories_agree_with_the_reference,
+            placing_twice_counts_once,
+            executors_follow_the_ratio_after_the_base,
+            every_ratio_decides_like_the_reference,
+            peek_returns_what_place_would_and_writes_nothing,
+            without_a_policy_nothing_is_placed,
+            a_looked_up_policy_is_stored,
+            a_looked_up_policy_does_not_replace_a_learned_one,
+            the_newest_learned_policy_wins,
+            overrides_apply_to_their_executor_only,
+            complete_overrides_need_no_policy,
+            a_required_capacity_needs_no_policy,
+            a_required_capacity_replaces_the_stored_one,
+            a_reused_name_keeps_its_capacity_and_loses_its_uid,
+            releasing_twice_releases_once,
+            a_release_of_an_older_pod_removes_nothing,
+            a_repeated_release_does_not_remove_the_next_pod,
+            a_release_without_a_uid_removes_any_pod_of_the_name,
+            reconcile_corrects_all_kinds_of_drift,
+            reconcile_changes_nothing_without_drift,
+            only_a_placement_without_a_pod_has_the_grace,
+            a_released_executor_is_not_added_during_the_release_grace,
+            a_live_executor_of_unknown_capacity_is_not_added,
+            a_reconciled_policy_replaces_the_stored_one,
+            a_reconciled_field_replaces_the_stored_one,
+            an_ended_jobs_policy_goes_with_its_last_executor,
+            an_earlier_term_changes_nothing,
+            a_dropped_ledger_loses_its_term,
+            calls_do_not_create_a_ledger_for_an_unknown_job,
+            counts_are_right_and_create_no_ledger,
+            every_job_with_a_ledger_is_listed,
+            a_heartbeat_returns_the_one_before,
+            names_can_be_any_text,
+            jobs_are_independent,
+            concurrent_placements_count_once_each,
+            ten_thousand_executors_fit_in_a_job,
+            random_histories_match_the_reference,
         );
     };
     ($ledger:expr; $($name:ident,)+) => {
@@ -121,12 +121,12 @@ fn live<'a>(executor: &'a str, uid: &'a str, capacity: Option<Capacity>) -> Live
     LiveExecutor { key: executor, uid, capacity }
 }
 
-/// What the cluster says of a job whose driver is not told.
+/// The state of a job whose driver states no policy.
 fn seen<'a>(live: &'a [LiveExecutor<'a>]) -> JobState<'a> {
     JobState { live, ..JobState::default() }
 }
 
-/// What it says of a job without executors, whose driver asks for this.
+/// The state of a job without executors, whose driver states this policy.
 fn asking(policy: Policy) -> JobState<'static> {
     JobState { overrides: overrides(policy), ..JobState::default() }
 }
@@ -141,14 +141,14 @@ fn overrides(policy: Policy) -> PolicyOverrides {
 }
 
 /// A reconcile in the first term.
-async fn mend(
+async fn reconcile(
     ledger: &impl Ledger,
     job: JobRef<'_>,
     seen: JobState<'_>,
     grace: Duration,
 ) -> Result<ReconcileSummary, StoreError> {
     match ledger.reconcile(job, &seen, grace, Term(1)).await? {
-        ReconcileOutcome::Done(mended) => Ok(mended),
+        ReconcileOutcome::Done(summary) => Ok(summary),
         ReconcileOutcome::Superseded(by) => Err(StoreError::InvalidReply(format!("superseded by {by}"))),
     }
 }
@@ -159,7 +159,7 @@ async fn counts(ledger: &impl Ledger, job: JobRef<'_>) -> Result<(u64, u64), Sto
 }
 
 /// The apiserver repeats a call that took too long.
-pub async fn placing_an_executor_twice_counts_it_once(ledger: &impl Ledger) -> Checked {
+pub async fn placing_twice_counts_once(ledger: &impl Ledger) -> Checked {
     let job = job("twice");
     let asked = request("e1", Some(policy(500_000_000, 0)));
     assert_eq!(ledger.place(job, &asked).await?, placed(Spot, NEW, 1, 0));
@@ -172,7 +172,7 @@ pub async fn placing_an_executor_twice_counts_it_once(ledger: &impl Ledger) -> C
 }
 
 /// Exactly, from an empty job.
-pub async fn a_jobs_executors_follow_its_ratio_after_its_base(ledger: &impl Ledger) -> Checked {
+pub async fn executors_follow_the_ratio_after_the_base(ledger: &impl Ledger) -> Checked {
     let job = job("ratio");
     ledger.learn(job, policy(700_000_000, 2)).await?;
     let mut on_demand = Vec::new();
@@ -190,7 +190,7 @@ pub async fn a_jobs_executors_follow_its_ratio_after_its_base(ledger: &impl Ledg
 }
 
 /// Ratios with nine places, at and next to the ends.
-pub async fn every_ratio_decides_as_the_reference_does(ledger: &impl Ledger) -> Checked {
+pub async fn every_ratio_decides_like_the_reference(ledger: &impl Ledger) -> Checked {
     for ratio in [0, 1, 10, 333_333_333, 500_000_000, 512_500_000, 666_666_667, 700_000_001, 999_999_999, 1_000_000_000]
     {
         for base in [0, 3, 1_000_000] {
@@ -210,7 +210,7 @@ pub async fn every_ratio_decides_as_the_reference_does(ledger: &impl Ledger) -> 
 }
 
 /// For dry runs.
-pub async fn peeking_answers_what_placing_would_and_writes_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn peek_returns_what_place_would_and_writes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("peek");
     let asked = request("e1", Some(all_spot()));
     assert_eq!(ledger.peek(job, &request("e1", None)).await?, PlaceOutcome::NeedPolicy);
@@ -228,7 +228,7 @@ pub async fn peeking_answers_what_placing_would_and_writes_nothing(ledger: &impl
 }
 
 /// The webhook then looks the driver up.
-pub async fn without_any_policy_it_asks_for_one_and_enters_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn without_a_policy_nothing_is_placed(ledger: &impl Ledger) -> Checked {
     let job = job("no-policy");
     let half = PlaceRequest {
         overrides: PolicyOverrides { spot_ratio: Some(Ratio::ONE), ..PolicyOverrides::default() },
@@ -242,7 +242,7 @@ pub async fn without_any_policy_it_asks_for_one_and_enters_nothing(ledger: &impl
 }
 
 /// So that the driver is looked up once for each job.
-pub async fn a_looked_up_policy_is_noted_for_the_next_executor(ledger: &impl Ledger) -> Checked {
+pub async fn a_looked_up_policy_is_stored(ledger: &impl Ledger) -> Checked {
     let job = job("looked-up");
     assert_eq!(ledger.place(job, &request("e1", Some(policy(1, 1)))).await?, placed(OnDemand, NEW, 0, 1));
     assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(Spot, NEW, 1, 1));
@@ -252,7 +252,7 @@ pub async fn a_looked_up_policy_is_noted_for_the_next_executor(ledger: &impl Led
 }
 
 /// The driver's own creation is the better source.
-pub async fn a_looked_up_policy_does_not_replace_the_one_that_was_taught(ledger: &impl Ledger) -> Checked {
+pub async fn a_looked_up_policy_does_not_replace_a_learned_one(ledger: &impl Ledger) -> Checked {
     let job = job("taught");
     ledger.learn(job, all_on_demand()).await?;
     assert_eq!(ledger.place(job, &request("e1", Some(all_spot()))).await?, placed(OnDemand, NEW, 0, 1));
@@ -261,7 +261,7 @@ pub async fn a_looked_up_policy_does_not_replace_the_one_that_was_taught(ledger:
 }
 
 /// An edited driver takes effect at once.
-pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Checked {
+pub async fn the_newest_learned_policy_wins(ledger: &impl Ledger) -> Checked {
     let job = job("taught-twice");
     ledger.learn(job, all_on_demand()).await?;
     ledger.place(job, &request("e1", None)).await?;
@@ -271,7 +271,7 @@ pub async fn the_newest_policy_that_is_taught_wins(ledger: &impl Ledger) -> Chec
 }
 
 /// Its ratio with the job's base, or its base with the job's ratio.
-pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger) -> Checked {
+pub async fn overrides_apply_to_their_executor_only(ledger: &impl Ledger) -> Checked {
     let job = job("own");
     ledger.learn(job, policy(Ratio::ONE_IN_BILLIONTHS, 1)).await?;
     let ratio = PlaceRequest { overrides: overrides_of(Some(Ratio::ZERO), None), ..request("e1", None) };
@@ -284,8 +284,8 @@ pub async fn what_an_executor_states_holds_for_itself_alone(ledger: &impl Ledger
     Ok(())
 }
 
-/// And is asked for no look-up.
-pub async fn an_executor_that_states_all_needs_no_policy(ledger: &impl Ledger) -> Checked {
+/// No driver lookup is needed.
+pub async fn complete_overrides_need_no_policy(ledger: &impl Ledger) -> Checked {
     let job = job("own-all");
     let overrides = overrides(all_spot());
     assert_eq!(ledger.place(job, &PlaceRequest { overrides, ..request("e1", None) }).await?, placed(Spot, NEW, 1, 0));
@@ -295,7 +295,7 @@ pub async fn an_executor_that_states_all_needs_no_policy(ledger: &impl Ledger) -
 }
 
 /// Whatever the ratio says.
-pub async fn a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for(ledger: &impl Ledger) -> Checked {
+pub async fn a_required_capacity_needs_no_policy(ledger: &impl Ledger) -> Checked {
     let job = job("required");
     let required = PlaceRequest { required: Some(Spot), ..request("e1", None) };
     assert_eq!(ledger.place(job, &required).await?, placed(Spot, NEW, 1, 0));
@@ -307,7 +307,7 @@ pub async fn a_pinned_executor_needs_no_policy_and_counts_as_what_it_asks_for(le
 }
 
 /// A pod was made again by hand, with a selector of its own.
-pub async fn a_pinned_executor_known_as_the_other_changes_sides(ledger: &impl Ledger) -> Checked {
+pub async fn a_required_capacity_replaces_the_stored_one(ledger: &impl Ledger) -> Checked {
     let job = job("changes-sides");
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
     let required = PlaceRequest { required: Some(OnDemand), ..request("e1", None) };
@@ -317,14 +317,14 @@ pub async fn a_pinned_executor_known_as_the_other_changes_sides(ledger: &impl Le
     Ok(())
 }
 
-/// Its uid is the next pod's to tell.
-pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(ledger: &impl Ledger) -> Checked {
+/// The uid of the next pod is not known yet.
+pub async fn a_reused_name_keeps_its_capacity_and_loses_its_uid(ledger: &impl Ledger) -> Checked {
     let job = job("again");
     let uid = async |name: &str| -> Result<Option<String>, StoreError> {
         Ok(ledger.get(job).await?.and_then(|ledger| ledger.entries().get(name).and_then(|entry| entry.uid.clone())))
     };
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
-    mend(ledger, job, seen(&[live("e1", "first", None)]), LONG).await?;
+    reconcile(ledger, job, seen(&[live("e1", "first", None)]), LONG).await?;
     assert_eq!(uid("e1").await?.as_deref(), Some("first"));
     ledger.learn(job, all_on_demand()).await?;
     assert_eq!(ledger.place(job, &request("e1", None)).await?, placed(Spot, KNOWN, 1, 0));
@@ -333,7 +333,7 @@ pub async fn a_name_that_is_used_again_keeps_its_capacity_and_forgets_its_uid(le
 }
 
 /// One end of an executor is two to three DELETE reviews.
-pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked {
+pub async fn releasing_twice_releases_once(ledger: &impl Ledger) -> Checked {
     let job = job("release");
     assert_eq!(ledger.release(job, "e1", Some("u")).await?, None);
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
@@ -351,10 +351,10 @@ pub async fn releasing_twice_is_releasing_once(ledger: &impl Ledger) -> Checked 
 }
 
 /// A newer pod has taken it.
-pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn a_release_of_an_older_pod_removes_nothing(ledger: &impl Ledger) -> Checked {
     let job = job("older");
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
-    mend(ledger, job, seen(&[live("e1", "newer", None)]), LONG).await?;
+    reconcile(ledger, job, seen(&[live("e1", "newer", None)]), LONG).await?;
     assert_eq!(ledger.release(job, "e1", Some("older")).await?, None);
     assert_eq!(counts(ledger, job).await?, (1, 0));
     assert_eq!(ledger.release(job, "e1", Some("newer")).await?, Some(Spot));
@@ -364,7 +364,7 @@ pub async fn a_release_for_an_older_pod_of_the_name_strikes_nothing(ledger: &imp
 
 /// One pod's deletion is reviewed several times, by several callers at once, and a review may come
 /// after the next pod's placement.
-pub async fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn a_repeated_release_does_not_remove_the_next_pod(ledger: &impl Ledger) -> Checked {
     let job = job("comes-again");
     for pod in 0..JobLedger::RELEASED_REMEMBERED + 2 {
         ledger.place(job, &request("e1", Some(all_spot()))).await?;
@@ -379,16 +379,16 @@ pub async fn a_release_that_comes_again_after_the_name_was_taken_anew_strikes_no
     Ok(())
 }
 
-/// It cannot tell pods apart.
-pub async fn a_release_without_a_uid_strikes_whatever_has_the_name(ledger: &impl Ledger) -> Checked {
+/// It cannot distinguish pods.
+pub async fn a_release_without_a_uid_removes_any_pod_of_the_name(ledger: &impl Ledger) -> Checked {
     let job = job("no-uid");
-    mend(ledger, job, seen(&[live("e1", "u", Some(OnDemand))]), LONG).await?;
+    reconcile(ledger, job, seen(&[live("e1", "u", Some(OnDemand))]), LONG).await?;
     assert_eq!(ledger.release(job, "e1", None).await?, Some(OnDemand));
     Ok(())
 }
 
-/// And tells how many of each.
-pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_wrong(ledger: &impl Ledger) -> Checked {
+/// It returns how many of each kind.
+pub async fn reconcile_corrects_all_kinds_of_drift(ledger: &impl Ledger) -> Checked {
     let job = job("reconcile");
     // The last is gone too, though a pod has its name for a uid.
     for name in ["right", "wrong", "gone", "u1"] {
@@ -403,9 +403,9 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
         // Told twice, counted once.
         live("new-3", "u5", Some(Spot)),
     ];
-    let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
+    let summary = reconcile(ledger, job, seen(&now), Duration::ZERO).await?;
     let (drift, counts) = (Drift { missing: 3, stale: 2, wrong_capacity: 1 }, Counts { spot: 2, on_demand: 3 });
-    assert_eq!(mended, ReconcileSummary { drift, counts, recheck_after: None });
+    assert_eq!(summary, ReconcileSummary { drift, counts, recheck_after: None });
     let shown = ledger.get(job).await?.unwrap_or_default();
     assert_eq!(shown.counts(), counts);
     assert_eq!(shown.policy(), Some(all_spot()));
@@ -419,39 +419,37 @@ pub async fn reconciling_enters_the_missing_strikes_the_stale_and_corrects_the_w
 }
 
 /// Nor does it change anything.
-pub async fn reconciling_a_right_ledger_finds_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn reconcile_changes_nothing_without_drift(ledger: &impl Ledger) -> Checked {
     let job = job("right");
-    assert!(mend(ledger, job, seen(&[]), LONG).await?.drift.is_none());
+    assert!(reconcile(ledger, job, seen(&[]), LONG).await?.drift.is_none());
     let now = [live("e1", "u1", Some(Spot)), live("e2", "u2", Some(OnDemand))];
-    assert_eq!(mend(ledger, job, seen(&now), LONG).await?.drift.missing, 2);
+    assert_eq!(reconcile(ledger, job, seen(&now), LONG).await?.drift.missing, 2);
     let before = ledger.get(job).await?;
-    assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
+    assert!(reconcile(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
     assert_eq!(ledger.get(job).await?, before);
     Ok(())
 }
 
 /// An admission comes before its pod; a pod that was seen has no excuse.
-pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck_at_once(
-    ledger: &impl Ledger,
-) -> Checked {
+pub async fn only_a_placement_without_a_pod_has_the_grace(ledger: &impl Ledger) -> Checked {
     let job = job("grace");
     ledger.place(job, &request("waiting", Some(all_spot()))).await?;
     ledger.place(job, &request("seen", None)).await?;
     let nearly_long = LONG.as_secs() * 900..=LONG.as_secs() * 1_000;
     let ReconcileSummary { drift, counts: both, recheck_after } =
-        mend(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
+        reconcile(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
     assert_eq!((drift, both), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
     assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
 
-    let ReconcileSummary { drift, counts: one, recheck_after } = mend(ledger, job, seen(&[]), LONG).await?;
+    let ReconcileSummary { drift, counts: one, recheck_after } = reconcile(ledger, job, seen(&[]), LONG).await?;
     assert_eq!((drift, one), (Drift { stale: 1, ..Drift::default() }, Counts { spot: 1, on_demand: 0 }));
     assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
     assert_eq!(ledger.release(job, "seen", None).await?, None);
 
-    let ReconcileSummary { drift, recheck_after, .. } = mend(ledger, job, seen(&[]), Duration::MAX).await?;
+    let ReconcileSummary { drift, recheck_after, .. } = reconcile(ledger, job, seen(&[]), Duration::MAX).await?;
     assert!(drift.is_none() && recheck_after > Some(*nearly_long.end()), "{drift:?}, {recheck_after:?}");
 
-    let none_left = mend(ledger, job, seen(&[]), Duration::ZERO).await?;
+    let none_left = reconcile(ledger, job, seen(&[]), Duration::ZERO).await?;
     let drift = Drift { stale: 1, ..Drift::default() };
     assert_eq!(none_left, ReconcileSummary { drift, ..ReconcileSummary::default() });
     assert_eq!(counts(ledger, job).await?, (0, 0));
@@ -459,13 +457,13 @@ pub async fn a_placement_waits_for_its_pod_and_a_seen_pod_that_is_gone_is_struck
 }
 
 /// A deletion is reviewed before the cluster shows it; one that was refused after that comes back.
-pub async fn a_released_executor_is_not_entered_again_while_it_may_be_going(ledger: &impl Ledger) -> Checked {
+pub async fn a_released_executor_is_not_added_during_the_release_grace(ledger: &impl Ledger) -> Checked {
     let job = job("going");
     let now = [live("e1", "u 1", Some(Spot)), live("e2", "u2", Some(Spot))];
     ledger.learn(job, all_spot()).await?;
-    mend(ledger, job, seen(&now), LONG).await?;
+    reconcile(ledger, job, seen(&now), LONG).await?;
     assert_eq!(ledger.release(job, "e1", Some("u 1")).await?, Some(Spot));
-    let ReconcileSummary { drift, counts: one, recheck_after } = mend(ledger, job, seen(&now), LONG).await?;
+    let ReconcileSummary { drift, counts: one, recheck_after } = reconcile(ledger, job, seen(&now), LONG).await?;
     assert_eq!((drift, one), (Drift::default(), Counts { spot: 1, on_demand: 0 }));
     assert!(
         recheck_after.is_some_and(|recheck_after| (1..=JobLedger::RELEASE_GRACE).contains(&recheck_after)),
@@ -473,42 +471,40 @@ pub async fn a_released_executor_is_not_entered_again_while_it_may_be_going(ledg
     );
     // A new executor by its name waits for a pod of its own.
     ledger.place(job, &request("e1", None)).await?;
-    let ReconcileSummary { drift, counts: two, .. } = mend(ledger, job, seen(&now), LONG).await?;
+    let ReconcileSummary { drift, counts: two, .. } = reconcile(ledger, job, seen(&now), LONG).await?;
     assert_eq!((drift, two), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
     let unseen = ledger.get(job).await?.and_then(|ledger| ledger.entries().get("e1").cloned());
     assert_eq!(unseen.map(|entry| entry.uid), Some(None));
     assert_eq!(ledger.release(job, "e1", None).await?, Some(Spot));
-    let mended = mend(ledger, job, seen(&now), Duration::ZERO).await?;
+    let summary = reconcile(ledger, job, seen(&now), Duration::ZERO).await?;
     let drift = Drift { missing: 1, ..Drift::default() };
-    assert_eq!(mended, ReconcileSummary { drift, counts: Counts { spot: 2, on_demand: 0 }, recheck_after: None });
+    assert_eq!(summary, ReconcileSummary { drift, counts: Counts { spot: 2, on_demand: 0 }, recheck_after: None });
     Ok(())
 }
 
 /// It may not be bound yet, and carry no decision.
-pub async fn a_live_executor_of_unknown_capacity_stays_but_is_not_entered(ledger: &impl Ledger) -> Checked {
+pub async fn a_live_executor_of_unknown_capacity_is_not_added(ledger: &impl Ledger) -> Checked {
     let job = job("unknown-capacity");
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
     let now = [live("e1", "u1", None), live("e2", "u2", None)];
-    assert!(mend(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
+    assert!(reconcile(ledger, job, seen(&now), Duration::ZERO).await?.drift.is_none());
     assert_eq!(counts(ledger, job).await?, (1, 0));
     Ok(())
 }
 
 /// Without one the noted one stays.
-pub async fn a_reconciled_policy_replaces_the_noted_one(ledger: &impl Ledger) -> Checked {
+pub async fn a_reconciled_policy_replaces_the_stored_one(ledger: &impl Ledger) -> Checked {
     let job = job("reconciled-policy");
-    mend(ledger, job, asking(all_spot()), LONG).await?;
+    reconcile(ledger, job, asking(all_spot()), LONG).await?;
     assert_eq!(ledger.place(job, &request("e1", None)).await?, placed(Spot, NEW, 1, 0));
-    mend(ledger, job, asking(all_on_demand()), LONG).await?;
-    mend(ledger, job, seen(&[]), LONG).await?;
+    reconcile(ledger, job, asking(all_on_demand()), LONG).await?;
+    reconcile(ledger, job, seen(&[]), LONG).await?;
     assert_eq!(ledger.place(job, &request("e2", None)).await?, placed(OnDemand, NEW, 1, 1));
     Ok(())
 }
 
 /// A driver may state a ratio and no base, or one of them wrongly.
-pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a_policy_is_none(
-    ledger: &impl Ledger,
-) -> Checked {
+pub async fn a_reconciled_field_replaces_the_stored_one(ledger: &impl Ledger) -> Checked {
     let job = job("overrides-in-part");
     let noted = async || -> Result<Option<Policy>, StoreError> {
         Ok(ledger.get(job).await?.and_then(|ledger| ledger.policy()))
@@ -521,34 +517,34 @@ pub async fn each_part_that_a_driver_states_replaces_the_noted_one_and_half_of_a
         JobState { overrides: PolicyOverrides { on_demand_base: Some(7), ..PolicyOverrides::default() }, ..seen(&[]) };
     let there = [live("e1", "u", Some(Spot))];
     for part in [ratio, base] {
-        mend(ledger, job, part, LONG).await?;
+        reconcile(ledger, job, part, LONG).await?;
         assert_eq!(ledger.get(job).await?, None);
-        mend(ledger, job, JobState { live: &there, ..part }, LONG).await?;
+        reconcile(ledger, job, JobState { live: &there, ..part }, LONG).await?;
         assert_eq!(noted().await?, None);
         assert_eq!(ledger.place(job, &request("e2", None)).await?, PlaceOutcome::NeedPolicy);
-        mend(ledger, job, seen(&[]), LONG).await?;
+        reconcile(ledger, job, seen(&[]), LONG).await?;
     }
     ledger.learn(job, policy(300_000_000, 2)).await?;
-    mend(ledger, job, ratio, LONG).await?;
+    reconcile(ledger, job, ratio, LONG).await?;
     assert_eq!(noted().await?, Some(policy(0, 2)));
-    mend(ledger, job, base, LONG).await?;
+    reconcile(ledger, job, base, LONG).await?;
     assert_eq!(noted().await?, Some(policy(0, 7)));
     Ok(())
 }
 
 /// A placement may still wait for its pod.
-pub async fn the_policy_of_a_job_that_ended_goes_with_its_last_executor(ledger: &impl Ledger) -> Checked {
+pub async fn an_ended_jobs_policy_goes_with_its_last_executor(ledger: &impl Ledger) -> Checked {
     let job = job("ended");
     let ended = JobState { ended: true, ..seen(&[]) };
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
     ledger.place(job, &request("e2", None)).await?;
     ledger.release(job, "e2", Some("u2")).await?;
-    mend(ledger, job, ended, LONG).await?;
+    reconcile(ledger, job, ended, LONG).await?;
     assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
-    mend(ledger, job, seen(&[]), Duration::ZERO).await?;
+    reconcile(ledger, job, seen(&[]), Duration::ZERO).await?;
     assert_eq!(ledger.get(job).await?.and_then(|ledger| ledger.policy()), Some(all_spot()));
     // Whatever was known of its driver.
-    mend(ledger, job, JobState { ended: true, ..asking(all_on_demand()) }, Duration::ZERO).await?;
+    reconcile(ledger, job, JobState { ended: true, ..asking(all_on_demand()) }, Duration::ZERO).await?;
     assert_eq!(ledger.get(job).await?, None);
     // Nothing of it is left for a later job by that id, neither its policy nor what was released.
     assert_eq!(ledger.place(job, &request("e3", None)).await?, PlaceOutcome::NeedPolicy);
@@ -558,7 +554,7 @@ pub async fn the_policy_of_a_job_that_ended_goes_with_its_last_executor(ledger: 
 }
 
 /// Its leader does not know yet that another has taken over.
-pub async fn a_reconcile_of_an_earlier_term_changes_nothing(ledger: &impl Ledger) -> Checked {
+pub async fn an_earlier_term_changes_nothing(ledger: &impl Ledger) -> Checked {
     for (earlier, later) in [(0, 1), (9, 10), (10, 11), (9_007_199_254_740_992, 9_007_199_254_740_993), (8, u64::MAX)] {
         let id = format!("term-{later}");
         let job = job(&id);
@@ -581,7 +577,7 @@ pub async fn a_reconcile_of_an_earlier_term_changes_nothing(ledger: &impl Ledger
 }
 
 /// A job that comes back by its id may be under leaders who count anew.
-pub async fn a_job_that_was_forgotten_forgets_its_term(ledger: &impl Ledger) -> Checked {
+pub async fn a_dropped_ledger_loses_its_term(ledger: &impl Ledger) -> Checked {
     let job = job("forgotten");
     let now = [live("e1", "u1", Some(Spot))];
     for way in 0..3 {
@@ -604,18 +600,18 @@ pub async fn a_job_that_was_forgotten_forgets_its_term(ledger: &impl Ledger) -> 
 }
 
 /// Whoever asks about it.
-pub async fn a_job_of_which_nothing_is_known_stays_unknown(ledger: &impl Ledger) -> Checked {
+pub async fn calls_do_not_create_a_ledger_for_an_unknown_job(ledger: &impl Ledger) -> Checked {
     let job = job("unknown");
     ledger.place(job, &request("e1", None)).await?;
     ledger.release(job, "e1", Some("u")).await?;
-    mend(ledger, job, seen(&[]), Duration::ZERO).await?;
-    mend(ledger, job, seen(&[live("e1", "u", None)]), Duration::ZERO).await?;
+    reconcile(ledger, job, seen(&[]), Duration::ZERO).await?;
+    reconcile(ledger, job, seen(&[live("e1", "u", None)]), Duration::ZERO).await?;
     assert_eq!(ledger.get(job).await?, None);
     Ok(())
 }
 
 /// Of a job with executors, of one that has a policy alone, and of none.
-pub async fn a_tally_tells_the_counts_and_makes_no_ledger(ledger: &impl Ledger) -> Checked {
+pub async fn counts_are_right_and_create_no_ledger(ledger: &impl Ledger) -> Checked {
     let job = job("tally");
     assert_eq!(ledger.counts(job).await?, None);
     assert_eq!(ledger.get(job).await?, None);
@@ -628,7 +624,7 @@ pub async fn a_tally_tells_the_counts_and_makes_no_ledger(ledger: &impl Ledger) 
     let before = ledger.get(job).await?;
     assert_eq!(ledger.counts(job).await?, Some(Counts { spot: 3, on_demand: 1 }));
     assert_eq!(ledger.get(job).await?, before);
-    mend(ledger, job, JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    reconcile(ledger, job, JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
     assert_eq!(ledger.counts(job).await?, None);
     // Executors without a policy.
     ledger.place(job, &PlaceRequest { required: Some(OnDemand), ..request("e1", None) }).await?;
@@ -636,8 +632,8 @@ pub async fn a_tally_tells_the_counts_and_makes_no_ledger(ledger: &impl Ledger) 
     Ok(())
 }
 
-/// JobPage by page, whatever their names, and no job whose ledger is gone.
-pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checked {
+/// Page by page, whatever the names are, and without jobs whose ledger is gone.
+pub async fn every_job_with_a_ledger_is_listed(ledger: &impl Ledger) -> Checked {
     let mut all: Vec<String> = (0..2_000).map(|number| format!("spark-{number}")).collect();
     all.extend(TEXTS.map(str::to_owned));
     let of = |id| JobRef { namespace: "contract-jobs", app_id: id };
@@ -648,7 +644,7 @@ pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checke
             ledger.place(of(id), &PlaceRequest { required: Some(Spot), ..request("e1", None) }).await?;
         }
     }
-    mend(ledger, of("spark-0"), JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
+    reconcile(ledger, of("spark-0"), JobState { ended: true, ..seen(&[]) }, Duration::ZERO).await?;
     ledger.release(of("spark-1"), "e1", None).await?;
 
     let (mut told, mut from, mut pages) = (BTreeSet::new(), Some(None), 0);
@@ -663,8 +659,8 @@ pub async fn every_job_that_has_a_ledger_is_told(ledger: &impl Ledger) -> Checke
     Ok(())
 }
 
-/// By which a reconciler sees that the store has lost what it did.
-pub async fn a_mark_tells_the_one_before_it(ledger: &impl Ledger) -> Checked {
+/// From it, a reconciler detects that the store has lost changes.
+pub async fn a_heartbeat_returns_the_one_before(ledger: &impl Ledger) -> Checked {
     let mut before = None;
     for mark in [7, 7, u64::MAX, 0, 8] {
         assert_eq!(ledger.heartbeat(mark).await?, before);
@@ -690,7 +686,7 @@ const TEXTS: [&str; 12] = [
 ];
 
 /// As executor, as uid and as job id.
-pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
+pub async fn names_can_be_any_text(ledger: &impl Ledger) -> Checked {
     for id in TEXTS {
         let id = format!("any {id}");
         let job = job(&id);
@@ -698,7 +694,7 @@ pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
             ledger.place(job, &request(name, Some(all_spot()))).await?;
             let uid = format!("uid {name}");
             // Strikes the one that was seen before it.
-            mend(ledger, job, seen(&[live(name, &uid, None)]), LONG).await?;
+            reconcile(ledger, job, seen(&[live(name, &uid, None)]), LONG).await?;
             let shown = ledger.get(job).await?.unwrap_or_default();
             let held: Vec<_> =
                 shown.entries().iter().map(|(name, entry)| (name.as_str(), entry.uid.as_deref())).collect();
@@ -721,7 +717,7 @@ pub async fn names_may_hold_any_text(ledger: &impl Ledger) -> Checked {
 }
 
 /// The same executor names, the same job id in another namespace, an id within an id.
-pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
+pub async fn jobs_are_independent(ledger: &impl Ledger) -> Checked {
     let jobs = [("team-a", "job"), ("team-b", "job"), ("team-a", "job-1"), ("team-a", "JOB"), ("team-a", "job}")]
         .map(|(namespace, id)| JobRef { namespace, app_id: id });
     for (ratio, job) in (0u32..).zip(jobs) {
@@ -730,7 +726,7 @@ pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
         ledger.place(job, &request(job.app_id, None)).await?;
     }
     ledger.release(jobs[0], "e1", None).await?;
-    mend(ledger, jobs[1], asking(policy(1_000, 0)), Duration::ZERO).await?;
+    reconcile(ledger, jobs[1], asking(policy(1_000, 0)), Duration::ZERO).await?;
     let mut shown = Vec::new();
     for job in jobs {
         let ledger = ledger.get(job).await?.unwrap_or_default();
@@ -741,7 +737,7 @@ pub async fn jobs_do_not_touch_one_another(ledger: &impl Ledger) -> Checked {
 }
 
 /// Spark asks for its executors in batches, and calls are repeated.
-pub async fn executors_placed_at_once_are_each_counted_once(ledger: &impl Ledger) -> Checked {
+pub async fn concurrent_placements_count_once_each(ledger: &impl Ledger) -> Checked {
     let job = job("at-once");
     ledger.learn(job, policy(500_000_000, 0)).await?;
     for round in 0..8 {
@@ -763,7 +759,7 @@ pub async fn executors_placed_at_once_are_each_counted_once(ledger: &impl Ledger
 }
 
 /// In one job, and in one reconcile.
-pub async fn ten_thousand_executors_are_no_matter(ledger: &impl Ledger) -> Checked {
+pub async fn ten_thousand_executors_fit_in_a_job(ledger: &impl Ledger) -> Checked {
     const ALL: usize = 10_000;
     let job = job("large");
     let names: Vec<String> = (0..ALL).map(|number| format!("etl-7abe5c93a6f4-exec-{number}")).collect();
@@ -776,10 +772,10 @@ pub async fn ten_thousand_executors_are_no_matter(ledger: &impl Ledger) -> Check
         ledger.place(job, &request(executor.key, Some(all_spot()))).await?;
     }
     assert_eq!(counts(ledger, job).await?, (5_000, 0));
-    let drift = mend(ledger, job, seen(&all), Duration::ZERO).await?.drift;
+    let drift = reconcile(ledger, job, seen(&all), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 5_000, stale: 0, wrong_capacity: 5_000 });
     assert_eq!(ledger.place(job, &request("one more", None)).await?, placed(Spot, NEW, 1, 10_000));
-    let drift = mend(ledger, job, seen(rest), Duration::ZERO).await?.drift;
+    let drift = reconcile(ledger, job, seen(rest), Duration::ZERO).await?.drift;
     assert_eq!(drift, Drift { missing: 0, stale: 5_001, wrong_capacity: 0 });
     assert_eq!(counts(ledger, job).await?, (0, 5_000));
     Ok(())
@@ -793,7 +789,7 @@ enum Step {
     Release { executor: &'static str, uid: Option<&'static str> },
     Learn(Policy),
     Reconcile { live: Vec<LiveExecutor<'static>>, overrides: PolicyOverrides, ended: bool, term: Term, patient: bool },
-    Tally,
+    Count,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -860,13 +856,13 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
         4 => (executor(), prop::option::of(uid())).prop_map(|(executor, uid)| Step::Release { executor, uid }),
         1 => policy().prop_map(Step::Learn),
         4 => reconcile,
-        1 => Just(Step::Tally),
+        1 => Just(Step::Count),
     ];
     prop::collection::vec(step, 1..40)
 }
 
 /// Every answer, and what is held after every step.
-pub async fn random_histories_agree_with_the_reference(ledger: &impl Ledger) -> Checked {
+pub async fn random_histories_match_the_reference(ledger: &impl Ledger) -> Checked {
     let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::default() });
     let history = AtomicU32::new(0);
     let result = runner.run(&some_steps(), |steps| {
@@ -900,7 +896,7 @@ async fn play(ledger: &impl Ledger, job: JobRef<'_>, steps: &[Step]) -> Checked 
                 ledger.learn(job, *policy).await?;
                 reference.learn(*policy);
             }
-            Step::Tally => {
+            Step::Count => {
                 let none = reference.policy().is_none() && reference.entries().is_empty();
                 assert_eq!(ledger.counts(job).await?, (!none).then(|| reference.counts()));
             }
@@ -929,8 +925,8 @@ fn without_times(ledger: &JobLedger) -> JobLedger {
 
 fn without_waits(reconciled: ReconcileOutcome) -> ReconcileOutcome {
     match reconciled {
-        ReconcileOutcome::Done(mended) => {
-            ReconcileOutcome::Done(ReconcileSummary { recheck_after: mended.recheck_after.map(|_| 0), ..mended })
+        ReconcileOutcome::Done(summary) => {
+            ReconcileOutcome::Done(ReconcileSummary { recheck_after: summary.recheck_after.map(|_| 0), ..summary })
         }
         superseded @ ReconcileOutcome::Superseded(_) => superseded,
     }

@@ -47,7 +47,7 @@ pub struct RedisOptions {
 /// One connection carries all calls at once. While there is no connection, or the server has stopped answering on it,
 /// calls fail at once, and a task of this ledger reconnects.
 ///
-/// An ACL user needs the keys `exec-count:*`, `exec-pods:*` and `exec-reconciler` and the
+/// An ACL user needs the keys `exec-count:*`, `exec-pods:*` and `exec-heartbeat` and the
 /// commands `evalsha`, `script|load`, `time`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals`,
 /// `hgetall`, `del`, `scan`, `get` and `set`.
 pub struct RedisLedger {
@@ -88,16 +88,15 @@ impl RedisLedger {
         request: &PlaceRequest<'_>,
     ) -> Result<PlaceOutcome, StoreError> {
         let PlaceRequest { key: executor, required, overrides, policy } = *request;
-        // Forty bytes hold two ratios and two bases.
-        let mut command = Self::command(script, job, 7, self.ttl.len() + executor.len() + 40);
+        // Eighty bytes hold two policies.
+        let mut command = Self::command(script, job, 5, self.ttl.len() + executor.len() + 80);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg(executor.as_bytes());
         // Most executors have none of the rest.
         if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
             command.write_arg(text(required).as_bytes());
-            write_or_nothing(&mut command, overrides.spot_ratio);
-            write_or_nothing(&mut command, overrides.on_demand_base);
-            write_policy(&mut command, policy);
+            command.write_arg_fmt(overrides);
+            command.write_arg_fmt(policy.map(PolicyOverrides::from).unwrap_or_default());
         }
         reply::placed(&self.transport.run(script, command).await?)
     }
@@ -132,9 +131,9 @@ impl Ledger for RedisLedger {
 
     async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
         let script = &self.scripts.learn;
-        let mut command = Self::command(script, job, 3, self.ttl.len() + 20);
+        let mut command = Self::command(script, job, 2, self.ttl.len() + 40);
         command.write_arg(self.ttl.as_bytes());
-        write_policy(&mut command, Some(policy));
+        command.write_arg_fmt(policy);
         self.transport.run(script, command).await.map(drop)
     }
 
@@ -148,14 +147,14 @@ impl Ledger for RedisLedger {
         let script = &self.scripts.reconcile;
         let JobState { live, overrides, ended } = *state;
         let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand".len()).sum();
-        // Sixty bytes hold the grace, a ratio, a base and a term.
-        let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 60 + names);
+        // Eighty bytes hold the grace, a policy, a term and the rest.
+        let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 80 + names);
         command.write_arg(self.ttl.as_bytes());
         command.write_arg_fmt(millis(grace));
-        write_or_nothing(&mut command, overrides.spot_ratio);
-        write_or_nothing(&mut command, overrides.on_demand_base);
+        command.write_arg_fmt(overrides);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
+        command.write_arg_fmt(JobLedger::RELEASE_GRACE);
         for &LiveExecutor { key: executor, uid, capacity } in live {
             command.write_arg(executor.as_bytes());
             command.write_arg(uid.as_bytes());
@@ -208,16 +207,4 @@ const fn text(capacity: Option<Capacity>) -> &'static str {
         Some(capacity) => capacity.as_str(),
         None => "",
     }
-}
-
-fn write_or_nothing(command: &mut Cmd, value: Option<impl fmt::Display>) {
-    match value {
-        Some(value) => command.write_arg_fmt(value),
-        None => command.write_arg(b""),
-    }
-}
-
-fn write_policy(command: &mut Cmd, policy: Option<Policy>) {
-    write_or_nothing(command, policy.map(|policy| policy.spot_ratio));
-    write_or_nothing(command, policy.map(|policy| policy.on_demand_base));
 }

@@ -109,7 +109,7 @@ async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() ->
         let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), TIMEOUT, Term(1)).await;
         told(reconciled.err(), answer);
     }
-    for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n", negative] {
+    for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n"] {
         told(answering(answer).await?.counts(JOB).await.err(), answer);
     }
     for answer in ["$-1\r\n", ":0\r\n", "*1\r\n*0\r\n", "*2\r\n$2\r\n-1\r\n*0\r\n", "*2\r\n$1\r\n0\r\n:0\r\n"] {

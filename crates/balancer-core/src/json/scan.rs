@@ -198,7 +198,7 @@ impl<'a> Scan<'a> for Option<Pairs<'a>> {
             pairs.push((key, Text::scan(scanner)?));
             Ok(())
         })?;
-        Ok(present.then(|| Pairs(pairs)))
+        Ok(present.then_some(Pairs(pairs)))
     }
 }
 

@@ -1,12 +1,11 @@
--- The job's executors as counted.
+-- The counts of the job's executors.
 --
 -- KEYS, ARGV[1]: as at the top of shared.lua
 --
--- Returns  {the number on spot, the number on on-demand}, or nil where there is no ledger
-local spot, on_demand, ratio, base, recounted = noted()
-if spot + on_demand == 0 and not (ratio and base) then return nil end
-if recounted then
-  call('HSET', KEYS[1], 'on-demand', on_demand, 'spot', spot)
-end
+-- Returns  {the number on spot, the number on on-demand}, or nil if there is no ledger; a newer version may append
+--          more
+local spot, on_demand, policy, format, recounted = read_record()
+if spot + on_demand == 0 and not is_policy(policy) then return nil end
+if recounted then write_counts(spot, on_demand, format) end
 touch()
 return { spot, on_demand }

@@ -1,7 +1,8 @@
--- All that the ledger holds, at one moment. It writes nothing and prolongs no life.
+-- Everything that the ledger holds, at one moment. It writes nothing, and keeps neither key longer.
 --
 -- KEYS: as at the top of shared.lua; no ARGV
 --
--- Returns  {ratio or nil, base or nil, released or nil, term or nil, {executor, entry, executor, entry ...}}
-local noted = redis.call('HMGET', KEYS[1], 'ratio', 'base', 'released', 'term')
-return { noted[1], noted[2], noted[3], noted[4], redis.call('HGETALL', KEYS[2]) }
+-- Returns  {policy or nil, released or nil, term or nil, {executor, entry, executor, entry ...}}; a newer version may
+--          append more
+local record = redis.call('HMGET', KEYS[1], 'policy', 'released', 'term')
+return { record[1], record[2], record[3], redis.call('HGETALL', KEYS[2]) }

@@ -1,10 +1,10 @@
--- Notes the reconciler's mark.
+-- Stores the reconciler's heartbeat.
 --
--- KEYS[1]  exec-reconciler, a string
--- ARGV[1]  how long it lives, in ms: as long as a ledger that nobody touches
--- ARGV[2]  the mark
+-- KEYS[1]  exec-heartbeat, a string
+-- ARGV[1]  how long it is kept, in ms: as long as a ledger that nobody calls
+-- ARGV[2]  the heartbeat
 --
--- Returns  the mark noted before, or nil
+-- Returns  the heartbeat stored before, or nil
 local before = redis.call('GET', KEYS[1])
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[1])
 return before

@@ -1,9 +1,9 @@
--- Notes the job's policy; the newest wins.
+-- Stores the job's policy; the newest wins.
 --
 -- KEYS, ARGV[1]: as at the top of shared.lua
--- ARGV[2]  the ratio, a decimal from 0 to 1 with up to nine places
--- ARGV[3]  the base
+-- ARGV[2]  the policy
 --
 -- Returns  nil
-call('HSET', KEYS[1], 'ratio', ARGV[2], 'base', ARGV[3])
+local record = call('HMGET', KEYS[1], 'policy', 'v')
+call('HSET', KEYS[1], 'v', record[2] or FORMAT, 'policy', merge_policies(record[1], ARGV[2]))
 touch()

@@ -13,16 +13,15 @@ use crate::{Cursor, StoreError};
 
 /// The reply of `place.lua` and `peek.lua`.
 pub(super) fn placed(reply: &Value) -> Result<PlaceOutcome, StoreError> {
-    match reply {
-        Value::Nil => Ok(PlaceOutcome::NeedPolicy),
-        Value::Int(number) if *number >= 0 => {
-            let number = number.unsigned_abs();
-            Ok(PlaceOutcome::Placed(Placed {
-                capacity: if number & 1 == 1 { Capacity::Spot } else { Capacity::OnDemand },
-                is_new: number & 2 == 0,
-                counts: Counts { spot: number >> 2 & 0xff_ffff, on_demand: number >> 26 },
-            }))
-        }
+    if *reply == Value::Nil {
+        return Ok(PlaceOutcome::NeedPolicy);
+    }
+    match numbers(reply) {
+        Some([is_spot @ (0 | 1), is_new @ (0 | 1), spot, on_demand]) => Ok(PlaceOutcome::Placed(Placed {
+            capacity: if is_spot == 1 { Capacity::Spot } else { Capacity::OnDemand },
+            is_new: is_new == 1,
+            counts: Counts { spot, on_demand },
+        })),
         _ => Err(invalid(reply)),
     }
 }
@@ -106,13 +105,9 @@ pub(super) fn ledger(reply: &Value) -> Result<JobLedger, StoreError> {
 
 fn read_ledger(reply: &Value) -> Option<JobLedger> {
     let Value::Array(parts) = reply else { return None };
-    let [ratio, base, released, term, Value::Array(pods)] = parts.as_slice() else { return None };
-    let policy = match (text(ratio), text(base)) {
-        (Some(ratio), Some(base)) => {
-            Policy::decode(&format!("spot-ratio={ratio} on-demand-base={base}")).map(Some).ok()?
-        }
-        _ => None,
-    };
+    let [policy, released, term, Value::Array(pods), ..] = parts.as_slice() else { return None };
+    // A text that is not a policy counts as none, as it does for the scripts.
+    let policy = text(policy).and_then(|policy| Policy::decode(policy).ok());
     let mut entries = HashMap::with_capacity(pods.len() / 2);
     for pod in pods.chunks_exact(2) {
         let [executor, entry] = pod else { return None };
@@ -151,9 +146,10 @@ fn text(value: &Value) -> Option<&str> {
     }
 }
 
+/// The first numbers of an array. A newer version's script may return more.
 fn numbers<const N: usize>(reply: &Value) -> Option<[u64; N]> {
     let Value::Array(values) = reply else { return None };
-    let values: &[Value; N] = values.as_slice().try_into().ok()?;
+    let values: &[Value; N] = values.first_chunk()?;
     let mut numbers = [0; N];
     for (number, value) in numbers.iter_mut().zip(values) {
         let Value::Int(value) = value else { return None };

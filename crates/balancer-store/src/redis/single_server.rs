@@ -17,7 +17,7 @@ use crate::{Cursor, StoreError};
 
 /// How many of the server's keys it goes through for one page, at about 1 µs each.
 const KEYS_PER_PAGE: usize = 500;
-const HEARTBEAT_KEY: &str = "exec-reconciler";
+const HEARTBEAT_KEY: &str = "exec-heartbeat";
 
 /// One server. A task reconnects to it whenever the connection breaks.
 pub(super) struct SingleServer<D = Address> {

@@ -2,7 +2,7 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Short enough for "-reconciler-metrics" and the like to fit behind it. */}}
+{{/* Short enough that names with a suffix such as "-reconciler-metrics" stay valid. */}}
 {{- define "spot-balancer.fullname" -}}
 {{- $name := include "spot-balancer.name" . }}
 {{- if .Values.fullnameOverride }}
@@ -14,7 +14,7 @@
 {{- end }}
 {{- end }}
 
-{{/* What a component's pods and its own objects are told by: (list $ "webhook") */}}
+{{/* The labels that select the pods and the objects of a component: (list $ "webhook") */}}
 {{- define "spot-balancer.selector" -}}
 {{- $root := index . 0 -}}
 app.kubernetes.io/name: {{ include "spot-balancer.name" $root | quote }}
@@ -23,8 +23,8 @@ app.kubernetes.io/component: {{ index . 1 }}
 {{- end }}
 
 {{/*
-(list $ "webhook"), and where there are some, an object's own labels. The user's win over ours, but for those that
-objects are told by.
+The labels of an object: (list $ "webhook"), and optionally labels of that object alone. commonLabels override the
+chart's labels, except the labels of the selector.
 */}}
 {{- define "spot-balancer.labels" -}}
 {{- $root := index . 0 -}}
@@ -37,14 +37,14 @@ objects are told by.
 {{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $own) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
-{{/* Of pods: nothing that a new version of the chart changes by itself. */}}
+{{/* The labels of pods. None of them changes with the version of the chart, so an upgrade does not restart pods. */}}
 {{- define "spot-balancer.podLabels" -}}
 {{- $root := index . 0 -}}
 {{- $ours := dict "app.kubernetes.io/part-of" "spot-balancer" -}}
 {{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
-{{/* metadata of an object of this namespace: (list $ "webhook" "the object's name"), and its own labels */}}
+{{/* The metadata of an object in this namespace: (list $ "webhook" "name"), and optionally labels of its own */}}
 {{- define "spot-balancer.metadata" -}}
 {{- $root := index . 0 -}}
 name: {{ index . 2 | quote }}
@@ -53,7 +53,7 @@ labels:
   {{- include "spot-balancer.labels" (list $root (index . 1) (gt (len .) 3 | ternary (last .) dict)) | nindent 2 }}
 {{- end }}
 
-{{/* and of one of the whole cluster */}}
+{{/* The metadata of a cluster-wide object: (list $ "webhook" "name") */}}
 {{- define "spot-balancer.clusterMetadata" -}}
 name: {{ index . 2 | quote }}
 labels:
@@ -72,28 +72,28 @@ labels:
 {{ include "spot-balancer.fullname" . }}-redis
 {{- end }}
 
-{{/* (list image "the tag that holds where none is given") */}}
+{{/* An image reference: (list image "default tag") */}}
 {{- define "spot-balancer.image" -}}
 {{- $image := index . 0 -}}
 {{ $image.repository }}{{ if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default (index . 1) }}{{ end }}
 {{- end }}
 
-{{/* deployment, webhook or none */}}
+{{/* Where the reconciler runs: deployment, webhook or none */}}
 {{- define "spot-balancer.reconcilerMode" -}}
 {{- .Values.reconciler.mode | default (eq .Values.store "memory" | ternary "webhook" "deployment") }}
 {{- end }}
 
-{{/* Not empty where the small Redis of this chart is used. */}}
+{{/* Not empty if the bundled Redis is used. */}}
 {{- define "spot-balancer.redisIsBundled" -}}
 {{- if and (eq .Values.store "redis") (not .Values.redis.url) (not .Values.redis.existingSecret.name) }}yes{{ end }}
 {{- end }}
 
-{{/* The memory store is of one process. */}}
+{{/* The memory store belongs to one process, so it allows one replica. */}}
 {{- define "spot-balancer.webhookReplicas" -}}
 {{- eq .Values.store "memory" | ternary 1 .Values.webhook.replicas }}
 {{- end }}
 
-{{/* One for each source: whoever changes the source has neither take the other's. */}}
+{{/* Each source has a Secret of its own, so that a change of source does not reuse or overwrite the other's. */}}
 {{- define "spot-balancer.tlsSecret" -}}
 {{- if eq .Values.certificates.source "secret" }}
 {{- .Values.certificates.secret.name }}
@@ -111,7 +111,7 @@ labels:
 {{- add (mul 3600 $hours) (mul 60 $minutes) (regexFind "[0-9]+s" . | trimSuffix "s" | atoi) }}
 {{- end }}
 
-{{/* Settings that webhook and reconciler share. */}}
+{{/* The settings that webhook and reconciler share. */}}
 {{- define "spot-balancer.sharedEnvironment" -}}
 {{- $settings := .Values.settings -}}
 - name: STORE
@@ -162,7 +162,7 @@ labels:
   value: {{ $settings.logFormat | quote }}
 {{- end }}
 
-{{/* Settings of the reconcile loop, wherever it runs. */}}
+{{/* The settings of the reconciler, in its own Deployment or in the webhook. */}}
 {{- define "spot-balancer.reconcileEnvironment" -}}
 - name: RECONCILE_INTERVAL_SECONDS
   value: {{ int64 .Values.settings.reconcileIntervalSeconds | quote }}
@@ -190,7 +190,7 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* Where a component's pods run: (list $ "webhook") */}}
+{{/* The scheduling of a component's pods: (list $ "webhook") */}}
 {{- define "spot-balancer.placement" -}}
 {{- $root := index . 0 -}}
 {{- $placement := $root.Values.placement -}}
@@ -230,7 +230,7 @@ topologySpreadConstraints:
     maxSkew: 1
     whenUnsatisfiable: {{ $placement.spread }}
     {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
-    # The new replicas of a rollout are spread by themselves, and not with the old ones that are to go.
+    # Spread the new replicas of a rollout on their own, without counting the old ones.
     matchLabelKeys: [pod-template-hash]
     {{- end }}
     labelSelector:
@@ -253,13 +253,13 @@ readinessProbe:
   failureThreshold: 2
 {{- end }}
 
-{{/* The budget of a component: (list $ "webhook" replicas) */}}
+{{/* The PodDisruptionBudget of a component: (list $ "webhook" replicas) */}}
 {{- define "spot-balancer.podDisruptionBudget" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
 {{- $budget := (index $root.Values $component).podDisruptionBudget -}}
 {{- if and $budget.enabled (gt (int (index . 2)) 1) -}}
-# policy/v1 is there since Kubernetes 1.21.
+# policy/v1 exists from Kubernetes 1.21 on.
 apiVersion: {{ $root.Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
 kind: PodDisruptionBudget
 metadata:
@@ -267,7 +267,7 @@ metadata:
 spec:
   maxUnavailable: {{ $budget.maxUnavailable }}
   {{- if semverCompare ">=1.27-0" $root.Capabilities.KubeVersion.Version }}
-  # A pod that is not ready serves nobody: it must not keep its node from being drained.
+  # A pod that is not ready serves no requests, so it must not block the drain of its node.
   unhealthyPodEvictionPolicy: AlwaysAllow
   {{- end }}
   selector:
@@ -287,11 +287,11 @@ metadata:
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-# Pods ask for the token themselves.
+# Each pod mounts the token on its own.
 automountServiceAccountToken: false
 {{- end }}
 
-{{/* Binds the ClusterRole of this name to a component's account, where jobs run: (list $ "webhook" "role") */}}
+{{/* Binds a ClusterRole to a component's ServiceAccount in the namespaces of jobs: (list $ "webhook" "role") */}}
 {{- define "spot-balancer.bindWhereJobsRun" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
@@ -331,7 +331,7 @@ subjects:
   - {kind: ServiceAccount, name: {{ include (printf "spot-balancer.%s" $component) $root | quote }}, namespace: {{ $root.Release.Namespace | quote }}}
 {{- end }}
 
-{{/* What the reconcile loop may do, in the process of this component. */}}
+{{/* The rights of the reconciler, for the component that it runs in. */}}
 {{- define "spot-balancer.reconcileRights" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
@@ -341,11 +341,11 @@ kind: ClusterRole
 metadata:
   {{- include "spot-balancer.clusterMetadata" (list $root $component (printf "%s-reconcile" $account)) | nindent 2 }}
 rules:
-  # Which executors live, and what their drivers ask for.
+  # Live executors, and the annotations of their drivers.
   - apiGroups: [""]
     resources: [pods]
     verbs: [list, watch]
-  # An invalid ratio or base is told by an Event on the driver.
+  # An Event on the driver reports an invalid ratio or base.
   - apiGroups: [events.k8s.io]
     resources: [events]
     verbs: [create]
@@ -356,7 +356,7 @@ kind: ClusterRole
 metadata:
   {{- include "spot-balancer.clusterMetadata" (list $root $component (printf "%s-nodes" $account)) | nindent 2 }}
 rules:
-  # The capacity type of the node that an executor runs on.
+  # The capacity type of the node on which an executor runs.
   - apiGroups: [""]
     resources: [nodes]
     verbs: [list, watch]
@@ -369,7 +369,7 @@ kind: Role
 metadata:
   {{- include "spot-balancer.metadata" (list $root $component (printf "%s-leader" $account)) | nindent 2 }}
 rules:
-  # One leader among the replicas. A rule with names cannot allow to create.
+  # Elect one leader among the replicas. RBAC cannot restrict create to a name.
   - apiGroups: [coordination.k8s.io]
     resources: [leases]
     verbs: [create]
@@ -388,7 +388,8 @@ subjects:
 {{- end }}
 {{- end }}
 
-{{/* What a change of makes the pods start anew: what they read at their start and is not in their template. */}}
+{{/* Pods read the Redis URL and CA at startup only, and the pod template does not contain them. The checksum restarts
+the pods when one of them changes. */}}
 {{- define "spot-balancer.podAnnotations" -}}
 {{- $root := index . 0 -}}
 {{- $redis := $root.Values.redis -}}
@@ -400,7 +401,7 @@ checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
 {{- end }}
 {{- end }}
 
-{{/* Volumes and mounts of the CA of an external Redis. */}}
+{{/* The volume and the mount of the CA of an external Redis. */}}
 {{- define "spot-balancer.redisCaMount" -}}
 {{- if and (eq .Values.store "redis") .Values.redis.ca }}
 - {name: redis-ca, mountPath: /redis-ca, readOnly: true}
