@@ -33,11 +33,12 @@ pub struct Arguments {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Reconciling")]
 pub struct ReconcileArguments {
-    /// Seconds between two passes over all jobs; changes in between are reconciled at once; 10 to 86400
+    /// Seconds between two passes over all jobs; changes in between are reconciled at once. Accepted: 10 to
+    /// 86400
     #[arg(long, env, default_value_t = 1800, value_parser = number::<u64>(10..=86_400))]
     reconcile_interval_seconds: u64,
 
-    /// Seconds that a placement may wait for its pod before it is removed; 5 to 3600
+    /// Seconds that a placement may wait for its pod before it is removed. Accepted: 5 to 3600
     // Not less, because a connection to the API that was dropped silently is noticed within four seconds.
     #[arg(long, env, default_value_t = 60, value_parser = number::<u64>(5..=3600))]
     reconcile_grace_seconds: u64,
