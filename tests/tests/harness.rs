@@ -164,7 +164,7 @@ async fn objects_survive_an_outage_and_compaction_removes_history() -> Result<()
     let before = before.context("no resourceVersion")?;
 
     pods::driver("ads").post(&plane.client()?, &namespace).await?.pod()?;
-    let watch = WatchParams::default().timeout(5);
+    let watch = WatchParams::default().timeout(60);
     let mut seen = drivers.watch(&watch, &before).await?.boxed();
     assert!(matches!(seen.try_next().await?, Some(WatchEvent::Added(_))));
 

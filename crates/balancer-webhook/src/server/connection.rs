@@ -45,7 +45,7 @@ pub(super) async fn serve_tls<F>(
     stream: TcpStream,
     config: Arc<ServerConfig>,
     phase: watch::Receiver<Phase>,
-    answer: impl Fn(Request<Incoming>) -> F + Send + 'static,
+    answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
 {
@@ -66,7 +66,7 @@ async fn serve<F>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     is_http2: bool,
     phase: watch::Receiver<Phase>,
-    answer: impl Fn(Request<Incoming>) -> F + Send + 'static,
+    answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
 {
@@ -76,11 +76,12 @@ async fn serve<F>(
         let (deadlines, phase) = (deadlines.clone(), phase.clone());
         service_fn(move |request: Request<Incoming>| {
             let in_flight = InFlight::start(&deadlines);
-            let (phase, version) = (phase.clone(), request.version());
-            let answer = answer(request);
+            let (answer, phase, version) = (answer.clone(), phase.clone(), request.version());
+            // The answer's future begins in here: as a captured variable it would double the size of this one, and hyper
+            // moves that several times.
             async move {
                 let _in_flight = in_flight;
-                let mut answer = answer.await;
+                let mut answer = answer(request).await;
                 if version <= Version::HTTP_11 && *phase.borrow() > Phase::Serving {
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
