@@ -91,7 +91,9 @@ async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
 
 #[tokio::test]
 async fn answers_that_no_script_gives_are_told_as_unreadable() -> Result<()> {
-    for answer in [":-1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*2\r\n:1\r\n:0\r\n"] {
+    for answer in
+        [":-1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "$8\r\nspot 1 1\r\n", "$10\r\nspot 2 1 1\r\n", "*2\r\n:1\r\n:0\r\n"]
+    {
         let ledger = answering(answer).await?;
         let error = failure(&ledger).await?;
         assert_eq!(error.kind(), "invalid_reply", "{answer:?}: {error}");

@@ -6,9 +6,9 @@
 -- ARGV[5]  the job's policy as the caller knows it, or nothing
 --          (3 to 5 may be left out if all of them are nothing)
 --
--- Returns  nil if a policy is needed, else {1 for spot or 0 for on-demand, 1 if the executor is new or 0 if it was in
---          the ledger, the number on spot, the number on on-demand, both with this executor}; a newer version may
---          append more
+-- Returns  nil if a policy is needed, else words in one text, which costs its reader less than an array: spot or
+--          on-demand; 1 if the executor is new or 0 if it was in the ledger; the number on spot; the number on
+--          on-demand, both with this executor. A newer version may append more words.
 
 -- Where the next executor goes: first the base; beyond it to spot, as long as spot's share of the executors beyond
 -- the base is not above the ratio.
@@ -40,5 +40,5 @@ local outcome
 if capacity then
   if before == 'spot' then spot = spot - 1 elseif before then on_demand = on_demand - 1 end
   if capacity == 'spot' then spot = spot + 1 else on_demand = on_demand + 1 end
-  outcome = { capacity == 'spot' and 1 or 0, before and 0 or 1, spot, on_demand }
+  outcome = capacity .. (before and ' 0 ' or ' 1 ') .. spot .. ' ' .. on_demand
 end

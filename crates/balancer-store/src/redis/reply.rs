@@ -16,14 +16,20 @@ pub(super) fn placed(reply: &Value) -> Result<PlaceOutcome, StoreError> {
     if *reply == Value::Nil {
         return Ok(PlaceOutcome::NeedPolicy);
     }
-    match numbers(reply) {
-        Some([is_spot @ (0 | 1), is_new @ (0 | 1), spot, on_demand]) => Ok(PlaceOutcome::Placed(Placed {
-            capacity: if is_spot == 1 { Capacity::Spot } else { Capacity::OnDemand },
-            is_new: is_new == 1,
-            counts: Counts { spot, on_demand },
-        })),
-        _ => Err(invalid(reply)),
-    }
+    text(reply).and_then(read_placed).map(PlaceOutcome::Placed).ok_or_else(|| invalid(reply))
+}
+
+/// The words of `decide.lua`. A newer version may append more.
+fn read_placed(text: &str) -> Option<Placed> {
+    let mut words = text.split(' ');
+    let capacity = Capacity::parse(words.next()?)?;
+    let is_new = match words.next()? {
+        "0" => false,
+        "1" => true,
+        _ => return None,
+    };
+    let counts = Counts { spot: words.next()?.parse().ok()?, on_demand: words.next()?.parse().ok()? };
+    Some(Placed { capacity, is_new, counts })
 }
 
 /// The reply of `release.lua`.
