@@ -185,7 +185,7 @@ async fn a_reconciler_survives_an_api_outage_and_relists_after_compaction() -> R
     scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     scenario.ensure_ratio_recovers(JOB, 0.5).await?;
     let log = scenario.reconcilers[0].process().log()?;
-    ensure!(log.contains("has forgotten where the watch was"), "its past was not forgotten");
+    ensure!(log.contains("no longer has the resource version to resume from"), "its past was not forgotten");
     Ok(())
 }
 
@@ -237,7 +237,7 @@ async fn a_reconciler_cut_off_from_the_api_removes_nothing() -> Result<()> {
     // Two outages of ten seconds and more.
     let log = scenario.reconcilers[0].process().log()?;
     let outages: Vec<&str> = log.lines().skip(told).collect();
-    let broken = outages.iter().filter(|line| line.contains("a watch broke off")).count();
+    let broken = outages.iter().filter(|line| line.contains("watch disconnected")).count();
     ensure!((2..=4).contains(&broken) && outages.len() <= 60, "{} lines:\n{}", outages.len(), outages.join("\n"));
     scenario.ensure_ratio_recovers(JOB, 0.5).await
 }

@@ -129,7 +129,11 @@ async fn an_invalid_edit_keeps_the_last_valid_policy_and_creates_an_event() -> R
     told(&scenario, "InvalidSpotRatio", "\"most\"").await?;
     assert_eq!(policy(&scenario).await?, ("0.8".to_owned(), "2".to_owned()));
     for (field, edits) in [("spot_ratio", 2.0), ("on_demand_base", 1.0)] {
-        assert_eq!(scenario.reconcile_metric("invalid_edits_total", &[("field", field)]).await?, edits, "{field}");
+        assert_eq!(
+            scenario.reconcile_metric("invalid_annotations_total", &[("field", field)]).await?,
+            edits,
+            "{field}"
+        );
     }
 
     // One that has not seen the good one.

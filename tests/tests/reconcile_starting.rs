@@ -147,8 +147,8 @@ async fn only_the_leader_reports_live_executors() -> Result<()> {
             let mut shown = Vec::new();
             for reconciler in &scenario.reconcilers {
                 let page = reconciler.metrics().await?;
-                let executors = page.sum("spot_balancer_reconcile_executors", &[]);
-                shown.push((reconciler.leads().await?, executors, page.sum("spot_balancer_reconcile_jobs", &[])));
+                let executors = page.sum("spot_balancer_reconcile_live_executors", &[]);
+                shown.push((reconciler.leads().await?, executors, page.sum("spot_balancer_reconcile_live_jobs", &[])));
             }
             ensure!(
                 shown.iter().all(|(leads, executors, _)| *leads || *executors == Some(0.0)),
@@ -225,8 +225,8 @@ async fn metrics_and_log_show_what_the_reconciler_does() -> Result<()> {
         assert_eq!(scenario.reconcile_metric("drift_total", &[("kind", kind)]).await?, count, "{kind}");
     }
     for (name, labels, least) in [
-        ("repairs_total", &[("outcome", "right")][..], 1.0),
-        ("repairs_total", &[("outcome", "mended")], 1.0),
+        ("jobs_total", &[("outcome", "in_sync")][..], 1.0),
+        ("jobs_total", &[("outcome", "corrected")], 1.0),
         ("lag_seconds_count", &[], 1.0),
         ("resync_seconds_count", &[], 1.0),
         ("resyncs_total", &[("cause", "start")], 1.0),
@@ -235,10 +235,10 @@ async fn metrics_and_log_show_what_the_reconciler_does() -> Result<()> {
         ensure!(value >= least, "{name}{labels:?} is {value}");
     }
     for (name, labels, value) in [
-        ("jobs", &[][..], 2.0),
-        ("executors", &[("capacity", "spot")], 8.0),
-        ("executors", &[("capacity", "on-demand")], 10.0),
-        ("executors", &[("capacity", "unknown")], 0.0),
+        ("live_jobs", &[][..], 2.0),
+        ("live_executors", &[("capacity", "spot")], 8.0),
+        ("live_executors", &[("capacity", "on-demand")], 10.0),
+        ("live_executors", &[("capacity", "unknown")], 0.0),
     ] {
         until_true(REPAIRED, &format!("{name}{labels:?} to be {value}"), async || {
             let page = scenario.reconcilers[0].metrics().await?;
@@ -252,9 +252,10 @@ async fn metrics_and_log_show_what_the_reconciler_does() -> Result<()> {
     ensure!(quick < 2.0, "from a change to its repair it takes {quick} s on average");
 
     let log = scenario.reconcilers[0].process().log()?;
-    let repaired: Vec<&str> = log.lines().filter(|line| line.contains("repaired") && line.contains(JOB)).collect();
-    ensure!(!repaired.is_empty() && repaired.len() <= 4, "{log}");
-    for line in repaired {
+    let corrected: Vec<&str> =
+        log.lines().filter(|line| line.contains("ledger corrected") && line.contains(JOB)).collect();
+    ensure!(!corrected.is_empty() && corrected.len() <= 4, "{log}");
+    for line in corrected {
         for part in ["namespace", "missing", "stale", "wrong_capacity", "spot", "on_demand"] {
             ensure!(line.contains(&format!("{part}=")), "{line}");
         }
@@ -270,7 +271,7 @@ async fn an_executor_of_unknown_capacity_is_counted_when_bound() -> Result<()> {
     let pool = scenario.namespace.clone();
     scenario.post(&executor(JOB, 1).on_pool(&pool)).await?.pod()?;
     until_true(REPAIRED, "it to be seen", async || {
-        Ok(scenario.reconcile_metric("executors", &[("capacity", "unknown")]).await? == 1.0)
+        Ok(scenario.reconcile_metric("live_executors", &[("capacity", "unknown")]).await? == 1.0)
     })
     .await?;
     ensure!(scenario.entries(JOB).await?.is_empty(), "it was entered as something");

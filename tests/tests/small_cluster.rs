@@ -48,7 +48,7 @@ async fn small(purpose: &str) -> Result<(Scenario, Account)> {
 /// The live executors of all jobs, as the webhook's reconciling sees them.
 async fn seen(webhook: &Webhook) -> Result<f64> {
     let page = webhook.metrics().await?;
-    page.sum("spot_balancer_reconcile_executors", &[]).context("it does not reconcile")
+    page.sum("spot_balancer_reconcile_live_executors", &[]).context("it does not reconcile")
 }
 
 /// Makes executors one after the other, and fails unless each goes where a ledger that says what lives

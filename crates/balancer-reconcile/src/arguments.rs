@@ -10,9 +10,9 @@ use balancer_runtime::k8s_names::{is_dns_label, is_dns_subdomain};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::{Args, Parser};
 
-/// Keeps every job's count of spot and on-demand executors what the cluster says.
+/// Corrects the counts of spot and on-demand executors that have drifted from the cluster.
 ///
-/// Run beside the webhooks, on the same Redis. Of several replicas one works, and the others stand by.
+/// Run it next to the webhooks, with the same Redis. Of several replicas one works, and the others stand by.
 /// Every setting is an environment variable and a flag.
 #[derive(Clone, Debug, Parser)]
 #[command(version, about, max_term_width = 100)]
@@ -29,26 +29,26 @@ pub struct Arguments {
     telemetry: TelemetryArguments,
 }
 
-/// What is reconciled, and when; for the webhook too, where it reconciles by itself.
+/// What is reconciled, and when; also for a webhook that reconciles by itself.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Reconciling")]
 pub struct ReconcileArguments {
-    /// Seconds from one round of all jobs to the next; changes are followed at once in between; 10 to
+    /// Seconds between two passes over all jobs; changes in between are reconciled at once. Accepted: 10 to
     /// 86400
     #[arg(long, env, default_value_t = 1800, value_parser = number::<u64>(10..=86_400))]
     reconcile_interval_seconds: u64,
 
-    /// Seconds that a placement may wait for its pod to appear before it is struck; 5 to 3600
-    // Not less: a connection to the API that has died without a word is noticed within four.
+    /// Seconds that a placement may wait for its pod before it is removed. Accepted: 5 to 3600
+    // Not less, because a connection to the API that was dropped silently is noticed within four seconds.
     #[arg(long, env, default_value_t = 60, value_parser = number::<u64>(5..=3600))]
     reconcile_grace_seconds: u64,
 
-    /// Namespaces whose jobs are looked after, comma-separated; empty for all
+    /// Namespaces whose jobs are reconciled, comma-separated; empty for all
     #[arg(long, env, default_value = "", value_parser = namespaces)]
     watch_namespaces: Namespaces,
 
-    /// Name of the Lease by which one of all replicas leads, in the namespace that they run in; others that
-    /// run there for other ledgers need another one
+    /// Name of the Lease that elects the leader of all replicas, in their own namespace; reconcilers of other
+    /// ledgers in that namespace need another name
     #[arg(long, env, default_value = "spot-balancer-reconciler", value_parser = lease)]
     reconcile_lease: Arc<str>,
 }
@@ -61,7 +61,7 @@ fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
     let mut namespaces = Vec::new();
     for name in text.split(',').map(str::trim).filter(|name| !name.is_empty()) {
         if !is_dns_label(name) {
-            bail!("{name:?} is not a namespace; accepted: 1 to 63 of a-z, 0-9 and '-', not '-' at an end");
+            bail!("{name:?} is not a namespace; accepted: 1 to 63 of a-z, 0-9 and '-', no '-' at either end");
         }
         if !namespaces.iter().any(|known: &Arc<str>| **known == *name) {
             namespaces.push(name.into());
@@ -72,7 +72,9 @@ fn namespaces(text: &str) -> anyhow::Result<Namespaces> {
 
 fn lease(name: &str) -> anyhow::Result<Arc<str>> {
     if !is_dns_subdomain(name) {
-        bail!("{name:?} is not a Lease's name; accepted: 1 to 253 of a-z, 0-9, '-' and '.', not '-' or '.' at an end");
+        bail!(
+            "{name:?} is not a Lease's name; accepted: 1 to 253 of a-z, 0-9, '-' and '.', no '-' or '.' at either end"
+        );
     }
     Ok(name.into())
 }
@@ -80,14 +82,21 @@ fn lease(name: &str) -> anyhow::Result<Arc<str>> {
 /// What is reconciled, and when.
 #[derive(Clone, Debug)]
 pub struct ReconcileSettings {
-    /// From one round of all jobs to the next.
+    /// From one pass over all jobs to the next.
     pub interval: Duration,
     /// How long a placement may wait for its pod.
     pub grace: Duration,
     /// Whose pods are watched; empty for all.
     pub namespaces: Vec<Arc<str>>,
-    /// Name of the Lease by which one of all replicas leads.
+    /// Name of the Lease that elects the leader.
     pub lease: Arc<str>,
+}
+
+impl ReconcileSettings {
+    /// Whether the namespace's pods are watched.
+    pub(crate) fn watches(&self, namespace: &str) -> bool {
+        self.namespaces.is_empty() || self.namespaces.iter().any(|watched| **watched == *namespace)
+    }
 }
 
 impl ReconcileArguments {
@@ -103,7 +112,7 @@ impl ReconcileArguments {
     }
 }
 
-/// What the reconciler runs by.
+/// The checked settings of the reconciler.
 #[derive(Debug)]
 pub(crate) struct Settings {
     pub(crate) reconcile: ReconcileSettings,
@@ -138,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_has_a_name_that_the_api_takes_and_what_is_none_is_told() {
+    fn a_lease_name_is_a_dns_subdomain_and_another_is_rejected() {
         for name in ["a", "spot-balancer-reconciler", "a.b", &"a".repeat(253)] {
             assert!(lease(name).is_ok_and(|lease| *lease == *name));
         }
@@ -148,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn namespaces_are_a_list_and_what_is_none_is_told() {
+    fn namespaces_are_a_comma_separated_list_of_dns_labels() {
         let read = |text| namespaces(text).map(|namespaces| namespaces.0.join("|")).map_err(|error| error.to_string());
         assert_eq!(read("").as_deref(), Ok(""));
         assert_eq!(read(" etl, ml ,etl,").as_deref(), Ok("etl|ml"));

@@ -1,133 +1,126 @@
-//! The reconciler: it watches executors, drivers and nodes, and makes each job's ledger what the cluster
-//! says. Evictions, lost nodes and finished executors call no webhook, placements may come to no pod, and
-//! stores forget; whatever was missed is put right soon after (DESIGN section 7).
+//! The reconciler: it watches executors, drivers and nodes, and corrects every job's ledger that has drifted from the
+//! cluster. Evictions, lost nodes and finished executors call no webhook, some placements never become pods, and stores
+//! lose data; the reconciler corrects the ledgers soon afterwards.
 //!
-//! `observe` asks the cluster, [`view`] keeps what it said, `schedule` and `tallies` know which job is
-//! looked at when, `reconciler` is the loop, `leader` lets one of all replicas write. The same loop runs
-//! in a process of its own by [`run`], and inside the webhook by [`start`].
+//! `watch` lists and watches the cluster and produces events; [`index`] keeps the state that they describe. `queue` and
+//! `audit` choose which job is reconciled when. `controller` is the loop over them; `term`, `resync` and `store_epoch`
+//! are its decisions. `leader` elects the one of all replicas that may write. The same loop runs in a process of its
+//! own by [`run`], and inside the webhook by [`start`].
 
+mod apply;
 mod arguments;
+mod audit;
+mod controller;
+mod election;
+mod events;
+pub mod index;
 mod leader;
 mod metrics;
-mod observe;
-mod reconciler;
-mod report;
-mod schedule;
-mod tallies;
-pub mod view;
-mod watched;
+mod queue;
+mod reconcile_jobs;
+mod resync;
+mod state;
+mod store_check;
+mod store_epoch;
+mod term;
+mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Policy};
 use balancer_runtime::admin::{self, Admin, Readiness};
 use balancer_runtime::cluster;
 use balancer_runtime::shutdown::Signals;
 use balancer_store::Ledger;
-use tokio::sync::watch;
+use tokio::sync::watch as channel;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use arguments::{Arguments, ReconcileArguments, ReconcileSettings};
-pub use leader::{Elector, Leadership};
+use leader::{Elector, Leadership};
 pub use metrics::Metrics;
-pub use reconciler::{Progress, Reconciler};
+use state::Reconciler;
+pub use state::{Parts, Progress};
 
-/// To leave, at most: to end what is under way, and to give the Lease back.
-const LEAVE_LIMIT: Duration = Duration::from_secs(10);
-/// Before the loop begins anew after a panic.
-const BREAKDOWN_PAUSE: Duration = Duration::from_secs(1);
+/// The most that a shutdown may take: calls under way end, and the Lease is released.
+const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Before the loop restarts after a panic.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
-/// What a reconciler is made of.
-#[derive(Debug)]
-pub struct Parts<L> {
-    /// The ledgers to keep right.
-    pub ledger: Arc<L>,
-    /// Whether other processes reconcile them too, so that one has to be elected.
-    pub shared: bool,
-    /// How the cluster names things.
-    pub conventions: Arc<Conventions>,
-    /// What holds where a driver states nothing; the same as the webhook's.
-    pub defaults: Policy,
-    /// What is reconciled, and when.
-    pub settings: ReconcileSettings,
-    /// What is counted.
-    pub metrics: Arc<Metrics>,
-}
-
-/// A reconciler at work.
+/// A running reconciler.
 #[derive(Debug)]
 pub struct Running {
     task: JoinHandle<()>,
-    leave: watch::Sender<bool>,
-    progress: watch::Receiver<Progress>,
+    shutdown: channel::Sender<bool>,
+    progress: channel::Receiver<Progress>,
 }
 
 impl Running {
-    /// How far it has come.
-    pub fn progress(&self) -> watch::Receiver<Progress> {
+    /// How far the reconciler has come.
+    pub fn progress(&self) -> channel::Receiver<Progress> {
         self.progress.clone()
     }
 
-    /// Has it leave: it stops writing, and then makes way for another.
-    pub async fn leave(self) {
-        self.leave.send_replace(true);
-        if timeout(LEAVE_LIMIT, self.task).await.is_err() {
-            tracing::warn!("the reconciler did not leave in time");
+    /// Stops writing, and then releases the Lease.
+    pub async fn shut_down(self) {
+        self.shutdown.send_replace(true);
+        if timeout(SHUTDOWN_TIMEOUT, self.task).await.is_err() {
+            tracing::warn!("the reconciler did not shut down in time");
         }
     }
 }
 
-/// Starts a reconciler on the current runtime. Fails where there is no access to a cluster; a cluster or
-/// a store that does not answer is waited for.
+/// Starts a reconciler on the current runtime. It waits for a cluster or a store that does not answer.
+///
+/// # Errors
+/// If the process has no access to a cluster.
 pub async fn start<L: Ledger>(parts: Parts<L>) -> anyhow::Result<Running> {
-    let Parts { ledger, shared, conventions, defaults, settings, metrics } = parts;
-    let ReconcileSettings { interval, grace, namespaces, lease } = settings;
-    let client = cluster::client(observe::SILENCE).await?;
-    let (elector, leadership) = if shared {
-        let (elector, leadership) = Elector::new(client.clone(), lease, Arc::clone(&metrics));
+    let client = cluster::client(watch::READ_TIMEOUT).await?;
+    let (elector, leadership) = if parts.shared {
+        let lease = Arc::clone(&parts.settings.lease);
+        let (elector, leadership) = Elector::new(client.clone(), lease, Arc::clone(&parts.metrics));
         (Some(elector), leadership)
     } else {
-        metrics.leads(true);
+        parts.metrics.set_leads(true);
         (None, Leadership::alone())
     };
-    let sources = observe::Sources { client, conventions, namespaces, grace };
-    let reconciler = Arc::new(Reconciler { ledger, leadership, sources, defaults, interval, metrics });
-    let (leave, leaving) = watch::channel(false);
-    let (reached, progress) = watch::channel(Progress::default());
+    let reconciler = Arc::new(Reconciler { parts, client, leadership });
+    let (shutdown, is_shutting_down) = channel::channel(false);
+    let (progress_sender, progress) = channel::channel(Progress::default());
     let task = tokio::spawn(async move {
-        let (retire, retired) = watch::channel(false);
-        let electing = elector.map(|elector| tokio::spawn(elector.run(told(retired))));
-        // A panic is a defect of ours, and no reason for the ledgers to be right no more.
-        while let Err(error) = tokio::spawn(Arc::clone(&reconciler).run(reached.clone(), told(leaving.clone()))).await {
-            tracing::error!(%error, "the reconciler broke down; it begins anew");
-            tokio::time::sleep(BREAKDOWN_PAUSE).await;
+        let (retire, is_retired) = channel::channel(false);
+        let electing = elector.map(|elector| tokio::spawn(elector.run(is_set(is_retired))));
+        // A panic is a defect, but the ledgers still have to be reconciled.
+        while let Err(error) =
+            tokio::spawn(Arc::clone(&reconciler).run(progress_sender.clone(), is_set(is_shutting_down.clone()))).await
+        {
+            tracing::error!(%error, "the reconciler panicked; restarting");
+            tokio::time::sleep(RESTART_PAUSE).await;
         }
         retire.send_replace(true);
         if let Some(electing) = electing {
             let _ = electing.await;
         }
     });
-    Ok(Running { task, leave, progress })
+    Ok(Running { task, shutdown, progress })
 }
 
-/// Waits until it is told so, or nobody is left to tell.
-async fn told(mut telling: watch::Receiver<bool>) {
-    let _ = telling.wait_for(|told| *told).await;
+/// Waits until the flag is set, or its sender is gone.
+async fn is_set(mut flag: channel::Receiver<bool>) {
+    let _ = flag.wait_for(|flag| *flag).await;
 }
 
-/// Runs a reconciler as a process of its own until a signal ends it.
+/// Runs a reconciler as a process of its own until a signal ends it. If Redis or the Kubernetes API is down, it waits
+/// for them and is not ready.
 ///
-/// Everything that can fail at a start fails here: settings, cluster access, the admin port. A Redis or
-/// an API that is down does not: both are waited for, unready.
+/// # Errors
+/// If a setting is invalid, the process has no access to a cluster, or the admin port is taken.
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let settings = arguments.settings()?;
     let _log = balancer_runtime::log::start(settings.telemetry);
     let mut signals = Signals::catch()?;
-    let metrics = Arc::new(Metrics::new());
     let mut registry = admin::registry(env!("CARGO_PKG_VERSION"));
-    metrics.register(&mut registry);
+    let metrics = Arc::new(Metrics::register(&mut registry));
 
     let readiness = Readiness::default();
     let admin = Admin::bind(settings.telemetry.admin_port).await?;
@@ -148,15 +141,15 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     tokio::select! {
         _ = signals.wait() => {}
         () = async {
-            // Whoever stands by is of use as soon as it knows the cluster.
+            // A follower is useful as soon as its index is complete.
             let _ = progress.wait_for(|progress| *progress >= Progress::StandingBy).await;
             readiness.set(true);
             std::future::pending().await
         } => {}
     }
-    tracing::info!("leaving");
+    tracing::info!("shutting down");
     readiness.set(false);
-    running.leave().await;
-    tracing::info!("left");
+    running.shut_down().await;
+    tracing::info!("shut down");
     Ok(())
 }

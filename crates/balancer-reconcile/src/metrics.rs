@@ -1,8 +1,8 @@
-//! What the reconciler counts.
+//! The metrics of the reconciler.
 
 use std::time::Duration;
 
-use balancer_core::{Drift, InvalidField};
+use balancer_core::{Drift, PolicyField};
 use balancer_runtime::metric_labels::{CapacityLabel, InvalidFieldLabels, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
@@ -10,12 +10,12 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
-use prometheus_client::registry::{Registry, Unit};
+use prometheus_client::registry::{Metric, Registry, Unit};
 
-use crate::view::Totals;
+use crate::index::Totals;
 
 label! {
-    /// What was wrong with a ledger.
+    /// How an executor was wrong in a ledger.
     DriftKind {
         /// A live executor was not in it.
         Missing = "missing",
@@ -27,33 +27,33 @@ label! {
 }
 
 label! {
-    /// What a look at a job's ledger came to.
-    RepairLabel {
-        /// It was right.
-        Right = "right",
-        /// It was mended.
-        Mended = "mended",
-        /// Another leads by now: nothing was changed.
+    /// The outcome of an attempt to reconcile a job's ledger.
+    JobOutcome {
+        /// The ledger had no drift.
+        InSync = "in_sync",
+        /// Drift was corrected.
+        Corrected = "corrected",
+        /// Another process leads by now. Nothing was changed.
         Superseded = "superseded",
-        /// The store did not answer.
+        /// The call to the store failed.
         Failed = "failed",
     }
 }
 
 label! {
-    /// Why all jobs were looked at.
+    /// Why all jobs were reconciled.
     Cause {
-        /// This process leads from now on.
+        /// This process has started to lead.
         Start = "start",
-        /// It was time.
+        /// The interval is over, or a namespace is in sync again.
         Interval = "interval",
-        /// The store was away, or has lost changes.
+        /// The store was not reachable, or has lost data.
         Store = "store",
     }
 }
 
 label! {
-    /// What is watched.
+    /// A watched resource.
     WatchedLabel {
         /// Executors and drivers.
         Pods = "pods",
@@ -64,124 +64,102 @@ label! {
 
 label_sets! {
     DriftLabels { kind: DriftKind }
-    RepairLabels { outcome: RepairLabel }
+    JobLabels { outcome: JobOutcome }
     CauseLabels { cause: Cause }
     WatchLabels { resource: WatchedLabel }
     ExecutorLabels { capacity: CapacityLabel }
 }
 
-/// What is counted.
+/// The metrics.
 #[derive(Debug)]
 pub struct Metrics {
     drift: Family<DriftLabels, Counter>,
-    repairs: Family<RepairLabels, Counter>,
+    reconciled_jobs: Family<JobLabels, Counter>,
     lag_seconds: Histogram,
     resyncs: Family<CauseLabels, Counter>,
     resync_seconds: Histogram,
     watch_restarts: Family<WatchLabels, Counter>,
     store_errors: Family<StoreErrorLabels, Counter>,
-    invalid_edits: Family<InvalidFieldLabels, Counter>,
-    jobs: Gauge,
-    executors: Family<ExecutorLabels, Gauge>,
+    invalid_annotations: Family<InvalidFieldLabels, Counter>,
+    live_jobs: Gauge,
+    live_executors: Family<ExecutorLabels, Gauge>,
     leader: Gauge,
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
-        Self::new()
-    }
+fn register<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
+    let metric = M::default();
+    registry.register(name, help, metric.clone());
+    metric
 }
 
 impl Metrics {
-    /// All at nought.
-    pub fn new() -> Self {
+    /// Registers all metrics, under names that begin with `reconcile`.
+    pub fn register(registry: &mut Registry) -> Self {
+        // From 10 ms, which is less than the debounce of a loss, to 82 s.
+        let seconds = || Histogram::new(exponential_buckets(0.01, 2.0, 14));
+        let registry = registry.sub_registry_with_prefix("reconcile");
         let metrics = Self {
-            drift: Family::default(),
-            repairs: Family::default(),
-            // From 10 ms, less than a loss waits, to 82 s.
-            lag_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 14)),
-            resyncs: Family::default(),
-            // From 10 ms, a handful of jobs, to 82 s.
-            resync_seconds: Histogram::new(exponential_buckets(0.01, 2.0, 14)),
-            watch_restarts: Family::default(),
-            store_errors: Family::default(),
-            invalid_edits: Family::default(),
-            jobs: Gauge::default(),
-            executors: Family::default(),
-            leader: Gauge::default(),
+            drift: register(registry, "drift", "Executors that were wrong in a ledger, and were corrected"),
+            reconciled_jobs: register(registry, "jobs", "Attempts to reconcile a job's ledger, by outcome"),
+            lag_seconds: seconds(),
+            resyncs: register(registry, "resyncs", "Passes over all jobs, by cause"),
+            resync_seconds: seconds(),
+            watch_restarts: register(registry, "watch_restarts", "Watches that were disconnected and restarted"),
+            store_errors: register(registry, "store_errors", "Failed calls to the store"),
+            invalid_annotations: register(
+                registry,
+                "invalid_annotations",
+                "Invalid annotations of drivers; the last valid value stays in use",
+            ),
+            live_jobs: register(registry, "live_jobs", "Jobs with a live pod; 0 unless this process leads"),
+            live_executors: register(
+                registry,
+                "live_executors",
+                "Live executors by the capacity that they run on or must run on; 0 unless this process leads",
+            ),
+            leader: register(registry, "leader", "1 if this process leads, else 0"),
         };
-        // There from the start: a rate over a series that appears with its first event does not see that.
-        for &kind in DriftKind::ALL {
-            drop(metrics.drift.get_or_create(&DriftLabels { kind }));
-        }
-        for &outcome in RepairLabel::ALL {
-            drop(metrics.repairs.get_or_create(&RepairLabels { outcome }));
-        }
-        for &cause in Cause::ALL {
-            drop(metrics.resyncs.get_or_create(&CauseLabels { cause }));
-        }
-        for &resource in WatchedLabel::ALL {
-            drop(metrics.watch_restarts.get_or_create(&WatchLabels { resource }));
-        }
-        for kind in StoreError::KINDS {
-            drop(metrics.store_errors.get_or_create(&StoreErrorLabels { kind }));
-        }
-        for labels in InvalidFieldLabels::all() {
-            drop(metrics.invalid_edits.get_or_create(&labels));
-        }
-        metrics.live(Totals::default());
+        registry.register_with_unit(
+            "lag",
+            "Time from the first event of a job's change until its ledger is reconciled",
+            Unit::Seconds,
+            metrics.lag_seconds.clone(),
+        );
+        registry.register_with_unit(
+            "resync",
+            "Time of a pass over all jobs, including the lists before it",
+            Unit::Seconds,
+            metrics.resync_seconds.clone(),
+        );
+        metrics.create_all_series();
         metrics
     }
 
-    /// Shows all under names that begin with `reconcile`.
-    pub fn register(&self, registry: &mut Registry) {
-        let Self {
-            drift,
-            repairs,
-            lag_seconds,
-            resyncs,
-            resync_seconds,
-            watch_restarts,
-            store_errors,
-            invalid_edits,
-            jobs,
-            executors,
-            leader,
-        } = self;
-        let registry = registry.sub_registry_with_prefix("reconcile");
-        registry.register("drift", "Executors that a ledger had wrong, and that were put right", drift.clone());
-        registry.register("repairs", "Looks at a job's ledger", repairs.clone());
-        registry.register_with_unit(
-            "lag",
-            "Time from the first news of a job's change to its ledger being right",
-            Unit::Seconds,
-            lag_seconds.clone(),
-        );
-        registry.register("resyncs", "Rounds of all jobs", resyncs.clone());
-        registry.register_with_unit(
-            "resync",
-            "Time of a round of all jobs, the lists included where all was listed again",
-            Unit::Seconds,
-            resync_seconds.clone(),
-        );
-        registry.register("watch_restarts", "Watches that broke off and began again", watch_restarts.clone());
-        registry.register("store_errors", "Calls that the store did not answer", store_errors.clone());
-        registry.register(
-            "invalid_edits",
-            "Annotations of drivers that could not be read; the last good ones hold on",
-            invalid_edits.clone(),
-        );
-        registry.register("jobs", "Jobs with a live pod, where this process leads", jobs.clone());
-        registry.register(
-            "executors",
-            "Live executors, by where they run or must run, where this process leads",
-            executors.clone(),
-        );
-        registry.register("leader", "1 where this process may write", leader.clone());
+    /// A rate over a series that appears with its first event does not count that event.
+    fn create_all_series(&self) {
+        for &kind in DriftKind::ALL {
+            drop(self.drift.get_or_create(&DriftLabels { kind }));
+        }
+        for &outcome in JobOutcome::ALL {
+            drop(self.reconciled_jobs.get_or_create(&JobLabels { outcome }));
+        }
+        for &cause in Cause::ALL {
+            drop(self.resyncs.get_or_create(&CauseLabels { cause }));
+        }
+        for &resource in WatchedLabel::ALL {
+            drop(self.watch_restarts.get_or_create(&WatchLabels { resource }));
+        }
+        for kind in StoreError::KINDS {
+            drop(self.store_errors.get_or_create(&StoreErrorLabels { kind }));
+        }
+        for labels in InvalidFieldLabels::all() {
+            drop(self.invalid_annotations.get_or_create(&labels));
+        }
+        self.set_live(Totals::default());
     }
 
-    pub(crate) fn repaired(&self, outcome: RepairLabel, drift: Drift) {
-        self.repairs.get_or_create(&RepairLabels { outcome }).inc();
+    pub(crate) fn reconciled(&self, outcome: JobOutcome, drift: Drift) {
+        self.reconciled_jobs.get_or_create(&JobLabels { outcome }).inc();
         let Drift { missing, stale, wrong_capacity } = drift;
         let kinds =
             [(DriftKind::Missing, missing), (DriftKind::Stale, stale), (DriftKind::WrongCapacity, wrong_capacity)];
@@ -199,7 +177,7 @@ impl Metrics {
         self.resync_seconds.observe(took.as_secs_f64());
     }
 
-    pub(crate) fn watch_broke(&self, resource: WatchedLabel) {
+    pub(crate) fn watch_restarted(&self, resource: WatchedLabel) {
         self.watch_restarts.get_or_create(&WatchLabels { resource }).inc();
     }
 
@@ -207,22 +185,22 @@ impl Metrics {
         self.store_errors.get_or_create(&StoreErrorLabels { kind: error.kind() }).inc();
     }
 
-    pub(crate) fn invalid(&self, invalid: &InvalidField) {
-        self.invalid_edits.get_or_create(&invalid.field.into()).inc();
+    pub(crate) fn invalid(&self, field: PolicyField) {
+        self.invalid_annotations.get_or_create(&field.into()).inc();
     }
 
-    pub(crate) fn live(&self, totals: Totals) {
+    pub(crate) fn set_live(&self, totals: Totals) {
         let Totals { jobs, spot, on_demand, unknown } = totals;
         let gauge = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        self.jobs.set(gauge(jobs));
+        self.live_jobs.set(gauge(jobs));
         let capacities =
             [(CapacityLabel::Spot, spot), (CapacityLabel::OnDemand, on_demand), (CapacityLabel::Unknown, unknown)];
         for (capacity, executors) in capacities {
-            self.executors.get_or_create(&ExecutorLabels { capacity }).set(gauge(executors));
+            self.live_executors.get_or_create(&ExecutorLabels { capacity }).set(gauge(executors));
         }
     }
 
-    pub(crate) fn leads(&self, leads: bool) {
+    pub(crate) fn set_leads(&self, leads: bool) {
         self.leader.set(leads.into());
     }
 }

@@ -1,5 +1,5 @@
-//! Whatever is admitted, deleted, heard late, twice or never: once it is quiet and the grace is over, the
-//! ledger is what lives in the cluster. On the pure parts alone, against a cluster that is simulated here.
+//! Convergence: whatever happens, and however late, often or rarely it is reported, the ledgers equal the cluster once
+//! nothing more happens and the grace is over. On the pure parts alone, against a simulated cluster.
 
 #![allow(
     clippy::indexing_slicing,
@@ -15,7 +15,7 @@ use balancer_core::{
     Capacity, Conventions, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, Ratio,
     ReconcileOutcome, ReconcileSummary, Term,
 };
-use balancer_reconcile::view::View;
+use balancer_reconcile::index::ClusterIndex;
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -29,14 +29,14 @@ const NODES: [&str; 3] = ["n0", "n1", "n2"];
 /// What happens. Numbers are taken modulo what there is.
 #[derive(Clone, Debug)]
 enum Step {
-    /// An executor is created through the webhook; `rejected` ones come to no pod.
+    /// An executor is created through the webhook; `rejected` ones never become a pod.
     Admit { name: u8, required: Option<Capacity>, rejected: bool },
     /// An executor is created while the webhook is away.
     Create { name: u8, asked: Option<Capacity> },
     /// An executor is deleted, with so many reviews at once and so many that come later.
     Delete { name: u8, reviews: u8, late: u8 },
-    /// An executor is told to end; it lives no longer, and is still there.
-    End { name: u8, reviews: u8 },
+    /// An executor starts to terminate: it is no longer live, but still exists.
+    Terminate { name: u8, reviews: u8 },
     /// An executor has finished.
     Finish { name: u8 },
     /// An executor is bound to a node.
@@ -45,19 +45,19 @@ enum Step {
     Label { node: u8, capacity: Option<Capacity> },
     /// A late review comes.
     Review { which: u8 },
-    /// The next word of a watch is heard: of the pods, or of the nodes.
-    Hear { nodes: bool },
-    /// A word is heard before others.
-    HearEarly { which: u8 },
-    /// A word is heard, and will be heard again.
-    HearTwice { which: u8 },
-    /// A word is lost.
+    /// The next event is received: of the pods, or of the nodes.
+    Receive { nodes: bool },
+    /// An event is received before earlier ones.
+    ReceiveEarly { which: u8 },
+    /// An event is received, and will be received again.
+    ReceiveTwice { which: u8 },
+    /// An event is lost.
     Lose { which: u8 },
-    /// All is listed.
+    /// Everything is listed.
     List,
-    /// The ledgers are repaired of the jobs that the view calls changed.
-    Repair,
-    /// The store forgets.
+    /// The changed jobs are reconciled.
+    Reconcile,
+    /// The store loses all data.
     Flush,
     /// Time goes by.
     Wait { time: u8 },
@@ -72,7 +72,7 @@ struct Executor {
 }
 
 #[derive(Clone, Debug)]
-enum Word {
+enum Event {
     Pod { name: u8, now: Executor },
     PodGone { name: u8 },
     Node { node: u8, capacity: Option<Capacity> },
@@ -81,12 +81,12 @@ enum Word {
 struct World {
     executors: BTreeMap<u8, Executor>,
     nodes: BTreeMap<u8, Option<Capacity>>,
-    pod_words: VecDeque<Word>,
-    node_words: VecDeque<Word>,
+    pod_events: VecDeque<Event>,
+    node_events: VecDeque<Event>,
     late_reviews: Vec<(u8, String)>,
-    view: View,
+    index: ClusterIndex,
     ledgers: BTreeMap<&'static str, JobLedger>,
-    /// The jobs that are to be looked at.
+    /// The jobs to reconcile.
     changed: BTreeSet<&'static str>,
     now: Millis,
     made: u32,
@@ -106,10 +106,10 @@ impl World {
         let mut world = Self {
             executors: BTreeMap::new(),
             nodes: (0..NODES.len() as u8).map(|node| (node, None)).collect(),
-            pod_words: VecDeque::new(),
-            node_words: VecDeque::new(),
+            pod_events: VecDeque::new(),
+            node_events: VecDeque::new(),
             late_reviews: Vec::new(),
-            view: View::new(Arc::new(Conventions::default()), Policy::default()),
+            index: ClusterIndex::new(Arc::new(Conventions::default()), Policy::default()),
             ledgers: JOBS.iter().map(|job| (*job, JobLedger::default())).collect(),
             changed: BTreeSet::new(),
             now: 1_000,
@@ -145,17 +145,17 @@ impl World {
                         self.ledger(job_of(name)).release(&executor(name), Some(&gone.uid), now);
                     }
                     self.late_reviews.extend((0..late).map(|_| (name, gone.uid.clone())));
-                    self.pod_words.push_back(Word::PodGone { name });
+                    self.pod_events.push_back(Event::PodGone { name });
                 }
             }
-            Step::End { name, reviews } => {
+            Step::Terminate { name, reviews } => {
                 let Some(ending) = self.executors.get_mut(&name) else { return };
                 ending.live = false;
                 let (uid, now) = (ending.uid.clone(), self.now);
                 for _ in 0..reviews {
                     self.ledger(job_of(name)).release(&executor(name), Some(&uid), now);
                 }
-                self.say(name);
+                self.report(name);
             }
             Step::Finish { name } => self.change(name, |executor| executor.live = false),
             // A pod is bound once.
@@ -165,7 +165,7 @@ impl World {
             Step::Label { node, capacity } => {
                 let node = node % NODES.len() as u8;
                 self.nodes.insert(node, capacity);
-                self.node_words.push_back(Word::Node { node, capacity });
+                self.node_events.push_back(Event::Node { node, capacity });
             }
             Step::Review { which } => {
                 if !self.late_reviews.is_empty() {
@@ -174,25 +174,25 @@ impl World {
                     self.ledger(job_of(name)).release(&executor(name), Some(&uid), now);
                 }
             }
-            Step::Hear { nodes } => {
-                let words = if nodes { &mut self.node_words } else { &mut self.pod_words };
-                if let Some(word) = words.pop_front() {
-                    self.hear(&word);
+            Step::Receive { nodes } => {
+                let events = if nodes { &mut self.node_events } else { &mut self.pod_events };
+                if let Some(event) = events.pop_front() {
+                    self.receive(&event);
                 }
             }
-            Step::HearEarly { which } => {
-                if let Some(word) = self.pick(which).and_then(|at| self.pod_words.remove(at)) {
-                    self.hear(&word);
+            Step::ReceiveEarly { which } => {
+                if let Some(event) = self.pick(which).and_then(|at| self.pod_events.remove(at)) {
+                    self.receive(&event);
                 }
             }
-            Step::HearTwice { which } => {
-                if let Some(word) = self.pick(which).and_then(|at| self.pod_words.get(at).cloned()) {
-                    self.hear(&word);
+            Step::ReceiveTwice { which } => {
+                if let Some(event) = self.pick(which).and_then(|at| self.pod_events.get(at).cloned()) {
+                    self.receive(&event);
                 }
             }
-            Step::Lose { which } => drop(self.pick(which).and_then(|at| self.pod_words.remove(at))),
+            Step::Lose { which } => drop(self.pick(which).and_then(|at| self.pod_events.remove(at))),
             Step::List => self.list(),
-            Step::Repair => self.repair(),
+            Step::Reconcile => self.reconcile_changed(),
             Step::Flush => {
                 for ledger in self.ledgers.values_mut() {
                     *ledger = JobLedger::default();
@@ -204,7 +204,7 @@ impl World {
     }
 
     fn pick(&self, which: u8) -> Option<usize> {
-        usize::from(which).checked_rem(self.pod_words.len())
+        usize::from(which).checked_rem(self.pod_events.len())
     }
 
     /// The API refuses a name that is taken.
@@ -212,74 +212,74 @@ impl World {
         if !self.executors.contains_key(&name) {
             self.made += 1;
             self.executors.insert(name, Executor { uid: format!("uid-{}", self.made), asked, node: None, live: true });
-            self.say(name);
+            self.report(name);
         }
     }
 
     fn change(&mut self, name: u8, change: impl FnOnce(&mut Executor)) {
         if let Some(executor) = self.executors.get_mut(&name).filter(|executor| executor.live) {
             change(executor);
-            self.say(name);
+            self.report(name);
         }
     }
 
-    fn say(&mut self, name: u8) {
+    fn report(&mut self, name: u8) {
         let now = self.executors[&name].clone();
-        self.pod_words.push_back(Word::Pod { name, now });
+        self.pod_events.push_back(Event::Pod { name, now });
     }
 
-    fn hear(&mut self, word: &Word) {
-        match word {
-            Word::Pod { name, now } => self.view.see_pod(&pod(*name, now), None),
-            Word::PodGone { name } => self.view.forget_pod("etl", &executor(*name)),
-            Word::Node { node, capacity } => {
-                self.view.see_node(NODES[usize::from(*node)], *capacity);
+    fn receive(&mut self, event: &Event) {
+        match event {
+            Event::Pod { name, now } => self.index.apply_pod(&pod(*name, now), None),
+            Event::PodGone { name } => self.index.delete_pod("etl", &executor(*name)),
+            Event::Node { node, capacity } => {
+                self.index.apply_node(NODES[usize::from(*node)], *capacity);
             }
         }
-        self.note_changes();
+        self.add_changed();
     }
 
     fn list(&mut self) {
-        self.view.begin_pods(None);
+        self.index.init_pods(None);
         for (name, executor) in &self.executors {
-            self.view.see_pod(&pod(*name, executor), None);
+            self.index.apply_pod(&pod(*name, executor), None);
         }
-        self.view.end_pods(None);
-        self.view.begin_nodes();
+        self.index.init_pods_done(None);
+        self.index.init_nodes();
         for (node, capacity) in &self.nodes {
-            self.view.see_node(NODES[usize::from(*node)], *capacity);
+            self.index.apply_node(NODES[usize::from(*node)], *capacity);
         }
-        self.view.end_nodes();
-        self.note_changes();
+        self.index.init_nodes_done();
+        self.add_changed();
     }
 
-    fn note_changes(&mut self) {
-        for job in self.view.take_changed().into_keys() {
+    fn add_changed(&mut self) {
+        for job in self.index.take_changed().into_keys() {
             self.changed.extend(JOBS.iter().filter(|known| **known == job.app_id));
         }
     }
 
-    /// Looks at the jobs that have changed; a placement that waits has its job looked at again.
-    fn repair(&mut self) {
+    /// Reconciles the changed jobs; one with a waiting placement is reconciled again later.
+    fn reconcile_changed(&mut self) {
         for job in std::mem::take(&mut self.changed) {
-            if self.look(job).recheck_after.is_some() {
+            if self.reconcile(job).recheck_after.is_some() {
                 self.changed.insert(job);
             }
         }
     }
 
-    fn look(&mut self, job: &'static str) -> ReconcileSummary {
+    fn reconcile(&mut self, job: &'static str) -> ReconcileSummary {
         let key = JobId { namespace: "etl".into(), app_id: job.into() };
-        let observed = self.view.observe(&key);
+        let desired = self.index.desired(&key);
         let ledger = self.ledgers.get_mut(job).expect("a job");
-        match ledger.reconcile(&observed.observation(), GRACE, TERM, self.now) {
-            ReconcileOutcome::Done(mended) => mended,
+        match ledger.reconcile(&desired.job_state(), GRACE, TERM, self.now) {
+            ReconcileOutcome::Done(summary) => summary,
             ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }
     }
 
-    /// What is to be in the job's ledger.
-    fn truth(&self, job: &str) -> BTreeMap<String, (String, Capacity)> {
+    /// What the job's ledger should contain.
+    fn expected(&self, job: &str) -> BTreeMap<String, (String, Capacity)> {
         let live = self.executors.iter().filter(|(name, executor)| job_of(**name) == job && executor.live);
         live.filter_map(|(name, now)| {
             let landed = now.node.and_then(|node| self.nodes[&node]);
@@ -288,21 +288,21 @@ impl World {
         .collect()
     }
 
-    fn assert_true(&self) {
+    fn assert_converged(&self) {
         for (job, ledger) in &self.ledgers {
             let entry = |(name, entry): (&String, &balancer_core::Entry)| {
                 (name.clone(), (entry.uid.clone().unwrap_or_default(), entry.capacity))
             };
             let entries: BTreeMap<_, _> = ledger.entries().iter().map(entry).collect();
-            let known = self.truth(job);
-            // One of which nothing tells where it runs counts as what it was placed on, if it was.
+            let known = self.expected(job);
+            // An executor of unknown capacity counts as what it was placed on, if it was placed.
             let unknown =
                 |name: &String| self.executors.iter().any(|(number, now)| executor(*number) == *name && now.live);
-            for (name, truth) in &known {
-                assert_eq!(entries.get(name), Some(truth), "of {name}");
+            for (name, expected) in &known {
+                assert_eq!(entries.get(name), Some(expected), "of {name}");
             }
             for name in entries.keys() {
-                assert!(known.contains_key(name) || unknown(name), "{name} is in the ledger of {job}, and not alive");
+                assert!(known.contains_key(name) || unknown(name), "{name} is in the ledger of {job}, but not live");
             }
         }
     }
@@ -330,21 +330,21 @@ fn capacity() -> impl Strategy<Value = Capacity> {
     prop_oneof![Just(Capacity::Spot), Just(Capacity::OnDemand)]
 }
 
-/// What may happen where the watches tell all, and in order.
-fn faithful() -> BoxedStrategy<Step> {
+/// What may happen if the watches report every change in order.
+fn with_reliable_watches() -> BoxedStrategy<Step> {
     let name = || 0u8..10;
     prop_oneof![
         6 => (name(), proptest::option::weighted(0.2, capacity()), proptest::bool::weighted(0.2))
             .prop_map(|(name, required, rejected)| Step::Admit { name, required, rejected }),
         1 => (name(), proptest::option::of(capacity())).prop_map(|(name, asked)| Step::Create { name, asked }),
         3 => (name(), 0u8..3, 0u8..3).prop_map(|(name, reviews, late)| Step::Delete { name, reviews, late }),
-        1 => (name(), 0u8..3).prop_map(|(name, reviews)| Step::End { name, reviews }),
+        1 => (name(), 0u8..3).prop_map(|(name, reviews)| Step::Terminate { name, reviews }),
         1 => name().prop_map(|name| Step::Finish { name }),
         2 => (name(), 0u8..3).prop_map(|(name, node)| Step::Bind { name, node }),
         1 => (0u8..3, proptest::option::weighted(0.8, capacity())).prop_map(|(node, capacity)| Step::Label { node, capacity }),
         2 => any::<u8>().prop_map(|which| Step::Review { which }),
-        8 => proptest::bool::weighted(0.2).prop_map(|nodes| Step::Hear { nodes }),
-        3 => Just(Step::Repair),
+        8 => proptest::bool::weighted(0.2).prop_map(|nodes| Step::Receive { nodes }),
+        3 => Just(Step::Reconcile),
         1 => Just(Step::Flush),
         2 => (0u8..100).prop_map(|time| Step::Wait { time }),
     ]
@@ -352,11 +352,11 @@ fn faithful() -> BoxedStrategy<Step> {
 }
 
 /// What may happen at all.
-fn unfaithful() -> BoxedStrategy<Step> {
+fn with_unreliable_watches() -> BoxedStrategy<Step> {
     prop_oneof![
-        12 => faithful(),
-        1 => any::<u8>().prop_map(|which| Step::HearEarly { which }),
-        1 => any::<u8>().prop_map(|which| Step::HearTwice { which }),
+        12 => with_reliable_watches(),
+        1 => any::<u8>().prop_map(|which| Step::ReceiveEarly { which }),
+        1 => any::<u8>().prop_map(|which| Step::ReceiveTwice { which }),
         1 => any::<u8>().prop_map(|which| Step::Lose { which }),
         1 => Just(Step::List),
     ]
@@ -367,48 +367,48 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn after_any_history_a_list_and_the_grace_the_ledger_is_what_lives(
-        steps in proptest::collection::vec(unfaithful(), 0..120)
+    fn ledgers_converge_after_a_list_and_the_grace(
+        steps in proptest::collection::vec(with_unreliable_watches(), 0..120)
     ) {
         let mut world = World::new();
         steps.iter().for_each(|step| world.step(step));
         world.list();
         world.now += GRACE;
         for job in JOBS {
-            world.look(job);
+            world.reconcile(job);
         }
-        world.assert_true();
+        world.assert_converged();
         for job in JOBS {
-            let again = world.look(job);
-            prop_assert!(again.drift.is_none() && again.recheck_after.is_none(), "{again:?} though all was right");
+            let again = world.reconcile(job);
+            prop_assert!(again.drift.is_none() && again.recheck_after.is_none(), "{again:?} although nothing had drifted");
         }
     }
 
-    /// Here only those jobs are looked at that the view calls changed, or whose counts are not what was
-    /// left in the ledger.
+    /// Only those jobs are reconciled that the index reports as changed, or whose counts differ from what was left in
+    /// the ledger.
     #[test]
-    fn where_the_watches_tell_all_nothing_has_to_be_listed_again(
-        steps in proptest::collection::vec(faithful(), 0..120)
+    fn with_reliable_watches_ledgers_converge_without_a_list(
+        steps in proptest::collection::vec(with_reliable_watches(), 0..120)
     ) {
         let mut world = World::new();
         steps.iter().for_each(|step| world.step(step));
         while !world.late_reviews.is_empty() {
             world.step(&Step::Review { which: 0 });
         }
-        while !(world.pod_words.is_empty() && world.node_words.is_empty()) {
-            world.step(&Step::Hear { nodes: false });
-            world.step(&Step::Hear { nodes: true });
+        while !(world.pod_events.is_empty() && world.node_events.is_empty()) {
+            world.step(&Step::Receive { nodes: false });
+            world.step(&Step::Receive { nodes: true });
         }
-        // Looked over: what was placed or struck since the last look is seen in the counts.
-        let unnoticed: Vec<_> = JOBS
+        // The audit: executors placed or removed after the last reconcile show in the counts.
+        let audited: Vec<_> = JOBS
             .into_iter()
             .filter(|job| world.ledgers[job].entries().values().any(|entry| entry.uid.is_none())
-                || world.ledgers[job].entries().len() != world.truth(job).len())
+                || world.ledgers[job].entries().len() != world.expected(job).len())
             .collect();
-        world.changed.extend(unnoticed);
-        world.repair();
+        world.changed.extend(audited);
+        world.reconcile_changed();
         world.now += GRACE;
-        world.repair();
-        world.assert_true();
+        world.reconcile_changed();
+        world.assert_converged();
     }
 }

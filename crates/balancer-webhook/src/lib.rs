@@ -64,8 +64,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     }
     let reconciler = match settings.reconcile {
         Some(reconcile) => {
-            let metrics = Arc::new(balancer_reconcile::Metrics::new());
-            metrics.register(&mut registry);
+            let metrics = Arc::new(balancer_reconcile::Metrics::register(&mut registry));
             let (shared, conventions, defaults) = (!ledger.in_memory(), settings.conventions, settings.defaults);
             let parts =
                 Parts { ledger: Arc::clone(&ledger), shared, conventions, defaults, settings: reconcile, metrics };
@@ -89,7 +88,7 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     };
     server.run(router, shutdown).await;
     if let Some(reconciler) = reconciler {
-        reconciler.leave().await;
+        reconciler.shut_down().await;
     }
     tracing::info!("shut down");
     Ok(())

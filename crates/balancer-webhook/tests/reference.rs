@@ -188,7 +188,7 @@ fn metrics_page() -> String {
     let mut webhook = admin::registry("0");
     balancer_webhook::metrics::Metrics::register(&mut webhook);
     let mut reconciler = admin::registry("0");
-    balancer_reconcile::Metrics::new().register(&mut reconciler);
+    balancer_reconcile::Metrics::register(&mut reconciler);
     let (webhook, reconciler) = (metrics_table(&webhook), metrics_table(&reconciler));
     format!("{METRICS_HEAD}\n## Webhook\n\n{webhook}\n## Reconciler\n\n{reconciler}")
 }

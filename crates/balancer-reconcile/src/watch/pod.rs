@@ -1,4 +1,4 @@
-//! A pod as it comes from a watch: of its several kilobytes only the fields are decoded that count.
+//! A pod of a watch: of its several kilobytes only the fields that matter are decoded.
 
 use std::borrow::Cow;
 
@@ -6,12 +6,12 @@ use balancer_core::{Pod, Text};
 use kube::api::ObjectMeta;
 use serde::{Deserialize, Deserializer};
 
-/// The few fields of a pod. It exists until the view has seen it.
+/// The few fields of a pod. It exists until the index has applied it.
 #[derive(Clone, Debug)]
 pub(crate) struct WatchedPod {
-    /// What a watch goes by: the name and the resource version.
+    /// For the watch: the name and the resource version.
     metadata: ObjectMeta,
-    /// What the view goes by.
+    /// For the index.
     pub(crate) pod: Pod<'static>,
 }
 

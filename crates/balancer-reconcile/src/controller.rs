@@ -1,0 +1,139 @@
+//! The loop: events change the index, and what has changed in the index is reconciled in the ledgers. It runs until the
+//! process shuts down.
+
+use std::convert::Infallible;
+use std::future::{Future, pending};
+use std::pin::pin;
+use std::sync::Arc;
+
+use balancer_store::Ledger;
+use futures::FutureExt;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
+
+use crate::apply::apply;
+use crate::index::Totals;
+use crate::metrics::Cause;
+use crate::reconcile_jobs::BATCH;
+use crate::state::{Parts, Progress, Reconciler, State};
+use crate::store_check::HEARTBEAT_INTERVAL;
+use crate::term::TermChange;
+use crate::watch::{ClusterEvent, SyncStatus, WatchSet};
+
+/// Events that are received before anything else has its turn.
+const MAX_EVENTS: usize = 1024;
+
+impl<L: Ledger> Reconciler<L> {
+    /// Reconciles until `shutdown`. When it returns, nothing more is written.
+    pub(crate) async fn run(self: Arc<Self>, progress: watch::Sender<Progress>, shutdown: impl Future<Output = ()>) {
+        let mut shutdown = pin!(shutdown);
+        // The loop that ran before a panic may have shown others.
+        self.parts.metrics.set_live(Totals::default());
+        let (watches, sync) = self.start_watches();
+        let mut state = State::new(&*self, sync, progress);
+        tokio::select! {
+            never = state.run(watches) => match never {},
+            () = &mut shutdown => {}
+        }
+    }
+
+    fn start_watches(&self) -> (WatchSet, SyncStatus) {
+        let Parts { conventions, settings, metrics, .. } = &self.parts;
+        WatchSet::start(&self.client, conventions, settings, metrics)
+    }
+}
+
+impl<L: Ledger> State<'_, L> {
+    async fn run(&mut self, mut watches: WatchSet) -> Infallible {
+        let mut leadership = self.reconciler.leadership.clone();
+        let mut heartbeats = interval(HEARTBEAT_INTERVAL);
+        heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            self.sync.advance(Instant::now());
+            let due = self.queue.next_due().filter(|_| self.may_write());
+            let mut relist = false;
+            tokio::select! {
+                event = watches.next() => self.receive(&mut watches, event),
+                () = leadership.changed() => {}
+                _ = heartbeats.tick() => self.check_store().await,
+                () = until(self.plan.relist_at()) => relist = true,
+                () = until(due) => {
+                    let jobs = self.queue.take_due(Instant::now(), BATCH);
+                    self.reconcile_batch(jobs).await;
+                }
+            }
+            // What was received before this process led may be incomplete: it may have been cut off.
+            relist |= self.follow_leader() == TermChange::Started && self.plan.is_outdated(Instant::now());
+            if relist {
+                (watches, self.sync) = self.reconciler.start_watches();
+                self.plan.lists_started(Instant::now());
+            } else if !self.plan.is_listing() && self.terms.take_needs_list() {
+                self.plan.request(Cause::Start);
+            }
+            self.report_invalid_annotations();
+            self.sync.advance(Instant::now());
+            self.plan.request_if_synced(|namespace| self.sync.is_synced(namespace));
+            if let Some(resync) = self.plan.pending()
+                && self.sync.is_any_synced()
+                && self.may_write()
+            {
+                self.resync(resync).await;
+            }
+        }
+    }
+
+    /// Applies all events that have arrived.
+    fn receive(&mut self, watches: &mut WatchSet, first: ClusterEvent) {
+        let profile = self.reconciler.parts.conventions.profile();
+        let (mut next, mut left) = (Some(first), MAX_EVENTS);
+        while let Some(event) = next.take() {
+            apply(event, &mut self.index, &mut self.sync, profile);
+            left -= 1;
+            if left > 0 {
+                next = watches.next().now_or_never();
+            }
+        }
+        let (changed, now) = (self.index.take_changed(), Instant::now());
+        self.has_outdated_totals |= !changed.is_empty();
+        // A process that starts to lead begins with a resync.
+        if self.terms.leads() {
+            for (job, change) in changed {
+                self.queue.enqueue(job, change, now);
+            }
+        }
+        if self.plan.is_listing() && self.sync.is_ready(self.plan.has_listed(), now) {
+            self.plan.lists_done(self.terms.take_needs_list(), self.terms.leads());
+            self.show_totals();
+        }
+    }
+
+    /// Follows the elector. Each new term begins with a resync.
+    fn follow_leader(&mut self) -> TermChange {
+        let leadership = &self.reconciler.leadership;
+        if self.plan.has_listed() && leadership.follows() {
+            self.reach(Progress::StandingBy);
+        }
+        let change = self.terms.follow(leadership.term());
+        if change != TermChange::None {
+            self.reset_for_term();
+        }
+        change
+    }
+
+    fn report_invalid_annotations(&mut self) {
+        if self.terms.leads() {
+            for annotation in self.index.take_invalid_annotations() {
+                annotation.invalid.iter().for_each(|invalid| self.reconciler.parts.metrics.invalid(invalid.field));
+                self.events.record(annotation);
+            }
+        }
+    }
+}
+
+/// Waits until then, or forever.
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => sleep_until(at).await,
+        None => pending().await,
+    }
+}

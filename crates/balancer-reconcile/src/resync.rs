@@ -1,0 +1,209 @@
+//! When everything is listed again, and when all ledgers are reconciled. Pure: the clock is the caller's.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::metrics::Cause;
+
+/// A new leader does not list again what was listed so recently. Before, it may have been cut off from the cluster.
+const RECENT: Duration = Duration::from_secs(1);
+
+/// A pass over all ledgers: of the jobs in the cluster, and of those that only the store has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Resync {
+    pub(crate) cause: Cause,
+    /// When the lists before it were started; `None` for a resync without new lists.
+    pub(crate) lists_started_at: Option<Instant>,
+}
+
+/// The lists and the resyncs, under way and to come.
+#[derive(Debug)]
+pub(crate) struct ResyncPlan {
+    /// From one list of everything to the next.
+    interval: Duration,
+    lists_started_at: Instant,
+    is_listing: bool,
+    /// Whether the index was complete once. A partial one would remove live executors.
+    has_listed: bool,
+    pending: Option<Resync>,
+    /// Namespaces that the last resync left out, because they were not in sync.
+    skipped: HashSet<Box<str>>,
+}
+
+impl ResyncPlan {
+    /// The first lists start `now`.
+    pub(crate) fn new(interval: Duration, now: Instant) -> Self {
+        Self {
+            interval,
+            lists_started_at: now,
+            is_listing: true,
+            has_listed: false,
+            pending: None,
+            skipped: HashSet::new(),
+        }
+    }
+
+    /// Whether lists are under way.
+    pub(crate) fn is_listing(&self) -> bool {
+        self.is_listing
+    }
+
+    /// Whether all lists were complete once, as far as they could be had.
+    pub(crate) fn has_listed(&self) -> bool {
+        self.has_listed
+    }
+
+    /// When everything has to be listed again; `None` while lists are under way.
+    pub(crate) fn relist_at(&self) -> Option<Instant> {
+        (!self.is_listing).then_some(self.lists_started_at + self.interval)
+    }
+
+    /// Whether a new leader has to list everything again. It need not while lists are under way, or are recent.
+    pub(crate) fn is_outdated(&self, now: Instant) -> bool {
+        !self.is_listing && now.duration_since(self.lists_started_at) > RECENT
+    }
+
+    /// All lists start anew.
+    pub(crate) fn lists_started(&mut self, now: Instant) {
+        (self.lists_started_at, self.is_listing) = (now, true);
+    }
+
+    /// All lists are complete, or are not available now. `is_new_term` says whether they are the first of a term, `leads`
+    /// whether this process may write.
+    pub(crate) fn lists_done(&mut self, is_new_term: bool, leads: bool) {
+        let cause = if is_new_term || !self.has_listed { Cause::Start } else { Cause::Interval };
+        (self.is_listing, self.has_listed) = (false, true);
+        if leads {
+            self.pending = Some(Resync { cause, lists_started_at: Some(self.lists_started_at) });
+        }
+    }
+
+    /// Requests a resync without new lists, unless one is pending.
+    pub(crate) fn request(&mut self, cause: Cause) {
+        self.pending.get_or_insert(Resync { cause, lists_started_at: None });
+    }
+
+    /// Requests a resync if a namespace that the last one left out is in sync now.
+    pub(crate) fn request_if_synced(&mut self, is_synced: impl Fn(&str) -> bool) {
+        if self.skipped.iter().any(|namespace| is_synced(namespace)) {
+            self.request(Cause::Interval);
+        }
+    }
+
+    /// The pending resync.
+    pub(crate) fn pending(&self) -> Option<Resync> {
+        self.pending
+    }
+
+    /// The term has changed: what was pending belongs to the former one.
+    pub(crate) fn cancel(&mut self) {
+        self.pending = None;
+    }
+
+    /// A resync comes to the jobs that only the store has.
+    pub(crate) fn forget_skipped(&mut self) {
+        self.skipped.clear();
+    }
+
+    /// The resync leaves a namespace out.
+    pub(crate) fn skip(&mut self, namespace: &str) {
+        self.skipped.insert(namespace.into());
+    }
+
+    /// The pending resync is finished.
+    pub(crate) fn finish(&mut self) {
+        self.pending = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INTERVAL: Duration = Duration::from_secs(1800);
+
+    fn plan() -> (ResyncPlan, Instant) {
+        let now = Instant::now();
+        (ResyncPlan::new(INTERVAL, now), now)
+    }
+
+    fn cause(plan: &ResyncPlan) -> Option<Cause> {
+        plan.pending().map(|resync| resync.cause)
+    }
+
+    #[test]
+    fn everything_is_listed_again_an_interval_after_the_last_start_and_not_while_listing() {
+        let (mut plan, start) = plan();
+        assert!(plan.is_listing() && !plan.has_listed() && plan.relist_at().is_none());
+        plan.lists_done(false, true);
+        assert!(!plan.is_listing() && plan.has_listed());
+        assert_eq!(plan.relist_at(), Some(start + INTERVAL));
+        plan.lists_started(start + 2 * INTERVAL);
+        assert!(plan.is_listing() && plan.has_listed() && plan.relist_at().is_none());
+        plan.lists_done(false, true);
+        assert_eq!(plan.relist_at(), Some(start + 3 * INTERVAL));
+    }
+
+    #[test]
+    fn a_new_leader_lists_again_unless_the_lists_are_recent_or_under_way() {
+        let (mut plan, start) = plan();
+        assert!(!plan.is_outdated(start + INTERVAL), "under way");
+        plan.lists_done(false, false);
+        assert!(!plan.is_outdated(start + RECENT));
+        assert!(plan.is_outdated(start + RECENT + Duration::from_millis(1)));
+        plan.lists_started(start + INTERVAL);
+        assert!(!plan.is_outdated(start + 2 * INTERVAL));
+    }
+
+    #[test]
+    fn complete_lists_lead_to_a_resync_whose_cause_is_the_start_for_the_first_of_a_process_or_term() {
+        let (mut plan, start) = plan();
+        plan.lists_done(false, true);
+        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }));
+        plan.finish();
+        assert_eq!(plan.pending(), None);
+        plan.lists_started(start + INTERVAL);
+        plan.lists_done(false, true);
+        let interval = Resync { cause: Cause::Interval, lists_started_at: Some(start + INTERVAL) };
+        assert_eq!(plan.pending(), Some(interval));
+        plan.lists_started(start + 2 * INTERVAL);
+        plan.lists_done(true, true);
+        assert_eq!(cause(&plan), Some(Cause::Start));
+    }
+
+    #[test]
+    fn a_follower_makes_no_resync_of_its_lists() {
+        let (mut plan, _) = plan();
+        plan.lists_done(false, false);
+        assert_eq!(plan.pending(), None);
+    }
+
+    #[test]
+    fn a_request_does_not_replace_the_pending_resync() {
+        let (mut plan, start) = plan();
+        plan.request(Cause::Store);
+        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Store, lists_started_at: None }));
+        plan.request(Cause::Interval);
+        assert_eq!(cause(&plan), Some(Cause::Store));
+        plan.lists_done(false, true);
+        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }), "lists do");
+        plan.cancel();
+        assert_eq!(plan.pending(), None);
+    }
+
+    #[test]
+    fn a_skipped_namespace_leads_to_a_resync_when_it_is_synced() {
+        let (mut plan, _) = plan();
+        plan.skip("etl");
+        plan.request_if_synced(|namespace| namespace == "ml");
+        assert_eq!(plan.pending(), None);
+        plan.request_if_synced(|namespace| namespace == "etl");
+        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Interval, lists_started_at: None }));
+        plan.forget_skipped();
+        plan.finish();
+        plan.request_if_synced(|_| true);
+        assert_eq!(plan.pending(), None);
+    }
+}

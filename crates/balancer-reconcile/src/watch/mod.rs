@@ -1,0 +1,139 @@
+//! Lists and watches executors, drivers and nodes, and reports what happens to them as events.
+//!
+//! Each source is a list followed by a watch, resumed where it was interrupted, as client-go's reflector does it. It is
+//! not kube's `watcher`, because the reconciler has to know when it is out of sync with the cluster: entries must never
+//! be removed because of an index that is out of sync.
+
+mod event;
+mod pod;
+mod resource;
+mod sync;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use balancer_core::Conventions;
+use k8s_openapi::api::core::v1::Node;
+use kube::api::PartialObjectMeta;
+use kube::{Api, Client};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use crate::arguments::ReconcileSettings;
+use crate::metrics::{Metrics, WatchedLabel};
+
+pub(crate) use event::{ClusterEvent, Event, Source};
+pub(crate) use pod::WatchedPod;
+use resource::ResourceWatch;
+pub(crate) use sync::{LOG_EVERY, SyncStatus};
+
+/// No answer of the API takes so long without sending anything: neither a watch nor a page lasts longer than a minute.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(75);
+/// Events that wait to be received; the watches wait until there is room.
+const MAX_WAITING: usize = 1024;
+
+/// All lists and watches, from their start. Dropping it ends them.
+pub(crate) struct WatchSet {
+    events: mpsc::Receiver<ClusterEvent>,
+    tasks: JoinSet<()>,
+}
+
+impl WatchSet {
+    /// Starts to list and watch. Nothing is in sync yet.
+    pub(crate) fn start(
+        client: &Client,
+        conventions: &Conventions,
+        settings: &ReconcileSettings,
+        metrics: &Arc<Metrics>,
+    ) -> (Self, SyncStatus) {
+        let Conventions { workload_role_label, driver_role_value, executor_role_value, .. } = conventions;
+        let seconds = watch_seconds(settings.grace);
+        let (sender, events) = mpsc::channel(MAX_WAITING);
+        let mut tasks = JoinSet::new();
+        let nodes = ResourceWatch {
+            api: Api::<PartialObjectMeta<Node>>::all(client.clone()),
+            selector: None,
+            seconds,
+            events: sender.clone(),
+            wrap: Box::new(ClusterEvent::Nodes),
+            label: WatchedLabel::Nodes,
+            metrics: Arc::clone(metrics),
+        };
+        tasks.spawn(nodes.run());
+        for namespace in scopes(&settings.namespaces) {
+            let api: Api<WatchedPod> = match &namespace {
+                None => Api::all(client.clone()),
+                Some(namespace) => Api::namespaced(client.clone(), namespace),
+            };
+            let pods = ResourceWatch {
+                api,
+                selector: Some(format!("{workload_role_label} in ({driver_role_value},{executor_role_value})")),
+                seconds,
+                events: sender.clone(),
+                wrap: Box::new(move |event| ClusterEvent::Pods(namespace.clone(), event)),
+                label: WatchedLabel::Pods,
+                metrics: Arc::clone(metrics),
+            };
+            tasks.spawn(pods.run());
+        }
+        (Self { events, tasks }, SyncStatus::new(scopes(&settings.namespaces)))
+    }
+
+    /// The next event. The watches never end.
+    ///
+    /// # Panics
+    /// If a watch has panicked. Its source reports nothing any more, so the reconciler has to restart.
+    pub(crate) async fn next(&mut self) -> ClusterEvent {
+        loop {
+            tokio::select! {
+                biased;
+                Some(event) = self.events.recv() => return event,
+                Some(Err(error)) = self.tasks.join_next() => if let Ok(panic) = error.try_into_panic() {
+                    std::panic::resume_unwind(panic)
+                },
+                else => std::future::pending().await,
+            }
+        }
+    }
+}
+
+/// The namespaces whose pods are watched; `None` stands for all.
+fn scopes(namespaces: &[Arc<str>]) -> Vec<Option<Arc<str>>> {
+    match namespaces {
+        [] => vec![None],
+        some => some.iter().cloned().map(Some).collect(),
+    }
+}
+
+/// How many seconds a watch request lasts. A connection that the network has dropped silently is noticed when its watch
+/// should have ended. That has to be within the grace, or placements would be removed although their pods exist.
+fn watch_seconds(grace: Duration) -> u32 {
+    u32::try_from(grace.as_secs() / 2).unwrap_or(u32::MAX).clamp(2, 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    #[should_panic(expected = "in a watch")]
+    async fn next_passes_on_the_panic_of_a_watch() {
+        let (_sender, events) = mpsc::channel(1);
+        let mut tasks = JoinSet::new();
+        tasks.spawn(async { panic!("in a watch") });
+        let _ = WatchSet { events, tasks }.next().await;
+    }
+
+    #[test]
+    fn a_dropped_connection_is_noticed_within_the_grace() {
+        for (grace, seconds) in [(1, 2), (5, 2), (60, 30), (3600, 60)] {
+            assert_eq!(watch_seconds(Duration::from_secs(grace)), seconds, "{grace}");
+        }
+    }
+
+    #[test]
+    fn without_namespaces_all_are_watched() {
+        assert_eq!(scopes(&[]), [None]);
+        assert_eq!(scopes(&["etl".into()]), [Some("etl".into())]);
+    }
+}
