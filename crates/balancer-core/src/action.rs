@@ -65,7 +65,7 @@ pub enum IgnoreReason {
     /// An update, a connection, or the deletion of a driver.
     OtherOperation,
     /// No job id label.
-    NoJob,
+    NoJobId,
     /// A name, namespace, job id or uid longer than Kubernetes accepts. The apiserver will refuse the pod.
     TooLong,
     /// The executor is already bound to a node, and a nodeSelector could only make the node reject it. The
@@ -133,7 +133,7 @@ impl<'a> Action<'a> {
             if request.operation != Operation::Create {
                 return Err(IgnoreReason::OtherOperation);
             }
-            let (_, id) = conventions.job(pod).ok_or(IgnoreReason::NoJob)?;
+            let (_, id) = conventions.job(pod).ok_or(IgnoreReason::NoJobId)?;
             if namespace.len() > MAX_NAME_BYTES || id.len() > MAX_NAME_BYTES {
                 return Err(IgnoreReason::TooLong);
             }
@@ -143,7 +143,7 @@ impl<'a> Action<'a> {
         if role != conventions.executor_role_value {
             return Err(IgnoreReason::OtherRole);
         }
-        let (job_label, id) = conventions.job(pod).ok_or(IgnoreReason::NoJob)?;
+        let (job_label, id) = conventions.job(pod).ok_or(IgnoreReason::NoJobId)?;
         let creating = request.operation == Operation::Create;
         let spec = pod.spec.as_ref();
         if creating && spec.and_then(|spec| spec.node_name.as_deref()).is_some_and(|node| !node.is_empty()) {

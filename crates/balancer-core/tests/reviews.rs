@@ -112,7 +112,7 @@ fn the_first_job_id_label_that_is_not_empty_counts() {
             (Action::Place(executor), Some(expected)) => {
                 assert_eq!((executor.job_label, executor.job.app_id), expected)
             }
-            (Action::Ignore(IgnoreReason::NoJob), None) => {}
+            (Action::Ignore(IgnoreReason::NoJobId), None) => {}
             (work, expected) => panic!("{work:?} instead of {expected:?}"),
         }
     }

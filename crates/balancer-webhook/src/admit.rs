@@ -221,7 +221,6 @@ impl<L: Ledger> Admission<L> {
             self.warn_of_default(reply, invalid);
         }
         let policy = driver.overrides.or_default(self.defaults);
-        let Policy { spot_ratio, on_demand_base } = policy;
         let (namespace, job) = (driver.job.namespace, driver.job.app_id);
         let invalid = driver.invalid.first().map(tracing::field::display);
         let mut outcome = OutcomeLabel::DryRun;
@@ -229,12 +228,12 @@ impl<L: Ledger> Admission<L> {
             let learning = self.ledger.learn(driver.job, policy);
             outcome = match self.metrics.timed(StoreCall::Learn, learning).await {
                 Ok(()) => {
-                    tracing::info!(namespace, job, %spot_ratio, on_demand_base, invalid, "driver policy recorded");
+                    tracing::info!(namespace, job, %policy, invalid, "driver policy recorded");
                     OutcomeLabel::PolicyRecorded
                 }
                 Err(error) => {
                     tracing::warn!(
-                        namespace, job, %spot_ratio, on_demand_base, invalid, store = error.kind(), %error,
+                        namespace, job, %policy, invalid, store = error.kind(), %error,
                         "driver policy not recorded; the first executor's lookup will find it"
                     );
                     OutcomeLabel::Degraded

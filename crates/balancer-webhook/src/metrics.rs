@@ -149,7 +149,7 @@ pub struct AdmissionLabels {
 impl AdmissionLabels {
     /// An admission with nothing to do.
     pub fn ignored(reason: IgnoreReason) -> Self {
-        let outcome = if reason == IgnoreReason::NoJob { OutcomeLabel::NoJobId } else { OutcomeLabel::Ignored };
+        let outcome = if reason == IgnoreReason::NoJobId { OutcomeLabel::NoJobId } else { OutcomeLabel::Ignored };
         Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome }
     }
 }
