@@ -599,7 +599,7 @@ pub async fn a_dropped_ledger_loses_its_term(ledger: &impl Ledger) -> Checked {
     Ok(())
 }
 
-/// Whoever asks about it.
+/// Place, release, reconcile and the others alike.
 pub async fn calls_do_not_create_a_ledger_for_an_unknown_job(ledger: &impl Ledger) -> Checked {
     let job = job("unknown");
     ledger.place(job, &request("e1", None)).await?;
@@ -693,7 +693,7 @@ pub async fn names_can_be_any_text(ledger: &impl Ledger) -> Checked {
         for name in TEXTS {
             ledger.place(job, &request(name, Some(all_spot()))).await?;
             let uid = format!("uid {name}");
-            // Strikes the one that was seen before it.
+            // Removes the executor that was live before it.
             reconcile(ledger, job, seen(&[live(name, &uid, None)]), LONG).await?;
             let shown = ledger.get(job).await?.unwrap_or_default();
             let held: Vec<_> =

@@ -253,7 +253,7 @@ mod tests {
         let grace = Duration::from_millis(500);
         let reconciled = ledger.reconcile(job("a"), &seen, grace, Term(1)).await?;
         assert!(
-            matches!(reconciled, ReconcileOutcome::Done(mended) if mended.recheck_after == Some(400)),
+            matches!(reconciled, ReconcileOutcome::Done(summary) if summary.recheck_after == Some(400)),
             "{reconciled:?}"
         );
         Ok(())
