@@ -9,9 +9,8 @@ use serde_json::{Map, Value};
 pub(crate) fn add_pairs<'a>(
     patch: &mut Patch,
     parents: &[(&str, bool)],
-    pairs: impl ExactSizeIterator<Item = (&'a str, &'a str)>,
+    pairs: impl Iterator<Item = (&'a str, &'a str)>,
 ) {
-    patch.0.reserve(parents.len() + pairs.len());
     let mut path = PointerBuf::new();
     for (key, exists) in parents {
         path.push_back(*key);

@@ -54,7 +54,8 @@ impl Profile<'_> {
     /// What to change in a pod that was placed on `capacity`: the nodeSelector, merged into the pod's own, and
     /// the decision annotation with the placeholder. A pod that requires a capacity by itself keeps its spec.
     pub fn apply(self, pod: &Pod<'_>, capacity: Capacity, placeholder: Option<&str>) -> Patch {
-        let mut patch = Patch::default();
+        // At most two objects and two keys of the selector, and one of each of the annotations.
+        let mut patch = Patch(Vec::with_capacity(6));
         let conventions = self.0;
         let spec = pod.spec.as_ref();
         let decides_itself = spec.is_some_and(|spec| self.required_by(spec).is_some());
