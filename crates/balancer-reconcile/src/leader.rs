@@ -64,7 +64,7 @@ impl Leadership {
         });
     }
 
-    /// Waits until another process may lead.
+    /// Waits until the elector has written its state: this process may have started or stopped leading.
     pub(crate) async fn changed(&mut self) {
         if self.state.changed().await.is_err() {
             // Nobody is left to change it.

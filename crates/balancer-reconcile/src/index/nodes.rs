@@ -85,10 +85,8 @@ impl NodeIndex {
     }
 
     fn node(&mut self, name: &str) -> &mut Node {
-        if !self.nodes.contains_key(name) {
-            self.nodes.insert(name.into(), Node { generation: self.generation, ..Node::default() });
-        }
-        self.nodes.entry(name.into()).or_default()
+        let new = Node { generation: self.generation, ..Node::default() };
+        self.nodes.entry(name.into()).or_insert(new)
     }
 
     #[cfg(test)]

@@ -104,8 +104,8 @@ impl SyncStatus {
         self.pods.iter().any(|source| !self.unlisted.contains(source) && !self.outages.contains_key(source))
     }
 
-    /// Whether the lists have to be waited for no longer: all were complete at least once, or the missing ones are not available
-    /// now. Nodes may be missing only if `had_nodes_before`, because executors would count as what they were meant for.
+    /// Whether the lists are ready: all were complete at least once, or the missing ones are not available now. Nodes
+    /// may be missing only if `had_nodes_before`, because executors would count as what they were meant for.
     pub(crate) fn is_ready(&mut self, had_nodes_before: bool, now: Instant) -> bool {
         if self.unlisted.is_empty() {
             return true;
