@@ -47,9 +47,10 @@ impl SyncStatus {
     pub(crate) fn observe<K>(&mut self, source: &Source, event: &Event<K>, now: Instant) {
         match event {
             Event::Init | Event::Apply(_) | Event::Delete(_) => {}
-            // A first list is under way: it is not complete, but it is not failing either.
+            // A first list of pods is under way: it is not complete, but it is not failing either. Nodes that were listed
+            // before are not waited for.
             Event::InitApply(_) => {
-                if self.unlisted.contains(source) {
+                if *source != Source::Nodes && self.unlisted.contains(source) {
                     self.outages.remove(source);
                 }
             }
@@ -275,6 +276,17 @@ mod tests {
         assert!(!bench.is_synced("etl"));
         bench.pods("etl", Event::InitDone);
         assert!(bench.is_synced("etl"));
+    }
+
+    #[test]
+    fn a_list_of_nodes_under_way_is_not_waited_for_if_nodes_are_known() {
+        let mut bench = bench(&["etl"]);
+        bench.pods("etl", Event::InitDone);
+        bench.nodes(disconnected());
+        assert!(!bench.is_ready(true), "the first sync is recent");
+        bench.after(PATIENCE).nodes(Event::InitApply(()));
+        assert!(bench.after(PATIENCE).is_ready(true));
+        assert!(!bench.is_ready(false), "nodes were never listed");
     }
 
     #[test]
