@@ -9,6 +9,8 @@ use crate::ratio::Ratio;
 ///
 /// The executors of the on-demand base come first. After them the next executor goes to spot unless spot's share
 /// of the executors beyond the base is above the ratio. So a job stays within one executor of its ratio.
+///
+/// The Redis scripts of `balancer-store` (`decide.lua`) apply the same rule; its contract tests compare the two.
 pub fn decide(counts: Counts, policy: Policy) -> Capacity {
     let base = u64::from(policy.on_demand_base);
     if counts.on_demand < base || policy.spot_ratio == Ratio::ZERO {
