@@ -1,8 +1,11 @@
 //! Builds the JSON Patch (RFC 6902) of a reply. Every key is added by itself, so that the pod keeps its own.
 
-use json_patch::jsonptr::PointerBuf;
+use json_patch::jsonptr::{PointerBuf, Token};
 use json_patch::{AddOperation, Patch, PatchOperation};
 use serde_json::{Map, Value};
+
+/// Longer than the pointers of the usual patch, so that the path is allocated once.
+const USUAL_POINTER: usize = 64;
 
 /// Adds each pair to the object below the nested `parents`. A parent is a key and whether the pod has it;
 /// missing parents are added first.
@@ -11,19 +14,29 @@ pub(crate) fn add_pairs<'a>(
     parents: &[(&str, bool)],
     pairs: impl Iterator<Item = (&'a str, &'a str)>,
 ) {
-    let mut path = PointerBuf::new();
+    let mut path = String::with_capacity(USUAL_POINTER);
     for (key, exists) in parents {
-        path.push_back(*key);
+        push_token(&mut path, key);
         if !exists {
-            add(patch, path.clone(), Map::new().into());
+            add(patch, &path, Map::new().into());
         }
     }
+    let parent = path.len();
     for (key, value) in pairs {
-        add(patch, path.with_trailing_token(key), value.into());
+        push_token(&mut path, key);
+        add(patch, &path, value.into());
+        path.truncate(parent);
     }
 }
 
-fn add(patch: &mut Patch, path: PointerBuf, value: Value) {
+fn push_token(path: &mut String, key: &str) {
+    path.push('/');
+    path.push_str(Token::new(key).encoded());
+}
+
+fn add(patch: &mut Patch, path: &str, value: Value) {
+    // A path of encoded tokens is a pointer.
+    let path = PointerBuf::parse(path).unwrap_or_default();
     patch.0.push(PatchOperation::Add(AddOperation { path, value }));
 }
 
