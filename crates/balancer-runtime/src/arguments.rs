@@ -170,10 +170,16 @@ pub fn choice<T: Copy>(
 
 /// A switch, in the spellings of YAML and shells; a parser for a flag.
 pub fn switch(text: &str) -> anyhow::Result<bool> {
-    const YES: bool = true;
-    const NO: bool = false;
-    const SPELLINGS: &[(&str, bool)] =
-        &[("true", YES), ("yes", YES), ("on", YES), ("1", YES), ("false", NO), ("no", NO), ("off", NO), ("0", NO)];
+    const SPELLINGS: &[(&str, bool)] = &[
+        ("true", true),
+        ("yes", true),
+        ("on", true),
+        ("1", true),
+        ("false", false),
+        ("no", false),
+        ("off", false),
+        ("0", false),
+    ];
     choice(SPELLINGS, "true or false")(text)
 }
 

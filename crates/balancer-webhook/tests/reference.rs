@@ -41,6 +41,12 @@ Give the webhook and the reconciler the same values. The reconciler has the sett
 `STORE=redis` only.
 
 The cluster is found by `KUBECONFIG` or `~/.kube/config`, or by the pod's service account.
+
+`RECONCILE_LEASE`: all reconcilers of one Redis need the same name. With different names, several lead at once and keep
+undoing each other's work. Reconcilers of another Redis in the same namespace need another name.
+
+`WATCH_NAMESPACES`: a namespace that does not exist, or that the reconciler may not read, delays the others by 10 seconds at
+the start.
 ";
 
 const METRICS_HEAD: &str = "\
@@ -52,8 +58,8 @@ metrics, and run: SPOT_BALANCER_UPDATE=1 cargo test -p balancer-webhook --test r
 Each program serves its metrics at `/metrics` on `ADMIN_PORT`, in the OpenMetrics format. A webhook that also runs the
 reconciler serves both tables.
 
-Every series exists from the start, so that a rate includes the first event. No label has a value from a request, so the
-number of series is bounded.
+Every series exists from the start, so that a rate includes the first event. No label takes a value from outside, such as
+a namespace or a job id, so the number of series is bounded.
 ";
 
 /// A setting without an environment variable is known by its flag.
