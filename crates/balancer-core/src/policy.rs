@@ -204,16 +204,20 @@ impl Policy {
     /// Reads what [`Policy::encode`] writes. Unknown keys are ignored.
     ///
     /// # Errors
-    /// A field that is missing or invalid.
+    /// The spot ratio or the on-demand base is missing, or a field is invalid.
     pub fn decode(encoded: &str) -> Result<Self, DecodePolicyError> {
         let (overrides, invalid) = PolicyOverrides::parse(|field| field.text_in(encoded));
         if let Some(invalid) = invalid.into_iter().next() {
             return Err(invalid.into());
         }
-        overrides.or(None).ok_or_else(|| {
-            let missing = PolicyField::ALL.iter().find(|field| overrides.value(**field).is_none());
-            DecodePolicyError::Missing(missing.map_or("", |field| field.key()))
-        })
+        // Every version writes these two, and the scripts of a store decide by them. A field that an older version did not
+        // write has its default.
+        for field in [PolicyField::SpotRatio, PolicyField::OnDemandBase] {
+            if overrides.value(field).is_none() {
+                return Err(DecodePolicyError::Missing(field.key()));
+            }
+        }
+        Ok(overrides.or_default(Self::DEFAULT))
     }
 }
 
