@@ -229,7 +229,9 @@ async fn a_reconciler_cut_off_from_the_api_removes_nothing() -> Result<()> {
         scenario.executors(JOB, ids, 4).await?;
         scenario.until_bound(JOB).await?;
         let truth = scenario.ensure_ledger_matches_pods(JOB).await?;
-        ensure_unchanged_for(&scenario, GRACE * 2, truth).await.context("it struck what it could not see")?;
+        ensure_unchanged_for(&scenario, GRACE * 2, truth)
+            .await
+            .context("it removed entries while it was out of sync")?;
         api.send_to(&[scenario.plane.port()]);
         scenario.until_uids_recorded(JOB).await?;
     }

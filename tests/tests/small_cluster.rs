@@ -150,7 +150,9 @@ async fn a_memory_ledger_keeps_executors_during_an_api_outage() -> Result<()> {
         }
         scenario.executors(JOB, scenario.fresh_ids().take(20), 4).await?;
         sleep(GRACE * 2).await;
-        ensure_placed_by_live_counts(&scenario, "0.7", 5).await.context("it struck what it could not see")?;
+        ensure_placed_by_live_counts(&scenario, "0.7", 5)
+            .await
+            .context("it removed entries while it was out of sync")?;
         api.send_to(&[scenario.plane.port()]);
         let webhook = &scenario.webhooks[0];
         let live = scenario.live(JOB).await?.len();

@@ -68,7 +68,7 @@ async fn fails_fast(ledger: &RedisLedger) -> Result<()> {
 }
 
 #[tokio::test]
-async fn without_a_server_it_starts_and_calls_fail_at_once_until_the_server_is_there() -> Result<()> {
+async fn it_starts_without_a_server_and_calls_fail_at_once_until_one_is_up() -> Result<()> {
     need!(Redis);
     let mut server = RedisServer::start().await?;
     server.stop();
@@ -83,7 +83,7 @@ async fn without_a_server_it_starts_and_calls_fail_at_once_until_the_server_is_t
 }
 
 #[tokio::test]
-async fn a_server_that_stops_makes_calls_fail_at_once_and_one_that_comes_back_empty_serves() -> Result<()> {
+async fn calls_fail_at_once_while_the_server_is_stopped_and_work_when_it_is_back_empty() -> Result<()> {
     need!(Redis);
     let mut server = RedisServer::start().await?;
     let ledger = connect(&server.url(), Duration::from_secs(30)).await?;
@@ -101,7 +101,7 @@ async fn a_server_that_stops_makes_calls_fail_at_once_and_one_that_comes_back_em
 }
 
 #[tokio::test]
-async fn an_idle_ledger_connects_again_before_it_is_called() -> Result<()> {
+async fn an_idle_ledger_reconnects_before_the_next_call() -> Result<()> {
     need!(Redis);
     let mut server = RedisServer::start().await?;
     let ledger = connect(&server.url(), Duration::from_secs(5)).await?;
@@ -117,7 +117,7 @@ async fn an_idle_ledger_connects_again_before_it_is_called() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_the_server_is_frozen_every_call_ends_in_time_and_soon_at_once() -> Result<()> {
+async fn while_the_server_is_frozen_calls_end_in_time_and_soon_at_once() -> Result<()> {
     need!(Redis);
     let timeout = Duration::from_millis(300);
     let server = RedisServer::start().await?;
@@ -156,7 +156,7 @@ async fn while_the_server_is_frozen_every_call_ends_in_time_and_soon_at_once() -
 }
 
 #[tokio::test]
-async fn a_large_reconcile_has_more_time_and_no_other_call_breaks_its_connection() -> Result<()> {
+async fn a_large_reconcile_has_more_time_and_other_calls_keep_its_connection() -> Result<()> {
     need!(Redis);
     let timeout = Duration::from_millis(50);
     let server = RedisServer::start().await?;
@@ -192,7 +192,7 @@ async fn a_large_reconcile_has_more_time_and_no_other_call_breaks_its_connection
 }
 
 #[tokio::test]
-async fn a_server_frozen_from_the_start_does_not_hold_up_the_start() -> Result<()> {
+async fn a_frozen_server_does_not_delay_the_start() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
     server.freeze()?;
@@ -243,7 +243,7 @@ impl Path {
 }
 
 #[tokio::test]
-async fn a_connection_that_went_dead_without_a_word_is_replaced() -> Result<()> {
+async fn a_silently_dead_connection_is_replaced() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
     let path = Path::to(&server).await?;
@@ -258,7 +258,7 @@ async fn a_connection_that_went_dead_without_a_word_is_replaced() -> Result<()> 
 }
 
 #[tokio::test]
-async fn after_a_failover_it_leaves_the_old_master_for_the_new_one() -> Result<()> {
+async fn after_a_failover_it_connects_to_the_new_master() -> Result<()> {
     need!(Redis);
     let (old, new) = (RedisServer::start().await?, RedisServer::start().await?);
     let path = Path::to(&old).await?;
@@ -285,7 +285,7 @@ fn documented_rights() -> Result<(Vec<&'static str>, Vec<&'static str>)> {
 }
 
 #[tokio::test]
-async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_them() -> Result<()> {
+async fn the_documented_rights_are_enough_and_each_is_used() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
     let (keys, commands) = documented_rights()?;
@@ -336,7 +336,7 @@ async fn a_user_with_the_documented_rights_can_do_everything_and_uses_each_of_th
 }
 
 #[tokio::test]
-async fn a_refused_user_is_told_as_such_without_the_password() -> Result<()> {
+async fn a_refused_user_is_reported_without_the_password() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
     ask::<()>(&server, cmd("CONFIG").arg("SET").arg("requirepass").arg("right-one")).await?;
@@ -361,7 +361,7 @@ async fn a_refused_user_is_told_as_such_without_the_password() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_database_of_the_url_is_the_one_that_is_written() -> Result<()> {
+async fn the_database_of_the_url_is_used() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start().await?;
     let ledger = connect(&format!("{}/3", server.url()), Duration::from_secs(5)).await?;
@@ -373,7 +373,7 @@ async fn the_database_of_the_url_is_the_one_that_is_written() -> Result<()> {
 }
 
 #[tokio::test]
-async fn over_tls_it_trusts_whom_the_system_trusts_and_nobody_else() -> Result<()> {
+async fn over_tls_it_trusts_only_the_cas_of_the_system() -> Result<()> {
     need!(Redis);
     let server = RedisServer::start_tls().await?;
     let stranger = connect(&server.url(), Duration::from_secs(5)).await?;
@@ -394,7 +394,7 @@ async fn over_tls_it_trusts_whom_the_system_trusts_and_nobody_else() -> Result<(
 }
 
 #[tokio::test]
-#[ignore = "run by over_tls_it_trusts_whom_the_system_trusts_and_nobody_else"]
+#[ignore = "run by over_tls_it_trusts_only_the_cas_of_the_system"]
 async fn trusting_the_tests_authority() -> Result<()> {
     let ledger = connect(&std::env::var("TEST_REDIS_URL")?, Duration::from_secs(10)).await?;
     place(&ledger, "e1").await?;

@@ -173,7 +173,7 @@ async fn a_person_can_read_the_two_keys_of_a_job() -> Result<()> {
 }
 
 #[tokio::test]
-async fn peeking_and_showing_write_nothing_and_prolong_no_life() -> Result<()> {
+async fn peek_and_get_write_nothing_and_renew_no_ttl() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(3).await?;
@@ -196,7 +196,7 @@ async fn peeking_and_showing_write_nothing_and_prolong_no_life() -> Result<()> {
 }
 
 #[tokio::test]
-async fn every_touch_prolongs_the_life_of_both_keys() -> Result<()> {
+async fn every_change_renews_the_ttl_of_both_keys() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(3).await?;
@@ -218,7 +218,7 @@ async fn every_touch_prolongs_the_life_of_both_keys() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_ledger_is_gone_the_ttl_after_its_last_touch() -> Result<()> {
+async fn a_ledger_expires_the_ttl_after_its_last_use() -> Result<()> {
     need!(Redis);
     let ttl = Duration::from_millis(500);
     let mut bench = Bench::start().await?;
@@ -238,7 +238,7 @@ async fn a_ledger_is_gone_the_ttl_after_its_last_touch() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_job_of_which_nothing_is_known_leaves_no_key() -> Result<()> {
+async fn an_unknown_job_leaves_no_key() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.ledger.place(JOB, &request("e1")).await?;
@@ -250,7 +250,7 @@ async fn a_job_of_which_nothing_is_known_leaves_no_key() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_job_of_which_nothing_is_left_leaves_no_key() -> Result<()> {
+async fn an_empty_ledger_leaves_no_key() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let seen = [live("e1", Some(Capacity::Spot)), live("e2", Some(Capacity::OnDemand))];
@@ -273,7 +273,7 @@ async fn a_job_of_which_nothing_is_left_leaves_no_key() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_noted_counts_are_those_of_the_entries_after_every_change() -> Result<()> {
+async fn the_stored_counts_match_the_entries_after_every_change() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.ledger.learn(JOB, policy("0.5", 1)?).await?;
@@ -298,7 +298,7 @@ async fn the_noted_counts_are_those_of_the_entries_after_every_change() -> Resul
 }
 
 #[tokio::test]
-async fn counts_that_were_lost_or_edited_are_taken_anew_from_the_entries() -> Result<()> {
+async fn lost_or_edited_counts_are_counted_again_from_the_entries() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let names: Vec<String> = (0..7).map(|number| format!("e{number}")).collect();
@@ -331,7 +331,7 @@ async fn counts_that_were_lost_or_edited_are_taken_anew_from_the_entries() -> Re
 }
 
 #[tokio::test]
-async fn entries_that_were_lost_are_no_longer_counted() -> Result<()> {
+async fn lost_entries_are_no_longer_counted() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(9).await?;
@@ -344,7 +344,7 @@ async fn entries_that_were_lost_are_no_longer_counted() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_lost_policy_is_asked_for_again() -> Result<()> {
+async fn a_lost_policy_is_requested_again() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     for change in [
@@ -401,7 +401,7 @@ async fn fields_and_policy_words_of_a_newer_version_survive() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_policy_that_is_not_one_is_replaced() -> Result<()> {
+async fn an_invalid_policy_is_replaced() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
@@ -413,7 +413,7 @@ async fn a_policy_that_is_not_one_is_replaced() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_entry_that_nobody_can_read_counts_as_on_demand_until_the_next_reconcile() -> Result<()> {
+async fn an_invalid_entry_counts_as_on_demand_until_the_next_reconcile() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
@@ -429,7 +429,7 @@ async fn an_entry_that_nobody_can_read_counts_as_on_demand_until_the_next_reconc
 }
 
 #[tokio::test]
-async fn the_grace_goes_by_the_servers_clock() -> Result<()> {
+async fn the_grace_is_measured_on_the_servers_clock() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
@@ -444,7 +444,7 @@ async fn the_grace_goes_by_the_servers_clock() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_first_of_those_that_wait_is_told_by_the_servers_clock() -> Result<()> {
+async fn the_recheck_is_due_on_the_servers_clock() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
@@ -470,7 +470,7 @@ async fn the_first_of_those_that_wait_is_told_by_the_servers_clock() -> Result<(
 }
 
 #[tokio::test]
-async fn the_time_to_go_goes_by_the_servers_clock_and_a_release_of_the_future_has_none() -> Result<()> {
+async fn the_release_grace_is_measured_on_the_servers_clock_and_a_future_release_has_none() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     let (seconds, _): (i64, i64) = bench.ask(&cmd("TIME")).await?;
@@ -497,7 +497,7 @@ async fn the_time_to_go_goes_by_the_servers_clock_and_a_release_of_the_future_ha
 }
 
 #[tokio::test]
-async fn a_superseded_reconcile_writes_nothing_and_prolongs_no_life() -> Result<()> {
+async fn a_superseded_reconcile_writes_nothing_and_renews_no_ttl() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(3).await?;
@@ -513,7 +513,7 @@ async fn a_superseded_reconcile_writes_nothing_and_prolongs_no_life() -> Result<
 }
 
 #[tokio::test]
-async fn a_term_that_nobody_can_read_is_none() -> Result<()> {
+async fn an_invalid_term_counts_as_none() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
@@ -526,7 +526,7 @@ async fn a_term_that_nobody_can_read_is_none() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_mark_is_told_until_the_data_is_lost() -> Result<()> {
+async fn a_heartbeat_is_returned_until_the_data_is_lost() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     for _ in 0..2 {
@@ -556,7 +556,7 @@ async fn told(ledger: &RedisLedger) -> Result<(Vec<JobId>, usize)> {
 }
 
 #[tokio::test]
-async fn keys_that_are_no_jobs_are_passed_over() -> Result<()> {
+async fn keys_of_other_kinds_are_skipped() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(1).await?;
@@ -583,7 +583,7 @@ async fn keys_that_are_no_jobs_are_passed_over() -> Result<()> {
 }
 
 #[tokio::test]
-async fn jobs_are_told_in_pages_that_cost_the_server_little() -> Result<()> {
+async fn jobs_are_listed_in_pages_that_cost_the_server_little() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     const JOBS: usize = 3_000;
@@ -605,7 +605,7 @@ async fn jobs_are_told_in_pages_that_cost_the_server_little() -> Result<()> {
 }
 
 #[tokio::test]
-async fn scripts_that_the_server_forgot_are_loaded_again() -> Result<()> {
+async fn scripts_that_the_server_lost_are_loaded_again() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(2).await?;
@@ -666,7 +666,7 @@ async fn one_call_is_one_command_to_the_server_however_large_the_job() -> Result
 }
 
 #[tokio::test]
-async fn a_server_without_memory_refuses_and_nothing_is_half_done() -> Result<()> {
+async fn a_full_server_refuses_and_nothing_is_half_written() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     bench.fill(2).await?;
@@ -684,7 +684,7 @@ async fn a_server_without_memory_refuses_and_nothing_is_half_done() -> Result<()
 }
 
 #[tokio::test]
-async fn a_key_of_another_type_refuses_and_nothing_is_half_done() -> Result<()> {
+async fn a_key_of_another_type_is_refused_and_nothing_is_half_written() -> Result<()> {
     need!(Redis);
     let mut bench = Bench::start().await?;
     for (text, whole) in [(COUNT, PODS), (PODS, COUNT)] {

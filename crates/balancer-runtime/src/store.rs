@@ -1,4 +1,4 @@
-//! Which ledger a binary runs on, by its settings.
+//! Opens the store that the settings choose.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use clap::Args;
 
 use crate::arguments::{choice, number};
 
-/// Where counts are kept.
+/// Where the ledgers are stored.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Store")]
 pub struct StoreArguments {
@@ -36,7 +36,7 @@ pub struct StoreArguments {
 }
 
 impl std::fmt::Debug for StoreArguments {
-    /// The URL holds a password.
+    /// Without the URL, because it holds a password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StoreArguments").field("store", &self.store).finish_non_exhaustive()
     }
@@ -50,7 +50,7 @@ enum StoreKind {
 
 const STORES: &[(&str, StoreKind)] = &[("redis", StoreKind::Redis), ("memory", StoreKind::Memory)];
 
-/// A store's settings, checked.
+/// The validated settings of a store.
 pub struct StoreSettings {
     /// `None` for memory.
     redis_url: Option<String>,
@@ -59,14 +59,14 @@ pub struct StoreSettings {
 }
 
 impl std::fmt::Debug for StoreSettings {
-    /// The URL holds a password.
+    /// Without the URL, because it holds a password.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("StoreSettings").field("timeout", &self.timeout).field("ttl", &self.ttl).finish_non_exhaustive()
     }
 }
 
 impl StoreArguments {
-    /// Checks the settings; `in_memory` overrules the kind.
+    /// Validates the settings. With `in_memory` the store is in memory, whatever STORE says.
     pub fn settings(self, in_memory: bool) -> anyhow::Result<StoreSettings> {
         let Self { store, redis_url, store_timeout_milliseconds, redis_default_ttl_seconds } = self;
         let redis_url = match store {
@@ -87,22 +87,22 @@ impl StoreArguments {
 }
 
 impl StoreSettings {
-    /// The same with calls that take at most `limit`.
+    /// Limits the time of a call to `limit`.
     pub fn within(self, limit: Duration) -> Self {
         Self { timeout: self.timeout.min(limit), ..self }
     }
 
-    /// Whether the ledgers are in this process alone.
+    /// Whether the ledgers are in the memory of this process.
     pub fn in_memory(&self) -> bool {
         self.redis_url.is_none()
     }
 
-    /// How long one call may take.
+    /// The most time of one call.
     pub fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// Opens the store. A Redis that is down is no error: it is connected to once it is up.
+    /// Opens the store. A Redis that is down is not an error: the store connects as soon as it is up.
     pub async fn open(self) -> anyhow::Result<Store> {
         let Self { redis_url, timeout, ttl } = self;
         Ok(match redis_url {
@@ -117,7 +117,7 @@ impl StoreSettings {
 
 /// The ledger that the settings chose.
 pub enum Store {
-    /// In this process.
+    /// In the memory of this process.
     Memory(MemoryLedger),
     /// Shared by all replicas.
     Redis(Box<RedisLedger>),
@@ -130,7 +130,7 @@ impl std::fmt::Debug for Store {
 }
 
 impl Store {
-    /// Whether the ledgers are in this process alone.
+    /// Whether the ledgers are in the memory of this process.
     pub fn in_memory(&self) -> bool {
         matches!(self, Self::Memory(_))
     }
@@ -144,8 +144,8 @@ impl Store {
     }
 }
 
-/// Hands a call on to the ledger that was chosen.
-macro_rules! hand_on {
+/// Forwards a call to the chosen ledger.
+macro_rules! forward {
     ($self:ident . $call:ident ( $($argument:expr),* )) => {
         match $self {
             Store::Memory(ledger) => ledger.$call($($argument),*).await,
@@ -156,11 +156,11 @@ macro_rules! hand_on {
 
 impl Ledger for Store {
     async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        hand_on!(self.place(job, request))
+        forward!(self.place(job, request))
     }
 
     async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        hand_on!(self.peek(job, request))
+        forward!(self.peek(job, request))
     }
 
     async fn release(
@@ -169,11 +169,11 @@ impl Ledger for Store {
         executor: &str,
         uid: Option<&str>,
     ) -> Result<Option<Capacity>, StoreError> {
-        hand_on!(self.release(job, executor, uid))
+        forward!(self.release(job, executor, uid))
     }
 
     async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
-        hand_on!(self.learn(job, policy))
+        forward!(self.learn(job, policy))
     }
 
     async fn reconcile(
@@ -183,22 +183,22 @@ impl Ledger for Store {
         grace: Duration,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
-        hand_on!(self.reconcile(job, seen, grace, term))
+        forward!(self.reconcile(job, seen, grace, term))
     }
 
     async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
-        hand_on!(self.counts(job))
+        forward!(self.counts(job))
     }
 
     async fn list_jobs(&self, cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
-        hand_on!(self.list_jobs(cursor))
+        forward!(self.list_jobs(cursor))
     }
 
     async fn heartbeat(&self, heartbeat: u64) -> Result<Option<u64>, StoreError> {
-        hand_on!(self.heartbeat(heartbeat))
+        forward!(self.heartbeat(heartbeat))
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
-        hand_on!(self.get(job))
+        forward!(self.get(job))
     }
 }

@@ -612,7 +612,7 @@ pub async fn calls_do_not_create_a_ledger_for_an_unknown_job(ledger: &impl Ledge
 
 /// Of a job with executors, of one that has a policy alone, and of none.
 pub async fn counts_are_right_and_create_no_ledger(ledger: &impl Ledger) -> Checked {
-    let job = job("tally");
+    let job = job("counts");
     assert_eq!(ledger.counts(job).await?, None);
     assert_eq!(ledger.get(job).await?, None);
     ledger.learn(job, policy(500_000_000, 0)).await?;

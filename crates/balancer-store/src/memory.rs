@@ -15,9 +15,8 @@ use crate::{Cursor, JobPage, Ledger, StoreError};
 
 /// [`JobLedger`]s under a lock. It never fails.
 ///
-/// A ledger's life ends the TTL after its last touch; its memory is freed in passing by a later call,
-/// an eighth of the TTL later at most. So each job is looked at a few times in its life, and no task
-/// has to run.
+/// A ledger expires the TTL after its last use. A later call, for any job, frees its memory an eighth of the TTL later at
+/// most, so that no task has to run.
 pub struct MemoryLedger {
     ttl: Millis,
     clock: Box<dyn Fn() -> Millis + Send + Sync>,
@@ -28,7 +27,7 @@ pub struct MemoryLedger {
 struct Jobs {
     kept: HashMap<JobId, Kept>,
     next_sweep: Millis,
-    mark: Option<u64>,
+    heartbeat: Option<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -38,18 +37,18 @@ struct Kept {
 }
 
 impl MemoryLedger {
-    /// No ledgers yet; each is dropped `ttl` after its last touch.
+    /// No ledgers yet; each expires `ttl` after its last use.
     pub fn new(ttl: Duration) -> Self {
         let start = Instant::now();
         Self::with_clock(ttl, move || millis(start.elapsed()))
     }
 
-    /// The same on a clock of the caller's, which must not go backwards.
+    /// Like [`new`](Self::new), on the caller's clock, which must not go backwards.
     pub fn with_clock(ttl: Duration, clock: impl Fn() -> Millis + Send + Sync + 'static) -> Self {
         Self { ttl: millis(ttl), clock: Box::new(clock), jobs: Mutex::default() }
     }
 
-    /// Changes a job's ledger, which touches it.
+    /// Changes a job's ledger, and renews its TTL.
     fn change<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
         self.enter(job, |kept, now| {
             kept.touched = now;
@@ -57,7 +56,7 @@ impl MemoryLedger {
         })
     }
 
-    /// Goes to a job's ledger as it is kept. One that holds nothing is not kept.
+    /// Calls `change` with a job's ledger. An empty ledger is not kept.
     fn enter<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
         let mut jobs = self.lock();
         let now = (self.clock)();
@@ -79,7 +78,7 @@ impl MemoryLedger {
         answer
     }
 
-    /// Looks at a job's ledger, if there is one.
+    /// Calls `look` with a job's ledger, if there is one.
     fn look<T>(&self, job: JobRef<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
         let jobs = self.lock();
         let now = (self.clock)();
@@ -91,8 +90,8 @@ impl MemoryLedger {
         now.saturating_sub(kept.touched) < self.ttl
     }
 
-    /// A panic under the lock would have been in one job's change; the other jobs are whole, and the
-    /// reconciler mends that one.
+    /// A panic under the lock happened in one job's change. The other ledgers are whole, and the reconciler corrects that
+    /// one.
     fn lock(&self) -> MutexGuard<'_, Jobs> {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -158,7 +157,7 @@ impl Ledger for MemoryLedger {
         Ok(self.change(job, |ledger, _| Some(ledger.counts()).filter(|_| !holds_nothing(ledger))))
     }
 
-    /// All in one page: a map has no order in which a next one could begin.
+    /// All jobs are on one page, because a map has no order in which a next page could begin.
     async fn list_jobs(&self, _cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
         let jobs = self.lock();
         let now = (self.clock)();
@@ -166,8 +165,8 @@ impl Ledger for MemoryLedger {
         Ok(JobPage { jobs: living.map(|(job, _)| job.clone()).collect(), next: None })
     }
 
-    async fn heartbeat(&self, mark: u64) -> Result<Option<u64>, StoreError> {
-        Ok(self.lock().mark.replace(mark))
+    async fn heartbeat(&self, heartbeat: u64) -> Result<Option<u64>, StoreError> {
+        Ok(self.lock().heartbeat.replace(heartbeat))
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
@@ -207,7 +206,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_ledger_lives_for_the_ttl_after_its_last_touch_and_no_longer() -> Result<(), StoreError> {
+    async fn a_ledger_is_kept_for_the_ttl_after_its_last_use() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         ledger.place(job("a"), &request("e1")).await?;
         hand.store(700, Ordering::Relaxed);
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_reconcile_and_a_tally_prolong_a_life_and_a_superseded_reconcile_does_not() -> Result<(), StoreError> {
+    async fn reconcile_and_counts_renew_the_ttl_but_a_superseded_reconcile_does_not() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         let live = [LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot) }];
         let seen = JobState { live: &live, ..JobState::default() };
@@ -242,7 +241,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_first_of_those_that_wait_is_told() -> Result<(), StoreError> {
+    async fn the_recheck_is_due_when_the_first_placement_expires() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         for (now, executor) in [(0, "e1"), (100, "e2"), (200, "e3")] {
             hand.store(now, Ordering::Relaxed);
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_peek_sees_nothing_of_a_dropped_ledger() -> Result<(), StoreError> {
+    async fn peek_ignores_an_expired_ledger() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         ledger.learn(job("a"), POLICY).await?;
         hand.store(800, Ordering::Relaxed);
@@ -270,7 +269,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_memory_of_jobs_that_ended_is_freed_by_the_calls_for_others() -> Result<(), StoreError> {
+    async fn calls_for_other_jobs_free_expired_ledgers() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         for second in 0..10_000u64 {
             hand.store(second * 10, Ordering::Relaxed);
@@ -282,7 +281,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn jobs_of_which_nothing_is_known_take_no_memory() -> Result<(), StoreError> {
+    async fn unknown_jobs_take_no_memory() -> Result<(), StoreError> {
         let (ledger, _) = at_zero();
         let asking = PlaceRequest { policy: None, ..request("e1") };
         assert_eq!(ledger.place(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
@@ -294,7 +293,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_under_the_lock_does_not_take_the_store_down() -> Result<(), StoreError> {
+    async fn a_panic_under_the_lock_leaves_the_store_usable() -> Result<(), StoreError> {
         let (ledger, _) = at_zero();
         ledger.place(job("a"), &request("e1")).await?;
         let panics = std::panic::AssertUnwindSafe(|| ledger.change(job("b"), |_, _| panic!("on purpose")));

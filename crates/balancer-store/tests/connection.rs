@@ -1,4 +1,4 @@
-//! What the Redis ledger makes of servers that no real one is like every day. They are played here.
+//! Replies that a healthy server does not send, from a server of the test's own.
 
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use tokio::net::TcpListener;
 const TIMEOUT: Duration = Duration::from_secs(5);
 const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "job" };
 
-/// A server that gives one answer to AUTH, one to PING and one to everything else.
+/// A server with one reply to AUTH, one to PING and one to every other command.
 async fn server(auth: &'static str, ping: &'static str, other: &'static str) -> Result<u16> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let port = listener.local_addr()?.port();
@@ -54,7 +54,7 @@ async fn failure(ledger: &RedisLedger) -> Result<StoreError> {
 }
 
 #[tokio::test]
-async fn a_password_that_the_server_repeats_is_not_told() -> Result<()> {
+async fn an_error_never_repeats_the_password() -> Result<()> {
     let auth = "-ERR unknown command `AUTH`, with args beginning with: `balancer`, `s3cret`,\r\n";
     let ledger = connect(server(auth, "+PONG\r\n", ":1\r\n").await?).await?;
     let error = failure(&ledger).await?;
@@ -65,7 +65,7 @@ async fn a_password_that_the_server_repeats_is_not_told() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_server_that_is_loading_its_data_is_not_there_yet() -> Result<()> {
+async fn a_loading_server_is_not_connected_yet() -> Result<()> {
     let loading = "-LOADING Redis is loading the dataset in memory\r\n";
     let ledger = connect(server("+OK\r\n", loading, ":1\r\n").await?).await?;
     let error = failure(&ledger).await?;
@@ -74,7 +74,7 @@ async fn a_server_that_is_loading_its_data_is_not_there_yet() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
+async fn a_read_only_replica_of_redis_6_is_recognised() -> Result<()> {
     let quoted = "-ERR Error running script (call to f_0): @user_script:57: @user_script: 57: -READONLY You can't \
                   write against a read only replica. \r\n";
     let ledger = answering(quoted).await?;
@@ -90,7 +90,7 @@ async fn a_replica_is_known_by_how_redis_6_tells_it_too() -> Result<()> {
 }
 
 #[tokio::test]
-async fn answers_that_no_script_gives_are_told_as_unreadable() -> Result<()> {
+async fn unexpected_replies_to_place_are_invalid() -> Result<()> {
     for answer in
         [":-1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "$8\r\nspot 1 1\r\n", "$10\r\nspot 2 1 1\r\n", "*2\r\n:1\r\n:0\r\n"]
     {
@@ -102,7 +102,7 @@ async fn answers_that_no_script_gives_are_told_as_unreadable() -> Result<()> {
 }
 
 #[tokio::test]
-async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() -> Result<()> {
+async fn unexpected_replies_to_the_reconciler_are_invalid() -> Result<()> {
     let told = |error: Option<StoreError>, answer: &str| {
         assert_eq!(error.as_ref().map(StoreError::kind), Some("invalid_reply"), "{answer:?}: {error:?}");
     };
@@ -124,7 +124,7 @@ async fn answers_that_no_call_of_the_reconciler_gets_are_told_as_unreadable() ->
 }
 
 #[tokio::test]
-async fn what_does_not_speak_redis_at_all_fails_at_once() -> Result<()> {
+async fn a_server_of_another_protocol_fails_at_once() -> Result<()> {
     let http = "HTTP/1.1 400 Bad Request\r\n\r\n";
     for (auth, ping, other) in [(http, "", ""), ("+OK\r\n", http, ""), ("+OK\r\n", "+PONG\r\n", http)] {
         let ledger = connect(server(auth, ping, other).await?).await?;
@@ -135,7 +135,7 @@ async fn what_does_not_speak_redis_at_all_fails_at_once() -> Result<()> {
 }
 
 #[tokio::test]
-async fn an_answer_of_any_length_is_told_in_a_few_words() -> Result<()> {
+async fn the_error_about_a_long_reply_is_short() -> Result<()> {
     let long: &'static str = Box::leak(format!("+{}\r\n", "x".repeat(100_000)).into_boxed_str());
     let ledger = answering(long).await?;
     let told = failure(&ledger).await?.to_string();
