@@ -186,21 +186,6 @@ impl Policy {
         self.to_string()
     }
 
-    /// The text to replace `stored` by: the fields of this policy, followed by the pairs of `stored` whose keys
-    /// this version does not know. A newer version may have written them, and still needs them.
-    pub fn encode_over(&self, stored: &str) -> String {
-        let mut text = self.encode();
-        let is_known = |pair: &str| {
-            let key = pair.split_once('=').map_or(pair, |(key, _)| key);
-            PolicyField::ALL.iter().any(|field| field.key() == key)
-        };
-        for pair in stored.split(' ').filter(|pair| !pair.is_empty() && !is_known(pair)) {
-            text.push(' ');
-            text.push_str(pair);
-        }
-        text
-    }
-
     /// Reads what [`Policy::encode`] writes. Unknown keys are ignored.
     ///
     /// # Errors
@@ -324,15 +309,6 @@ mod tests {
             let message = Policy::decode(&encoded.replace(part, replacement)).unwrap_err().to_string();
             assert!(message.starts_with(error), "{message}");
         }
-    }
-
-    #[test]
-    fn encode_over_keeps_unknown_keys() {
-        let policy = policy(Ratio::ONE, 0);
-        let stored = "pool=a spot-ratio=0.7 flag on-demand-base=2 spot-ratios=1";
-        let encoded = policy.encode_over(stored);
-        assert_eq!(encoded, format!("{policy} pool=a flag spot-ratios=1"));
-        assert_eq!(policy.encode_over(&encoded), encoded);
     }
 
     #[test]
