@@ -24,6 +24,10 @@ test-one FILE NAME='':
 unit:
     cargo test --locked --workspace --lib --bins
 
+# Run mixed load on the real parts for SECONDS, while the store, the leader, certificates and tokens change
+soak SECONDS='1800':
+    tests/soak {{ SECONDS }}
+
 # Measure CPU per admission and latency: the pure part, the floor of any webhook, a real apiserver
 bench:
     cargo bench --locked --package balancer-core

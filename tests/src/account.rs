@@ -25,12 +25,16 @@ pub struct Right {
 
 /// To look up a driver, as the webhook does.
 pub const LIST_PODS: Right = Right { group: "", resource: "pods", verbs: &["list"] };
-/// To follow executors and drivers.
-pub const PODS: Right = Right { group: "", resource: "pods", verbs: &["list", "watch"] };
+/// To follow executors and drivers, and to ask for the pod of a placement that no watch has shown.
+pub const PODS: Right = Right { group: "", resource: "pods", verbs: &["list", "watch", "get"] };
 /// To follow nodes.
 pub const NODES: Right = Right { group: "", resource: "nodes", verbs: &["list", "watch"] };
 /// To report an invalid annotation.
 pub const EVENTS: Right = Right { group: "events.k8s.io", resource: "events", verbs: &["create"] };
+/// To replace executors that find no spot node.
+pub const DELETE_PODS: Right = Right { group: "", resource: "pods", verbs: &["delete"] };
+/// To find out whether a node is on its way for a pod.
+pub const READ_EVENTS: Right = Right { group: "", resource: "events", verbs: &["list", "get"] };
 /// To lead.
 pub const LEASES: Right =
     Right { group: "coordination.k8s.io", resource: "leases", verbs: &["get", "create", "update"] };

@@ -26,6 +26,12 @@ pub struct Authority {
     pub path: PathBuf,
 }
 
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Authority").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
 /// The authority of this test process.
 pub fn authority() -> Result<&'static Authority> {
     static AUTHORITY: OnceLock<std::result::Result<Authority, String>> = OnceLock::new();
@@ -36,7 +42,8 @@ pub fn authority() -> Result<&'static Authority> {
 }
 
 impl Authority {
-    fn new() -> Result<Self> {
+    /// Another authority than that of the servers.
+    pub fn new() -> Result<Self> {
         let mut params = CertificateParams::new(Vec::new())?;
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -88,12 +95,17 @@ pub struct ServerCertificate {
 impl ServerCertificate {
     /// What a server serves it by.
     pub fn config(&self) -> Result<ServerConfig> {
-        let chain = CertificateDer::pem_file_iter(&self.path)?.collect::<Result<Vec<_>, _>>()?;
-        let key = PrivateKeyDer::from_pem_file(&self.key_path)?;
+        let (chain, key) = self.identity()?;
         Ok(ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(chain, key)?)
+    }
+
+    /// The chain and the key, by which a client can identify itself too.
+    pub fn identity(&self) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
+        let chain = CertificateDer::pem_file_iter(&self.path)?.collect::<Result<Vec<_>, _>>()?;
+        Ok((chain, PrivateKeyDer::from_pem_file(&self.key_path)?))
     }
 
     /// The certificate that the file holds now, DER: what a client is shown.

@@ -15,7 +15,7 @@ use kube::api::{Api, PostParams};
 use serde_json::{Value, json};
 use tokio::sync::OnceCell;
 
-use crate::certificate::{ServerCertificate, authority};
+use crate::certificate::{Authority, ServerCertificate, authority};
 use crate::endpoint::{self, http, https};
 use crate::metrics::Metrics;
 use crate::parts::program;
@@ -36,6 +36,8 @@ pub struct Options {
     /// The admission plugin PodSecurityPolicy, if the apiserver has it: 1.25 removed it, and has pod security
     /// admission by labels of namespaces instead.
     pub pod_security_policy: bool,
+    /// Whether the apiserver shows webhooks a certificate, that of [`ControlPlane::webhook_client`].
+    pub webhook_client: bool,
 }
 
 /// A running control plane. Dropping it kills it.
@@ -53,9 +55,42 @@ pub struct ControlPlane {
     etcd_port: u16,
     certificate: ServerCertificate,
     pod_security_policy: bool,
+    webhook_client: Option<WebhookClient>,
     /// Holds the token file and the keys of the service accounts.
     folder: PathBuf,
     kubeconfig: PathBuf,
+}
+
+/// By what an apiserver identifies itself to webhooks.
+#[derive(Debug)]
+pub struct WebhookClient {
+    /// The authority that signed its certificate.
+    pub authority: Authority,
+    /// Its certificate.
+    pub certificate: ServerCertificate,
+    /// The apiserver's `--admission-control-config-file`.
+    config: PathBuf,
+}
+
+impl WebhookClient {
+    fn new() -> Result<Self> {
+        let authority = Authority::new()?;
+        let certificate = authority.issue()?;
+        let identity = json!({"client-certificate": certificate.path, "client-key": certificate.key_path});
+        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "users": [{"name": "*", "user": identity}]});
+        let kubeconfig = write_json(&kubeconfig)?;
+        let plugin = |name: &str| {
+            let api = "apiserver.config.k8s.io/v1";
+            let kind = "WebhookAdmissionConfiguration";
+            json!({"name": name, "configuration": {"apiVersion": api, "kind": kind, "kubeConfigFile": kubeconfig}})
+        };
+        let config = write_json(&json!({
+            "apiVersion": "apiserver.config.k8s.io/v1",
+            "kind": "AdmissionConfiguration",
+            "plugins": [plugin("MutatingAdmissionWebhook"), plugin("ValidatingAdmissionWebhook")],
+        }))?;
+        Ok(Self { authority, certificate, config })
+    }
 }
 
 impl ControlPlane {
@@ -86,6 +121,7 @@ impl ControlPlane {
             etcd_port,
             certificate: authority()?.issue()?,
             pod_security_policy: options.pod_security_policy && program_minor_version()? < 25,
+            webhook_client: if options.webhook_client { Some(WebhookClient::new()?) } else { None },
             folder,
             kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
         };
@@ -117,6 +153,8 @@ impl ControlPlane {
                 "--service-account-issuer=https://kubernetes.default.svc",
             ]);
             command.args(self.pod_security_policy.then_some("--enable-admission-plugins=PodSecurityPolicy"));
+            let config = self.webhook_client.as_ref().map(|client| client.config.display());
+            command.args(config.map(|config| format!("--admission-control-config-file={config}")));
             command.args(tls_arguments(&self.certificate)).args([
                 format!("--secure-port={}", self.port),
                 format!("--etcd-servers={}", http(self.etcd_port)),
@@ -168,6 +206,11 @@ impl ControlPlane {
     /// Where the apiserver serves HTTPS.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// By what the apiserver identifies itself to webhooks; an error if it does not.
+    pub fn webhook_client(&self) -> Result<&WebhookClient> {
+        self.webhook_client.as_ref().context("the apiserver has no certificate for webhooks")
     }
 
     /// The apiserver's minor version: 20 of 1.20.2.

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration};
 use k8s_openapi::api::apps::v1::Deployment;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use kube::api::{Api, DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Client, ResourceExt};
 use redis::AsyncCommands;
@@ -21,6 +21,7 @@ use crate::endpoint::https;
 use crate::helm::{Helm, RELEASE};
 use crate::metrics::Metrics;
 use crate::pods;
+use crate::process::scratch_path;
 use crate::redis::{RedisServer, policy_word};
 use crate::release::Options as Settings;
 use crate::wait::{SOON, until_true};
@@ -29,6 +30,8 @@ use crate::wait::{SOON, until_true};
 pub const WEBHOOK: &str = "spot-balancer-webhook";
 /// The reconciler's.
 pub const RECONCILER: &str = "spot-balancer-reconciler";
+/// The Secret with the admission tokens.
+pub const TOKENS: &str = "spot-balancer-webhook-token";
 /// Where jobs run; that of the reviews in `reviews`.
 pub const JOBS: &str = "sandbox";
 
@@ -65,6 +68,26 @@ pub fn environment(deployment: &Value) -> BTreeMap<String, String> {
     variables.into_iter().flatten().map(|variable| (text(&variable["name"]), text(&variable["value"]))).collect()
 }
 
+/// The admission tokens of the installed release, as a pod's file has them.
+pub async fn tokens(client: &Client) -> Result<String> {
+    let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get(TOKENS).await?;
+    let ByteString(tokens) = secret.data.unwrap_or_default().remove("tokens").context("no tokens")?;
+    Ok(String::from_utf8(tokens)?)
+}
+
+/// The path at which the installed configurations, both of them, call the webhook: the token's too, if there is one.
+pub async fn review_paths(client: &Client) -> Result<[String; 2]> {
+    async fn path<T>(client: &Client) -> Result<String>
+    where
+        T: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + std::fmt::Debug,
+    {
+        let configuration = serde_json::to_value(Api::<T>::all(client.clone()).get(RELEASE).await?)?;
+        let path = &configuration["webhooks"][0]["clientConfig"]["service"]["path"];
+        Ok(path.as_str().with_context(|| format!("no path: {configuration}"))?.to_owned())
+    }
+    Ok([path::<MutatingWebhookConfiguration>(client).await?, path::<ValidatingWebhookConfiguration>(client).await?])
+}
+
 /// What a program starts with as the installed Deployment runs it: its environment, and the token of its
 /// account. Only what a pod's network and volumes would give is this machine's.
 pub async fn as_deployed(plane: &ControlPlane, name: &str, command: &str, redis: &RedisServer) -> Result<Settings> {
@@ -76,7 +99,11 @@ pub async fn as_deployed(plane: &ControlPlane, name: &str, command: &str, redis:
     let mut settings = Settings::default().kubeconfig(&plane.kubeconfig_of(RELEASE, account).await?);
     let environment = environment(&deployment);
     for (variable, value) in &environment {
-        if !matches!(variable.as_str(), "PORT" | "ADMIN_PORT" | "TLS_CERT_PATH" | "TLS_KEY_PATH" | "REDIS_URL") {
+        if variable == "ADMISSION_TOKEN_PATH" {
+            let path = scratch_path("tokens")?;
+            std::fs::write(&path, tokens(&plane.client()?).await?)?;
+            settings = settings.env(variable, path);
+        } else if !matches!(variable.as_str(), "PORT" | "ADMIN_PORT" | "TLS_CERT_PATH" | "TLS_KEY_PATH" | "REDIS_URL") {
             settings = settings.env(variable, value);
         }
     }
@@ -86,14 +113,14 @@ pub async fn as_deployed(plane: &ControlPlane, name: &str, command: &str, redis:
 /// Has the installed webhook configurations call the process on this port instead of the Service, under
 /// names of this `round`.
 pub async fn lead(plane: &ControlPlane, port: u16, round: &str) -> Result<()> {
-    async fn lead<T>(client: &Client, port: u16, path: &str, round: &str) -> Result<()>
+    async fn lead<T>(client: &Client, port: u16, round: &str) -> Result<()>
     where
         T: kube::Resource<DynamicType = ()> + Clone + DeserializeOwned + Serialize + std::fmt::Debug,
     {
         let api = Api::<T>::all(client.clone());
         let mut configuration = serde_json::to_value(api.get(RELEASE).await?)?;
         let webhook = &mut configuration["webhooks"][0];
-        ensure!(webhook["clientConfig"]["service"]["path"] == path, "{webhook}");
+        let path = webhook["clientConfig"]["service"]["path"].as_str().context("no path")?;
         let bundle = ByteString(authority()?.pem.clone().into_bytes());
         webhook["clientConfig"] = json!({"url": format!("{}{path}", https(port)), "caBundle": bundle});
         webhook["name"] = format!("{round}.{}", webhook["name"].as_str().context("no name")?).into();
@@ -101,8 +128,8 @@ pub async fn lead(plane: &ControlPlane, port: u16, round: &str) -> Result<()> {
         Ok(())
     }
     let client = plane.client()?;
-    lead::<MutatingWebhookConfiguration>(&client, port, "/mutate", round).await?;
-    lead::<ValidatingWebhookConfiguration>(&client, port, "/validate", round).await
+    lead::<MutatingWebhookConfiguration>(&client, port, round).await?;
+    lead::<ValidatingWebhookConfiguration>(&client, port, round).await
 }
 
 /// The same, and waits until the apiserver follows them.

@@ -1,10 +1,11 @@
-//! Where pods reach the apiserver: it stands for one that is new enough for Spark.
+//! Where pods reach the apiserver: it stands for one that is new enough for Spark, and counts the lists of pods.
 //!
 //! Spark applies its driver's Service on the server's side, with ports that state no protocol. Apiservers before
 //! 1.21 refuse that. So it is stated here; all else passes as it came, with the token of whoever sent it.
 
 use std::net::SocketAddrV4;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 use http::header::{CONTENT_LENGTH, CONTENT_TYPE};
@@ -29,11 +30,27 @@ const APPLY: &[u8] = b"application/apply-patch+yaml";
 
 /// Dropping it ends it and its connections, but for the WebSockets, which end with the test.
 #[derive(Debug)]
-pub(crate) struct Gateway(JoinHandle<()>);
+pub struct Gateway {
+    /// What passed so far.
+    pub lists: Arc<PodLists>,
+    task: JoinHandle<()>,
+}
+
+/// The lists of pods that passed.
+#[derive(Debug, Default)]
+pub struct PodLists {
+    /// From the apiserver's cache.
+    pub cached: AtomicUsize,
+    /// Consistent ones.
+    pub consistent: AtomicUsize,
+    /// The most that were in flight at once.
+    pub most_in_flight: AtomicUsize,
+    in_flight: AtomicUsize,
+}
 
 impl Gateway {
     /// Starts it at an address before the apiserver on this port, on the current runtime.
-    pub(crate) async fn start(address: SocketAddrV4, apiserver: u16, certificate: &ServerCertificate) -> Result<Self> {
+    pub async fn start(address: SocketAddrV4, apiserver: u16, certificate: &ServerCertificate) -> Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let acceptor = TlsAcceptor::from(Arc::new(certificate.config()?));
         // Without a time for reading: a watch may be silent for long.
@@ -41,30 +58,55 @@ impl Gateway {
         config.root_cert = Some(vec![authority()?.der.clone()]);
         config.read_timeout = None;
         let client = Client::try_from(config)?;
-        Ok(Self(tokio::spawn(async move {
+        let lists = Arc::new(PodLists::default());
+        let counted = lists.clone();
+        let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             loop {
                 // A caller that went away at once is no reason to be there for no other.
                 let Ok((stream, _)) = listener.accept().await else { continue };
-                connections.spawn(serve(stream, acceptor.clone(), client.clone()));
+                connections.spawn(serve(stream, acceptor.clone(), client.clone(), counted.clone()));
                 while connections.try_join_next().is_some() {}
             }
-        })))
+        });
+        Ok(Self { lists, task })
     }
 }
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 /// An error of either side ends the connection.
-async fn serve(stream: TcpStream, acceptor: TlsAcceptor, client: Client) {
+async fn serve(stream: TcpStream, acceptor: TlsAcceptor, client: Client, lists: Arc<PodLists>) {
     if let Ok(stream) = acceptor.accept(stream).await {
-        let service = service_fn(|request| pass(request, client.clone()));
+        let service = service_fn(|request| lists.count(request, |request| pass(request, client.clone())));
         let connection = http1::Builder::new().serve_connection(TokioIo::new(stream), service);
         let _ = connection.with_upgrades().await;
+    }
+}
+
+impl PodLists {
+    /// Counts the request, if it is a list of pods, until it is answered.
+    async fn count<A: Future>(
+        &self,
+        request: Request<Incoming>,
+        pass: impl FnOnce(Request<Incoming>) -> A,
+    ) -> A::Output {
+        let query = request.uri().query().unwrap_or_default();
+        let lists = request.method() == Method::GET && request.uri().path().ends_with("/pods");
+        if !lists || query.contains("watch=") {
+            return pass(request).await;
+        }
+        let count = if query.contains("resourceVersion=0") { &self.cached } else { &self.consistent };
+        count.fetch_add(1, Ordering::Relaxed);
+        let in_flight = self.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most_in_flight.fetch_max(in_flight, Ordering::Relaxed);
+        let answer = pass(request).await;
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        answer
     }
 }
 

@@ -9,14 +9,27 @@ use crate::helm::repository;
 use crate::parts::program;
 use crate::process::scratch_path;
 
+/// The blocks of a language in a guide, without the indentation that a block in a list has.
+pub fn blocks(guide: &str, language: &str) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(repository(guide))?;
+    let opening = format!("```{language}\n");
+    let mut blocks = Vec::new();
+    for (start, _) in text.match_indices(&opening) {
+        let (before, block) = text.split_at(start);
+        let indentation = before.rsplit('\n').next().unwrap_or_default();
+        let block = block.strip_prefix(&opening).and_then(|rest| rest.split("```").next()).unwrap_or_default();
+        let lines = block.lines().map(|line| line.strip_prefix(indentation).unwrap_or(line));
+        blocks.push(lines.fold(String::new(), |text, line| text + line + "\n"));
+    }
+    Ok(blocks)
+}
+
 /// The one block of commands in a guide that has `part` in it.
 pub fn block(guide: &str, part: &str) -> Result<String> {
-    let text = std::fs::read_to_string(repository(guide))?;
-    let blocks = text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next());
-    let mut found = blocks.filter(|block| block.contains(part));
+    let mut found = blocks(guide, "sh")?.into_iter().filter(|block| block.contains(part));
     let block = found.next().with_context(|| format!("{guide} has no command with {part:?}"))?;
     ensure!(found.next().is_none(), "{guide} has more than one block with {part:?}");
-    Ok(block.to_owned())
+    Ok(block)
 }
 
 /// A command that has kubectl and is the administrator of a cluster; its arguments are yet to come. After so

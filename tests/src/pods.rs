@@ -54,6 +54,22 @@ pub fn executor(job: &str, id: u32) -> PodBuilder {
         .owned_by(&driver_name(job), "00000000-0000-4000-8000-000000000000")
 }
 
+/// A pod without Spark's labels, such as a notebook or an Airflow worker, in which a driver runs.
+pub fn plain(name: &str) -> PodBuilder {
+    let container = json!({"name": "main", "image": "jupyter/pyspark-notebook:spark-3.5.3"});
+    PodBuilder(json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {"containers": [container], "restartPolicy": "Never"},
+    }))
+}
+
+/// The pod of a Spark Connect server: it has a role, and no job of its own.
+pub fn connect_server(name: &str) -> PodBuilder {
+    plain(name).label("spark-role", "connect-server").label("spark-version", "4.0.0")
+}
+
 fn driver_name(job: &str) -> String {
     format!("{job}-driver")
 }
@@ -123,7 +139,12 @@ impl PodBuilder {
     /// With a required node affinity: the node's label `key` is one of `values`.
     pub fn required_affinity(self, key: &str, values: &[&str]) -> Self {
         let expression = json!({"key": key, "operator": "In", "values": values});
-        let terms = json!({"nodeSelectorTerms": [{"matchExpressions": [expression]}]});
+        self.node_terms(&json!([{"matchExpressions": [expression]}]))
+    }
+
+    /// With a required node affinity of these terms.
+    pub fn node_terms(self, terms: &Value) -> Self {
+        let terms = json!({"nodeSelectorTerms": terms});
         self.with(|pod| {
             pod["spec"]["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"] = terms;
         })
@@ -144,13 +165,17 @@ impl PodBuilder {
         })
     }
 
-    /// On the nodes of [`nodes::of_pool`] alone.
+    /// On the nodes of [`nodes::of_pool`] and [`nodes::of_platform`] alone.
     pub fn on_pool(self, pool: &str) -> Self {
-        let toleration = json!({"key": nodes::POOL, "operator": "Equal", "value": pool, "effect": "NoSchedule"});
-        self.node_selector(nodes::POOL, pool).with(|pod| {
-            if let Some(tolerations) = pod["spec"]["tolerations"].as_array_mut() {
-                tolerations.push(toleration);
-            }
+        self.node_selector(nodes::POOL, pool).tolerating(nodes::POOL, pool)
+    }
+
+    /// With a toleration of this `NoSchedule` taint.
+    pub fn tolerating(self, key: &str, value: &str) -> Self {
+        let toleration = json!({"key": key, "operator": "Equal", "value": value, "effect": "NoSchedule"});
+        self.with(|pod| match pod["spec"]["tolerations"].as_array_mut() {
+            Some(tolerations) => tolerations.push(toleration),
+            None => pod["spec"]["tolerations"] = json!([toleration]),
         })
     }
 
@@ -169,12 +194,17 @@ impl PodBuilder {
         self.with(|pod| pod["metadata"]["namespace"] = namespace.into())
     }
 
-    /// Owned by this driver pod.
+    /// Owned by this pod.
     pub fn owned_by(self, driver: &str, uid: &str) -> Self {
         let owner = json!({
             "apiVersion": "v1", "kind": "Pod", "name": driver, "uid": uid, "controller": true,
         });
         self.with(|pod| pod["metadata"]["ownerReferences"] = json!([owner]))
+    }
+
+    /// Refused by the apiserver's validation, which comes after admission.
+    pub fn invalid(self) -> Self {
+        self.with(|pod| pod["spec"]["restartPolicy"] = "Sometimes".into())
     }
 
     /// Changed in any other way.

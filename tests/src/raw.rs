@@ -25,7 +25,7 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use crate::certificate::authority;
+use crate::certificate::{ServerCertificate, authority};
 use crate::endpoint::Answer;
 
 /// Longer than any server under test may take for an answer.
@@ -62,18 +62,42 @@ pub async fn tcp(port: u16) -> Result<TcpStream> {
 
 /// A TLS connection to a server whose certificate the tests' authority signed.
 pub async fn tls(port: u16, protocol: Protocol) -> Result<TlsStream<TcpStream>> {
+    tls_as(port, protocol, None).await
+}
+
+/// The first message of a TLS handshake.
+pub fn client_hello(protocol: Protocol) -> Result<Vec<u8>> {
+    let mut client = rustls::ClientConnection::new(client_config(protocol, None)?, ServerName::try_from("localhost")?)?;
+    let mut hello = Vec::new();
+    client.write_tls(&mut hello)?;
+    Ok(hello)
+}
+
+/// The same of a client that identifies itself by a certificate.
+async fn tls_as(port: u16, protocol: Protocol, client: Option<&ServerCertificate>) -> Result<TlsStream<TcpStream>> {
+    let connector = TlsConnector::from(client_config(protocol, client)?);
+    let connecting = connector.connect(ServerName::try_from("localhost")?, tcp(port).await?);
+    Ok(timeout(ANSWER, connecting).await.context("the TLS handshake hangs")??)
+}
+
+fn client_config(protocol: Protocol, client: Option<&ServerCertificate>) -> Result<Arc<ClientConfig>> {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from(authority()?.der.clone()))?;
-    let mut config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
-        .with_no_client_auth();
+        .with_root_certificates(roots);
+    let mut config = match client {
+        Some(client) => {
+            let (chain, key) = client.identity()?;
+            config.with_client_auth_cert(chain, key)?
+        }
+        None => config.with_no_client_auth(),
+    };
     config.alpn_protocols = vec![match protocol {
         Protocol::Http1 => b"http/1.1".to_vec(),
         Protocol::Http2 => b"h2".to_vec(),
     }];
-    let connecting = TlsConnector::from(Arc::new(config)).connect(ServerName::try_from("localhost")?, tcp(port).await?);
-    Ok(timeout(ANSWER, connecting).await.context("the TLS handshake hangs")??)
+    Ok(Arc::new(config))
 }
 
 /// Reads until the other side ends the connection, by whatever means, and answers what came.
@@ -125,7 +149,15 @@ impl std::error::Error for Unanswered {}
 impl Connection {
     /// Connects to a port of this machine.
     pub async fn open(port: u16, protocol: Protocol) -> Result<Self> {
-        let stream = tls(port, protocol).await?;
+        Self::over(tls(port, protocol).await?, port, protocol).await
+    }
+
+    /// The same of a client that identifies itself by a certificate.
+    pub async fn open_as(port: u16, protocol: Protocol, client: &ServerCertificate) -> Result<Self> {
+        Self::over(tls_as(port, protocol, Some(client)).await?, port, protocol).await
+    }
+
+    async fn over(stream: TlsStream<TcpStream>, port: u16, protocol: Protocol) -> Result<Self> {
         let certificates = stream.get_ref().1.peer_certificates();
         let certificate = certificates.and_then(<[_]>::first).context("the server showed no certificate")?.to_vec();
         let io = TokioIo::new(stream);

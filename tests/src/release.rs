@@ -69,7 +69,7 @@ impl Options {
     }
 
     /// The same, with what `over` says instead where both say something.
-    fn under(mut self, over: Self) -> Self {
+    pub fn with(mut self, over: Self) -> Self {
         self.environment.extend(over.environment);
         self.arguments.extend(over.arguments);
         self
@@ -88,7 +88,7 @@ impl Release {
     /// Starts a program with `options` over `needed`, and waits for nothing.
     pub(crate) fn begin(name: &str, needed: Options, options: Options) -> Result<Self> {
         let admin_port = port::free()?;
-        let process = needed.env("ADMIN_PORT", admin_port.to_string()).under(options).start(name)?;
+        let process = needed.env("ADMIN_PORT", admin_port.to_string()).with(options).start(name)?;
         Ok(Self { process, admin_port })
     }
 

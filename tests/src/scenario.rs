@@ -1,7 +1,7 @@
 //! A namespace whose Spark pods go through our webhook and are followed by our reconciler: apiserver,
 //! Redis, our processes, the stand-in for the kubelet, and the checks that many tests share.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -14,11 +14,11 @@ use kube::{Client, ResourceExt};
 use redis::AsyncCommands;
 use tokio::time::sleep;
 
-use crate::account::Account;
+use crate::account::{Account, EVENTS, LIST_PODS, NODES, PODS, Right};
 use crate::balance::Balance;
 use crate::control_plane::Plane;
 use crate::kubelet::Kubelet;
-use crate::nodes::{self, CAPACITY};
+use crate::nodes::{self, CAPACITY, TRUTH};
 use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
 use crate::redis::{RedisServer, policy_word};
@@ -53,11 +53,15 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// How many executors the job is from its ratio.
+    #[expect(clippy::cast_precision_loss, reason = "a test's few hundred executors")]
+    pub fn distance(self, ratio: f64) -> f64 {
+        (self.spot as f64 - ratio * (self.spot + self.on_demand) as f64).abs()
+    }
+
     /// Fails unless the job is within `most` executors of its ratio.
     pub fn ensure_near(self, ratio: f64, most: f64) -> Result<()> {
-        let total = self.spot + self.on_demand;
-        #[expect(clippy::cast_precision_loss, reason = "a test's few hundred executors")]
-        let distance = (self.spot as f64 - ratio * total as f64).abs();
+        let distance = self.distance(ratio);
         ensure!(distance <= most + 1e-9, "{self:?} is {distance} executors from {ratio}, more than {most}");
         Ok(())
     }
@@ -92,6 +96,8 @@ pub struct Scenario {
     pub plane: Plane,
     /// The label by which the pods of a job are found.
     pub job_id_label: &'static str,
+    /// How long a placement may wait for its pod; by default [`GRACE`]. `None` is the default of the programs.
+    pub grace: Option<Duration>,
     account: Option<Account>,
     next_id: AtomicU32,
 }
@@ -144,6 +150,7 @@ impl Scenario {
             // Larger than the ids that tests choose.
             next_id: AtomicU32::new(10_000),
             job_id_label: pods::JOB_ID_LABEL,
+            grace: Some(GRACE),
             plane,
             client,
             namespace,
@@ -157,6 +164,24 @@ impl Scenario {
         }
         self.send_to_webhooks();
         Ok(())
+    }
+
+    /// Starts webhooks and a reconciler with the same settings, and sends them the namespace's pods.
+    pub async fn serve(&mut self, webhooks: usize, settings: &WebhookOptions) -> Result<()> {
+        self.start_webhooks(webhooks, settings.clone()).await?;
+        self.registration().apply(&self.plane).await?;
+        let options = self.reconciler_options().await?.with(settings.clone());
+        self.reconcilers.push(Reconciler::start(options).await?);
+        Ok(())
+    }
+
+    /// The same with one webhook, which keeps the ledger in memory and reconciles by itself.
+    pub async fn serve_in_memory(&mut self, settings: &WebhookOptions) -> Result<()> {
+        let account = self.account_without_leases().await?;
+        let options = self.in_memory(&account.kubeconfig).with(settings.clone());
+        self.webhooks.push(Webhook::start(options).await?);
+        self.send_to_webhooks();
+        self.registration().apply(&self.plane).await
     }
 
     /// Has the address before the webhooks lead to those that there are now.
@@ -195,12 +220,39 @@ impl Scenario {
         self.account.as_ref().context("no account")
     }
 
+    /// Gives the scenario's reconcilers further rights in the namespace.
+    pub async fn allow_reconcilers(&mut self, rights: &[Right]) -> Result<()> {
+        self.account().await?;
+        let account = self.account.as_ref().context("no account")?;
+        for right in rights {
+            account.allow(&self.plane, &self.namespace, *right).await?;
+        }
+        Ok(())
+    }
+
     /// The settings of reconciling, for a reconciler or for a webhook that reconciles by itself.
     pub fn reconciling(&self, kubeconfig: &Path) -> ReconcilerOptions {
-        ReconcilerOptions::default()
-            .kubeconfig(kubeconfig)
-            .env("WATCH_NAMESPACES", &self.namespace)
-            .env("RECONCILE_GRACE_SECONDS", GRACE.as_secs().to_string())
+        let options = ReconcilerOptions::default().kubeconfig(kubeconfig).env("WATCH_NAMESPACES", &self.namespace);
+        match self.grace {
+            Some(grace) => options.env("RECONCILE_GRACE_SECONDS", grace.as_secs().to_string()),
+            None => options,
+        }
+    }
+
+    /// As whom a webhook runs that reconciles alone: it may do what a reconciler has to, without leases.
+    pub async fn account_without_leases(&self) -> Result<Account> {
+        let account = Account::new(&self.plane, &self.namespace, "webhook").await?;
+        for right in [LIST_PODS, PODS, EVENTS] {
+            account.allow(&self.plane, &self.namespace, right).await?;
+        }
+        account.allow_everywhere(&self.plane, NODES).await?;
+        Ok(account)
+    }
+
+    /// What a webhook starts with that keeps its ledger in memory and reconciles by itself. Of reconciling nothing
+    /// is set except where and how quickly.
+    pub fn in_memory(&self, kubeconfig: &Path) -> WebhookOptions {
+        self.reconciling(kubeconfig).env("SPOT_PREFERENCE", "STRICT").env("STORE", "memory")
     }
 
     /// The pods of the namespace.
@@ -286,8 +338,8 @@ impl Scenario {
         let nodes: HashMap<String, Node> = nodes.into_iter().map(|node| (node.name_any(), node)).collect();
         let real = |pod: Pod| {
             let node = pod.spec.as_ref().and_then(|spec| nodes.get(spec.node_name.as_deref()?));
-            let capacity = match node.and_then(|node| node.labels().get(CAPACITY)) {
-                Some(capacity) => capacity.clone(),
+            let capacity = match node.and_then(real_capacity) {
+                Some(capacity) => capacity.to_owned(),
                 None => placed(&pod)?,
             };
             Ok((key(&pod), capacity))
@@ -399,10 +451,22 @@ impl Scenario {
         for pod in self.live(job).await? {
             let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).context("not bound")?;
             let node = Api::<Node>::all(self.client.clone()).get(node).await?;
-            let on = node.labels().get(CAPACITY).context("a node without capacity")?;
-            ensure!(*on == placed(&pod)?, "{} was placed on {} and is on {on}", pod.name_any(), placed(&pod)?);
+            let on = real_capacity(&node).context("a node without capacity")?;
+            ensure!(on == placed(&pod)?, "{} was placed on {} and is on {on}", pod.name_any(), placed(&pod)?);
         }
         Ok(())
+    }
+
+    /// Waits until the apiserver's cache has the namespace's pods as they are: a list from it may be some moments old.
+    pub async fn until_cache_is_current(&self) -> Result<()> {
+        until_true(SOON, "the apiserver's cache to have all pods as they are", async || {
+            let versions = async |list: ListParams| {
+                let pods = self.pods().list_metadata(&list).await?;
+                Ok::<_, anyhow::Error>(pods.iter().map(ResourceExt::resource_version).collect::<BTreeSet<_>>())
+            };
+            Ok(versions(ListParams::default().match_any()).await? == versions(ListParams::default()).await?)
+        })
+        .await
     }
 
     /// The sum of a metric over all webhooks.
@@ -469,6 +533,11 @@ pub fn placed(pod: &Pod) -> Result<String> {
     let decision = pod.annotations().get(DECISION).or_else(selector);
     let capacity = decision.with_context(|| format!("{} was not placed", pod.name_any()))?;
     Ok(capacity.split('/').next().unwrap_or_default().to_owned())
+}
+
+/// What runs on the node counts as: what a test says about it, or else its label.
+fn real_capacity(node: &Node) -> Option<&str> {
+    node.labels().get(TRUTH).or_else(|| node.labels().get(CAPACITY)).map(String::as_str)
 }
 
 /// The pod's selector of a capacity.

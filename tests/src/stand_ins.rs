@@ -61,7 +61,9 @@ fn fields(kind: &str) -> Value {
                 "spec": {
                     "nodeClassRef": {"group": "string", "kind": "string", "name": "string"},
                     "taints": [{"key": "string", "value": "string", "effect": "string"}],
-                    "requirements": expressions,
+                    "requirements": [{
+                        "key": "string", "operator": "string", "values": ["string"], "minValues": "integer",
+                    }],
                     "expireAfter": "string",
                     "terminationGracePeriod": "string",
                 },
@@ -69,7 +71,7 @@ fn fields(kind: &str) -> Value {
             "disruption": {
                 "consolidationPolicy": "string",
                 "consolidateAfter": "string",
-                "budgets": [{"nodes": "string"}],
+                "budgets": [{"nodes": "string", "reasons": ["string"]}],
             },
         }),
     }

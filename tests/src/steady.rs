@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
@@ -29,8 +30,20 @@ pub struct Answered {
 impl Steady {
     /// Starts posting to a webhook on the current runtime, one admission every so often.
     pub fn start(port: u16, protocol: Protocol, every: Duration) -> Self {
+        Self::with(port, protocol, every, |number| {
+            Ok(("/mutate?timeout=10s".to_owned(), reviews::creation("steady", number)?))
+        })
+    }
+
+    /// The same with other reviews: `review` returns the path and the review of each number.
+    pub fn with(
+        port: u16,
+        protocol: Protocol,
+        every: Duration,
+        review: impl Fn(u64) -> Result<(String, Value)> + Send + 'static,
+    ) -> Self {
         let (stop, stopped) = oneshot::channel();
-        Self { stop, task: tokio::spawn(post(port, protocol, every, stopped)) }
+        Self { stop, task: tokio::spawn(post(port, protocol, every, review, stopped)) }
     }
 
     /// Ends it; fails where any admission did.
@@ -40,7 +53,13 @@ impl Steady {
     }
 }
 
-async fn post(port: u16, protocol: Protocol, every: Duration, mut stopped: oneshot::Receiver<()>) -> Result<Answered> {
+async fn post(
+    port: u16,
+    protocol: Protocol,
+    every: Duration,
+    review: impl Fn(u64) -> Result<(String, Value)>,
+    mut stopped: oneshot::Receiver<()>,
+) -> Result<Answered> {
     let mut answered = Answered { count: 0, slowest: Duration::ZERO };
     let mut kept = Connection::open(port, protocol).await?;
     let mut ticks = tokio::time::interval(every);
@@ -51,16 +70,16 @@ async fn post(port: u16, protocol: Protocol, every: Duration, mut stopped: onesh
             _ = &mut stopped => return Ok(answered),
             _ = ticks.tick() => {}
         }
-        let review = reviews::creation("steady", answered.count)?;
+        let (path, review) = review(answered.count)?;
         let begun = Instant::now();
         let answer = if answered.count.is_multiple_of(2) {
-            Connection::open(port, protocol).await?.post("/mutate?timeout=10s", &review).await?
+            Connection::open(port, protocol).await?.post(&path, &review).await?
         } else {
-            match kept.post("/mutate?timeout=10s", &review).await {
+            match kept.post(&path, &review).await {
                 // A server may end a connection between two requests.
                 Err(Unanswered::Refused(_)) => {
                     kept = Connection::open(port, protocol).await?;
-                    kept.post("/mutate?timeout=10s", &review).await?
+                    kept.post(&path, &review).await?
                 }
                 answer => answer?,
             }

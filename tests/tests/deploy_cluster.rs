@@ -94,6 +94,24 @@ async fn bundles(client: &Client) -> Result<Vec<Vec<u8>>> {
     Ok(mutating.chain(validating).filter_map(|config| config.ca_bundle).map(|ByteString(bytes)| bytes).collect())
 }
 
+/// The password of the release's Redis.
+async fn redis_password(client: &Client) -> Result<Vec<u8>> {
+    let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get("spot-balancer-redis-password").await?;
+    let ByteString(password) = secret.data.unwrap_or_default().remove("password").context("no password")?;
+    Ok(password)
+}
+
+/// What restarts the pods that read the password of Redis.
+async fn redis_checksum(client: &Client) -> Result<String> {
+    let mut checksums = BTreeSet::new();
+    for name in [WEBHOOK, RECONCILER, "spot-balancer-redis"] {
+        let annotations = &deployment(client, name).await?["spec"]["template"]["metadata"]["annotations"];
+        checksums.insert(annotations["checksum/redis"].as_str().context("no checksum")?.to_owned());
+    }
+    ensure!(checksums.len() == 1, "{checksums:?}");
+    checksums.pop_first().context("no checksum")
+}
+
 #[tokio::test]
 async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_completely() -> Result<()> {
     need!(Helm, ControlPlane, ControllerManager);
@@ -114,12 +132,26 @@ async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_completely(
     assert_eq!(authority.len(), 2);
     let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get("spot-balancer-webhook-helm-tls").await?;
     assert_eq!(secret.data.context("no data")?["ca.crt"].0, authority[0]);
+    let password = redis_password(&client).await?;
+    ensure!(password.len() == 40 && password.iter().all(u8::is_ascii_alphanumeric), "{password:?}");
+    let checksum = redis_checksum(&client).await?;
     helm.upgrade(&by_helm("STRICT")).await?;
     until_rolled_out(&client, "STRICT").await?;
     assert_eq!(bundles(&client).await?, authority, "an upgrade keeps the CA");
+    assert_eq!(redis_password(&client).await?, password, "an upgrade keeps the password");
+    assert_eq!(redis_checksum(&client).await?, checksum, "an upgrade does not restart the pods for their password");
+    let secrets = Api::<Secret>::namespaced(client.clone(), RELEASE);
+    secrets.delete("spot-balancer-redis-password", &DeleteParams::default()).await?;
+    helm.upgrade(&by_helm("STRICT")).await?;
+    ensure!(
+        redis_password(&client).await? != password && redis_checksum(&client).await? != checksum,
+        "no new password"
+    );
     helm.rollback(1).await?;
     until_rolled_out(&client, "BEST_EFFORT").await?;
     assert_eq!(bundles(&client).await?, authority, "a rollback keeps the CA");
+    assert_eq!(redis_password(&client).await?, password, "a rollback brings the password back");
+    assert_eq!(redis_checksum(&client).await?, checksum, "a rollback restarts the pods for it");
     helm.uninstall().await?;
     until_nothing_is_left(&client).await?;
 
@@ -128,8 +160,7 @@ async fn a_release_is_installed_upgraded_rolled_back_and_uninstalled_completely(
     helm.upgrade(&every_option()).await.context("every option")?;
     helm.upgrade(&json!({"store": "memory"})).await.context("the memory store")?;
     assert!(Api::<Deployment>::namespaced(client.clone(), RELEASE).get_opt(RECONCILER).await?.is_none());
-    // Said, since Helm reuses the values of before where there are none.
-    helm.upgrade(&json!({"store": "redis"})).await.context("the defaults again")?;
+    helm.upgrade(&json!({})).await.context("the defaults again")?;
     for name in [WEBHOOK, RECONCILER, "spot-balancer-redis"] {
         deployment(&client, name).await.context(name)?;
     }
@@ -248,7 +279,7 @@ async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
     let noted = notes.lines().find(|line| line.contains("spot-balancer-check")).context("no check in the notes")?;
     let guided = guide::block("docs/install.md", "spot-balancer-check")?;
     for check in [noted, &format!("JOBS={JOBS}\n{guided}")] {
-        assert_eq!(guide::run(&plane, check)?, "{\"workload/capacity-type\":\"spot\"}\n", "{check}");
+        assert_eq!(guide::run(&plane, check)?, "on-demand\n", "{check}");
     }
     pods::driver("etl").annotation("workload/spot-ratio", "0.8").post(&client, JOBS).await?.pod()?;
     for id in 1..=10 {
@@ -270,26 +301,47 @@ async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
 }
 
 #[tokio::test]
-async fn the_charts_redis_keeps_within_its_memory_limit_and_writes_nothing_to_disk() -> Result<()> {
+async fn the_charts_redis_keeps_within_its_memory_limit_writes_nothing_to_disk_and_allows_no_more_than_is_needed()
+-> Result<()> {
     need!(Helm, Redis, Webhook);
     let rendered = Helm::start().await?.render(&json!({})).await?;
     let deployment = object(&rendered, "Deployment", "spot-balancer-redis")?;
     let container = &deployment["spec"]["template"]["spec"]["containers"][0];
-    assert_eq!(container["command"], json!(["redis-server"]));
+    assert_eq!(container["command"], json!(["valkey-server"]));
     let mut arguments: Vec<String> = serde_json::from_value(container["args"].clone())?;
     // Its port and its folder are this machine's.
     for name in ["--port", "--dir"] {
         let at = arguments.iter().position(|argument| argument == name).with_context(|| format!("no {name}"))?;
         arguments.drain(at..at + 2);
     }
-    let redis = RedisServer::start_as(arguments).await?;
-    let mut connection = redis.connection().await?;
+    // As the kubelet replaces it.
+    let arguments = arguments.into_iter().map(|argument| argument.replace("$(REDIS_PASSWORD)", "secret"));
+    // A user of the test's own, who may ask what the server's settings are.
+    let administrator = ["--user", "tests", "on", ">tests", "~*", "+@all"].map(str::to_owned);
+    let redis = RedisServer::start_as(arguments.chain(administrator).collect()).await?;
+    let as_user = |user: &str| format!("redis://{user}@127.0.0.1:{}", redis.port());
+    let mut connection = redis::Client::open(as_user("tests:tests"))?.get_multiplexed_async_connection().await?;
     let wanted = [("appendonly", "no"), ("maxmemory", "134217728"), ("maxmemory-policy", "allkeys-lru"), ("save", "")];
     for (name, wanted) in wanted {
         let (_, is): (String, String) = redis::cmd("CONFIG").arg("GET").arg(name).query_async(&mut connection).await?;
         assert_eq!(is, wanted, "{name}");
     }
-    let webhook = Webhook::start(Settings::default().without_cluster()?.redis(&redis)?).await?;
+    let mut anyone = redis.connection().await?;
+    let () = redis::cmd("PING").query_async(&mut anyone).await?;
+    let mut balancer = redis::Client::open(as_user("balancer:secret"))?.get_multiplexed_async_connection().await?;
+    for (user, connection, refused) in [
+        ("nobody", &mut anyone, ["GET exec-heartbeat", "CONFIG GET save"]),
+        ("balancer", &mut balancer, ["FLUSHALL", "GET other"]),
+    ] {
+        for command in refused {
+            let mut words = command.split(' ');
+            let mut command = redis::cmd(words.next().unwrap_or_default());
+            let answer = command.arg(words.collect::<Vec<_>>()).query_async::<()>(connection).await;
+            ensure!(answer.is_err_and(|error| error.code() == Some("NOPERM")), "{user} may {command:?}");
+        }
+    }
+    let settings = Settings::default().without_cluster()?.env("STORE", "redis");
+    let webhook = Webhook::start(settings.env("REDIS_URL", as_user("balancer:secret"))).await?;
     let client = webhook.client()?;
     let post = async |job| {
         let review = reviews::creation(&format!("etl-{job}"), 1)?;
@@ -396,7 +448,9 @@ async fn a_redis_user_with_the_documented_rights_is_enough() -> Result<()> {
 
     let (plane, mut helm) = cluster(Options::default(), &[JOBS]).await?;
     let client = plane.client()?;
-    helm.install(&in_sandbox()).await?;
+    let mut values = in_sandbox();
+    values["admissionToken"] = json!({"enabled": false});
+    helm.install(&values).await?;
     let url = format!("redis://balancer:p%40ss@127.0.0.1:{}", redis.port());
     let settings = Settings::default().cluster(&plane).env("STORE", "redis").env("REDIS_URL", url);
     let webhook = Webhook::start(settings.clone()).await?;
@@ -459,9 +513,10 @@ async fn the_webhook_is_called_for_the_chosen_namespaces_only() -> Result<()> {
         namespaces.patch(name, &PatchParams::default(), &Patch::Merge(&labels)).await?;
     }
     let webhook = Webhook::start(Settings::default().cluster(&plane)).await?;
-    helm.install(&json!({"certificates": {"source": "helm"}})).await?;
+    let values = |namespaces: Value| json!({"certificates": {"source": "helm"}, "admissionToken": {"enabled": false}, "namespaces": namespaces});
+    helm.install(&values(json!({"all": true}))).await?;
     for (round, namespaces, chosen) in [
-        ("all", json!({}), vec![JOBS, "labelled", "other"]),
+        ("all", json!({"all": true}), vec![JOBS, "labelled", "other"]),
         ("names", json!({"names": [JOBS]}), vec![JOBS]),
         ("label", json!({"selector": {"matchLabels": {"spark": "true"}}}), vec![JOBS, "labelled"]),
         (
@@ -472,7 +527,7 @@ async fn the_webhook_is_called_for_the_chosen_namespaces_only() -> Result<()> {
     ] {
         // From scratch: what the test writes into the configurations is not Helm's to undo.
         helm.uninstall().await?;
-        helm.install(&json!({"certificates": {"source": "helm"}, "namespaces": namespaces})).await?;
+        helm.install(&values(namespaces)).await?;
         point(&plane, webhook.port, round).await?;
         let mut wanted = BTreeSet::new();
         for namespace in chosen {

@@ -3,24 +3,32 @@
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
 use std::collections::BTreeSet;
+use std::fmt::Debug;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
 use balancer_tests::helm::{Helm, RELEASE, object, objects, repository};
+use balancer_tests::process::scratch_path;
 use balancer_tests::prometheus::{self, Prometheus, Target};
+use balancer_tests::raw::tcp;
 use balancer_tests::scenario::{Scenario, strict};
 use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::Webhook;
 use balancer_tests::{endpoint, need, pods, reviews};
+use futures::future::try_join_all;
 use k8s_openapi::api::rbac::v1::RoleBinding;
 use kube::api::{Api, DeleteParams, ListParams};
+use redis::AsyncCommands;
 use serde_json::{Value, json};
 
 type Names = BTreeSet<String>;
 
+/// The token of the webhook that no apiserver calls.
+const TOKEN: &str = "the-token-of-the-third";
+
 /// The rules that the chart renders with these values.
 async fn rules(mut values: Value) -> Result<Value> {
-    values["monitoring"]["prometheusRule"] = json!({"enabled": true});
+    values["monitoring"]["prometheusRule"]["enabled"] = true.into();
     Ok(object(&Helm::start().await?.render(&values).await?, "PrometheusRule", RELEASE)?.clone())
 }
 
@@ -67,8 +75,18 @@ async fn alerts_for_parts_that_are_not_installed_are_left_out() -> Result<()> {
     // The reconciler follows all namespaces then, those too that the webhook is not to see.
     let chosen = json!({"namespaces": {"selector": {"matchLabels": {"spark": "true"}}}});
     assert_eq!(without(chosen).await?, ["Drift"].map(str::to_owned).into());
-    let reconciling = ["Drift", "NoLeader", "NotReconciled", "NotWatching"].map(str::to_owned).into();
-    assert_eq!(without(json!({"reconciler": {"mode": "none"}})).await?, reconciling);
+    let reconciling = [
+        "Drift",
+        "ExecutorsUnschedulable",
+        "LedgerRepaired",
+        "NoLeader",
+        "NotReconciled",
+        "NotWatching",
+        "SpotClosedLong",
+    ];
+    assert_eq!(without(json!({"reconciler": {"mode": "none"}})).await?, reconciling.map(str::to_owned).into());
+    let tokens = ["ReviewsWithoutToken", "TokensUnusable"].map(str::to_owned).into();
+    assert_eq!(without(json!({"admissionToken": {"enabled": false}})).await?, tokens);
     let mut values = json!({"monitoring": {"prometheusRule": {"enabled": true, "apiServer": false}}});
     let rendered = Helm::start().await?.render(&values.take()).await?;
     let fewer = alerts(object(&rendered, "PrometheusRule", RELEASE)?)?;
@@ -83,11 +101,36 @@ async fn the_documentation_names_every_alert_and_no_other() -> Result<()> {
     let table = std::fs::read_to_string(repository("docs/install.md"))?;
     let rows = table.lines().filter_map(|line| line.strip_prefix("| `SpotBalancer")?.split_once('`'));
     assert_eq!(rows.map(|(name, _)| format!("SpotBalancer{name}")).collect::<Names>(), rules);
-    for file in ["README.md", "docs/troubleshooting.md"] {
+    for file in
+        ["README.md", "SECURITY.md", "docs/troubleshooting.md", "docs/failure-modes.md", "docs/how-it-decides.md"]
+    {
         let text = std::fs::read_to_string(repository(file))?;
         for named in text.split('`').filter(|word| word.starts_with("SpotBalancer")) {
             ensure!(rules.contains(named), "{file} names {named}, which is no alert");
         }
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_runbook_of_every_alert_leads_to_its_section() -> Result<()> {
+    need!(Helm);
+    let guide = std::fs::read_to_string(repository("docs/troubleshooting.md"))?;
+    let sections: Vec<&str> = guide.lines().filter_map(|line| line.strip_prefix("### SpotBalancer")).collect();
+    let wiki = "https://wiki.example.com/spot";
+    for (values, page) in [
+        (json!({}), "https://github.com/spot-balancer/spot-balancer/blob/main/docs/troubleshooting.md"),
+        (json!({"monitoring": {"prometheusRule": {"runbookUrl": wiki}}}), wiki),
+    ] {
+        let rules = rules(values).await?;
+        let mut led_to = BTreeSet::new();
+        for rule in list(&rules["spec"]["groups"][0]["rules"])? {
+            let alert = rule["alert"].as_str().context("no alert")?;
+            // As GitHub makes an anchor of a heading.
+            assert_eq!(rule["annotations"]["runbook_url"], format!("{page}#{}", alert.to_lowercase()), "{alert}");
+            led_to.insert(alert.trim_start_matches("SpotBalancer"));
+        }
+        assert_eq!(led_to, sections.iter().copied().collect());
     }
     Ok(())
 }
@@ -199,11 +242,15 @@ async fn fired(prometheus: &Prometheus) -> Result<Names> {
 }
 
 /// Does something again and again until all these have fired.
-async fn until_fired(prometheus: &Prometheus, names: &[&str], mut act: impl AsyncFnMut() -> Result<()>) -> Result<()> {
+async fn until_fired(
+    prometheus: &Prometheus,
+    names: &[impl AsRef<str> + Debug],
+    mut act: impl AsyncFnMut() -> Result<()>,
+) -> Result<()> {
     until(SOON, &format!("{names:?} to fire"), async || {
         act().await?;
         let fired = fired(prometheus).await?;
-        ensure!(names.iter().all(|name| fired.contains(*name)), "fired have {fired:?}");
+        ensure!(names.iter().all(|name| fired.contains(name.as_ref())), "fired have {fired:?}");
         Ok(Some(()))
     })
     .await
@@ -217,7 +264,12 @@ async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<
     let rules = object(&rendered, "PrometheusRule", RELEASE)?;
     let mut scenario = Scenario::reconciled("shown", 2, 2).await?;
     // One that no apiserver calls, to be broken.
-    let third = Webhook::start(strict().without_cluster()?.redis(&scenario.redis)?).await?;
+    let tokens = scratch_path("tokens")?;
+    std::fs::write(&tokens, TOKEN)?;
+    let options = strict().without_cluster()?.redis(&scenario.redis)?;
+    let options = options.env("ADMISSION_TOKEN_PATH", &tokens).env("MAX_NEW_JOBS_PER_MINUTE", "1");
+    let third = Webhook::start(options).await?;
+    let mutate = format!("/mutate/{TOKEN}");
     let webhook = |pod, port| Target { service: "spot-balancer-webhook", pod, port };
     let reconciler = |pod, port| Target { service: "spot-balancer-reconciler-metrics", pod, port };
     let targets = [
@@ -248,12 +300,12 @@ async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<
     pods::annotate(&scenario.pods(), "etl-driver", "workload/spot-ratio", Some("much")).await?;
     let direct = third.client()?;
     // Its driver cannot be looked up.
-    endpoint::post(&direct, "/mutate", &reviews::creation("nowhere", 1)?).await?;
+    endpoint::post(&direct, &mutate, &reviews::creation("nowhere", 1)?).await?;
     scenario.redis.flush().await?;
     authority()?.renew_until(&third.certificate, 2020)?;
     let errors = ["SpotBalancerAdmissionErrors", "SpotBalancerDrift", "SpotBalancerCertificateExpires"];
     until_fired(&prometheus, &errors, async || {
-        endpoint::post(&direct, "/mutate", &json!({"no": "review"})).await.map(drop)
+        endpoint::post(&direct, &mutate, &json!({"no": "review"})).await.map(drop)
     })
     .await?;
     let mut silent = panels()?;
@@ -284,12 +336,44 @@ async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<
     assert_eq!(prometheus.query(&of("webhook")).await?[0].1, 3.0);
     assert_eq!(prometheus.query(&of("reconciler")).await?[0].1, 2.0);
 
-    // Redis is down, a certificate is no certificate.
+    // Clients without a token, too many jobs, too many connections.
+    let crowded = ["ReviewsWithoutToken", "NewJobLimit", "LookupsBusy", "ConnectionsEvicted"];
+    let mut ids = scenario.fresh_ids();
+    until_fired(&prometheus, &crowded.map(|name| format!("SpotBalancer{name}")), async || {
+        let id = ids.next().context("no more ids")?;
+        let new = reviews::creation(&format!("new-{id}"), 1)?;
+        for path in ["/mutate", &mutate] {
+            endpoint::post(&direct, path, &new).await?;
+        }
+        let dry_runs = (0..100).map(|number| {
+            let pod = pods::executor(&format!("new-{id}-{number}"), 1);
+            let (client, namespace) = (&scenario.client, &scenario.namespace);
+            async move { pod.dry_run(client, namespace).await?.pod().map(drop) }
+        });
+        try_join_all(dry_runs).await?;
+        try_join_all((0..1100).map(|_| tcp(third.port))).await.map(drop)
+    })
+    .await?;
+    drop(ids);
+
+    // Something else writes to Redis, and then it is full.
+    let mut redis = scenario.redis.connection().await?;
+    let () = redis.hset(scenario.keys("etl").0, "term", "3000000000").await?;
+    pods::remove(&scenario.pods(), "etl-exec-2").await?;
+    until_fired(&prometheus, &["SpotBalancerLedgerRepaired"], async || Ok(())).await?;
+    let mut limit = redis::cmd("CONFIG");
+    let () = limit.arg(&["SET", "maxmemory", "1", "maxmemory-policy", "noeviction"]).query_async(&mut redis).await?;
+    until_fired(&prometheus, &["SpotBalancerStoreFull"], async || Ok(())).await?;
+    let still = fired(&prometheus).await?;
+    ensure!(!still.contains("SpotBalancerNotReconciled") && !still.contains("SpotBalancerNoLeader"), "{still:?}");
+
+    // Redis is down, a certificate is no certificate, a token no token.
     std::fs::write(&third.certificate.path, "-----BEGIN CERTIFICATE-----\nnonsense\n-----END CERTIFICATE-----\n")?;
+    std::fs::write(&tokens, "no token")?;
     scenario.redis.stop();
     let mut ids = scenario.fresh_ids();
-    let down = ["SpotBalancerDegraded", "SpotBalancerNotReconciled", "SpotBalancerCertificateUnusable"];
-    until_fired(&prometheus, &down, async || {
+    let down = ["Degraded", "NotReconciled", "NoLeader", "CertificateUnusable", "TokensUnusable"];
+    until_fired(&prometheus, &down.map(|name| format!("SpotBalancer{name}")), async || {
         let id = ids.next().context("no more ids")?;
         scenario.executor("etl", id).await.map(drop)
     })
@@ -304,11 +388,13 @@ async fn dashboard_and_alerts_show_what_happens_to_running_programs() -> Result<
     scenario.reconcilers.clear();
     scenario.webhooks.clear();
     drop(third);
-    until_fired(&prometheus, &["SpotBalancerNoLeader", "SpotBalancerDown"], async || Ok(())).await?;
+    until_fired(&prometheus, &["SpotBalancerDown"], async || Ok(())).await?;
 
-    // The apiserver that there is counts no NotReached, and nothing here is slow for so long.
+    // The apiserver that there is counts no NotReached, nothing here is slow, unschedulable or without spot for so long, and
+    // no defect is known.
     let mut all = fired(&prometheus).await?;
-    all.extend(["SpotBalancerNotReached", "SpotBalancerSlow"].map(str::to_owned));
+    let others = ["NotReached", "ExecutorsUnschedulable", "SpotClosedLong", "Slow", "Panicked", "TaskDied"];
+    all.extend(others.map(|name| format!("SpotBalancer{name}")));
     assert_eq!(all, alerts(rules)?);
     Ok(())
 }

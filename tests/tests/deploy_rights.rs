@@ -2,12 +2,13 @@
 
 #![allow(clippy::indexing_slicing, reason = "JSON is read by index; a panic here fails a test, as it should")]
 
-use std::ops::Deref;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::{ControlPlane, Options};
-use balancer_tests::deployed::{JOBS, RECONCILER, WEBHOOK, as_deployed, cluster, deployment, environment, in_sandbox};
+use balancer_tests::deployed::{
+    JOBS, RECONCILER, WEBHOOK, as_deployed, cluster, deployment, environment, in_sandbox, review_paths,
+};
 use balancer_tests::endpoint;
 use balancer_tests::helm::RELEASE;
 use balancer_tests::reconciler::Reconciler;
@@ -117,10 +118,16 @@ async fn use_all_rights(plane: &ControlPlane, account: &str, redis: &RedisServer
         environment(&deployment(&client, account).await?).get("RECONCILE_ENABLED").is_none_or(|is| is == "true");
     if !reconciles {
         let webhook = Webhook::start(as_deployed(plane, WEBHOOK, "/balancer-webhook", redis).await?).await?;
-        let review = reviews::creation("etl", 1)?;
-        reviews::patch(&review, &endpoint::post(&webhook.client()?, "/mutate", &review).await?)?;
-        let log = until(SOON, "the line of the placement", async || {
-            Ok(Some(webhook.process().log()?).filter(|log| log.contains("etl-exec-1")))
+        let [path, _] = review_paths(&client).await?;
+        // The driver of one is listed. The other one has no driver, so the pod that owns it is read.
+        for job in ["etl", "orphan"] {
+            let review = reviews::creation(job, 1)?;
+            ensure!(review["request"]["object"]["metadata"]["ownerReferences"][0]["kind"] == "Pod", "{review}");
+            reviews::patch(&review, &endpoint::post(&webhook.client()?, &path, &review).await?)?;
+        }
+        let log = until(SOON, "the lines of the placements", async || {
+            let both = |log: &String| log.contains("etl-exec-1") && log.contains("orphan-exec-1");
+            Ok(Some(webhook.process().log()?).filter(both))
         })
         .await?;
         return if says(log.clone()) { Ok(()) } else { ensure_silent(log) };
@@ -131,16 +138,26 @@ async fn use_all_rights(plane: &ControlPlane, account: &str, redis: &RedisServer
     }
     let events = Api::<Event>::namespaced(client.clone(), JOBS);
     events.delete_collection(&DeleteParams::default(), &ListParams::default()).await?;
-    let running: Box<dyn Deref<Target = Release>> = if account == WEBHOOK {
-        Box::new(Webhook::begin(as_deployed(plane, WEBHOOK, "/balancer-webhook", redis).await?)?)
-    } else {
-        Box::new(Reconciler::begin(as_deployed(plane, RECONCILER, "/balancer-reconcile", redis).await?)?)
+    // A pod that cannot be looked up is logged at DEBUG.
+    let as_deployed = async |name: &str, command: &str| {
+        Ok::<_, anyhow::Error>(as_deployed(plane, name, command, redis).await?.env("LOG_LEVEL", "DEBUG"))
     };
+    let webhook = Webhook::begin(as_deployed(WEBHOOK, "/balancer-webhook").await?)?;
+    let reconciler = match account {
+        RECONCILER => Some(Reconciler::begin(as_deployed(RECONCILER, "/balancer-reconcile").await?)?),
+        _ => None,
+    };
+    let running: &Release = reconciler.as_deref().unwrap_or(&webhook);
+    let (direct, [path, _]) = (webhook.client()?, review_paths(&client).await?);
+    let mut ids = 1..;
     // A driver's ratio that becomes wrong is told by an Event.
     let mut edits = ["0.5", "much"].iter().cycle();
     until_true(SOON, &format!("{account} to use its rights ({wanted:?})"), async || {
         let edit = edits.next().copied();
         pods::annotate(&pods, "etl-driver", "workload/spot-ratio", edit).await?;
+        // A placement whose pod never appears is looked up. The webhook may not serve yet.
+        let placement = reviews::creation("etl", ids.next().unwrap_or_default())?;
+        let _ = endpoint::post(&direct, &path, &placement).await;
         tokio::time::sleep(Duration::from_millis(300)).await;
         if says(running.process().log()?) {
             return Ok(true);
@@ -163,10 +180,10 @@ async fn each_verb_of_each_rule_is_needed_and_sufficient() -> Result<()> {
     pods::driver("etl").annotation("workload/spot-ratio", "0.5").post(&client, JOBS).await?.pod()?;
 
     helm.install(&in_sandbox()).await?;
-    each_is_needed(&plane, &redis, &[WEBHOOK, RECONCILER], 9).await?;
+    each_is_needed(&plane, &redis, &[WEBHOOK, RECONCILER], 11).await?;
     for (what, key, value, count) in [
-        ("the webhook reconciles", "reconciler", json!({"mode": "webhook"}), 8),
-        ("with the memory store", "store", json!("memory"), 5),
+        ("the webhook reconciles", "reconciler", json!({"mode": "webhook"}), 9),
+        ("with the memory store", "store", json!("memory"), 6),
     ] {
         let mut values = in_sandbox();
         values[key] = value;

@@ -1,51 +1,24 @@
 //! A job that grows and shrinks for as long as it runs, as Spark's dynamic allocation has it, and loses
 //! executors by every means there is.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use anyhow::{Context, Result, ensure};
 use balancer_core::{Capacity, Counts as Placed, Policy, decide};
 use balancer_tests::need;
 use balancer_tests::pods::{self, set_phase};
+use balancer_tests::random::Random;
 use balancer_tests::scenario::{Counts, REPAIRED, Scenario};
 use kube::api::{DeleteParams, EvictParams};
 
 const JOB: &str = "etl";
 const RATIO: f64 = 0.7;
 const ROUNDS: usize = 15;
-/// Which run it is; a run that failed says so, and this repeats it.
-const SEED: &str = "SPOT_BALANCER_TEST_SEED";
-
-/// SplitMix64.
-struct Random(u64);
-
-impl Random {
-    /// Seeded by the environment, or else by the time; the seed is printed.
-    fn seeded() -> Result<Self> {
-        let seed = match std::env::var(SEED) {
-            Ok(seed) => seed.parse().context(SEED)?,
-            Err(_) => SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs(),
-        };
-        println!("{SEED}={seed}");
-        Ok(Self(seed))
-    }
-
-    /// A number below `bound`.
-    fn below(&mut self, bound: usize) -> Result<usize> {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        Ok(usize::try_from((z ^ (z >> 31)) % u64::try_from(bound)?)?)
-    }
-}
 
 /// What a job with these executors comes to by so many more, decided one after the other.
 fn grown(counts: Counts, more: usize) -> Result<Counts> {
     let policy = Policy { spot_ratio: RATIO.to_string().parse()?, ..Policy::default() };
     let mut placed = Placed { spot: u64::try_from(counts.spot)?, on_demand: u64::try_from(counts.on_demand)? };
     for _ in 0..more {
-        let capacity: Capacity = decide(placed, policy);
+        let capacity: Capacity = decide(placed, policy).context("opted out")?;
         placed.add(capacity);
     }
     Ok(Counts { spot: usize::try_from(placed.spot)?, on_demand: usize::try_from(placed.on_demand)? })

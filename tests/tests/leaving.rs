@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use balancer_tests::frames::{ACK, GOAWAY, PING, frame, opening};
 use balancer_tests::need;
 use balancer_tests::process::Signal;
 use balancer_tests::raw::{Connection, Protocol, Unanswered, tls};
@@ -22,11 +23,6 @@ use tokio::time::{sleep, timeout};
 static MACHINE: Mutex<()> = Mutex::const_new(());
 /// The grace that a cluster gives a pod to end.
 const GRACE: Duration = Duration::from_secs(30);
-/// Frames of HTTP/2.
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-const ACK: u8 = 1;
 
 /// What one client got done.
 #[derive(Debug, Default)]
@@ -142,12 +138,8 @@ async fn a_client_that_still_writes_after_goaway_is_answered() -> Result<()> {
     need!(Webhook);
     let _alone = MACHINE.lock().await;
     let webhook = Webhook::start(strict().without_cluster()?).await?;
-    let frame = |kind: u8, flags: u8, payload: &[u8]| {
-        [&[0, 0, u8::try_from(payload.len()).unwrap_or(0), kind, flags, 0, 0, 0, 0], payload].concat()
-    };
     let mut going = tls(webhook.port, Protocol::Http2).await?;
-    going.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await?;
-    going.write_all(&frame(SETTINGS, 0, &[])).await?;
+    going.write_all(&opening()).await?;
     webhook.process().signal(Signal::TERM)?;
     let mut goodbyes = 0;
     while goodbyes < 2 {
@@ -157,7 +149,7 @@ async fn a_client_that_still_writes_after_goaway_is_answered() -> Result<()> {
         let mut payload = vec![0; usize::from(u16::from_be_bytes([high, low]))];
         going.read_exact(&mut payload).await?;
         match kind {
-            PING if flags & ACK == 0 => going.write_all(&frame(PING, ACK, &payload)).await?,
+            PING if flags & ACK == 0 => going.write_all(&frame(PING, ACK, 0, &payload)).await?,
             GOAWAY => goodbyes += 1,
             _ => {}
         }
@@ -165,7 +157,7 @@ async fn a_client_that_still_writes_after_goaway_is_answered() -> Result<()> {
     // Nothing reads it any more, and it does no harm.
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_millis(400) {
-        going.write_all(&frame(PING, 0, &[0; 8])).await.context("writing after the last goodbye")?;
+        going.write_all(&frame(PING, 0, 0, &[0; 8])).await.context("writing after the last goodbye")?;
         sleep(Duration::from_millis(20)).await;
     }
     Ok(())

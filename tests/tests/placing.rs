@@ -255,6 +255,7 @@ async fn an_older_driver_is_looked_up_once_and_the_newest_live_one_wins() -> Res
     .await?;
     scenario.post(&ratio("second-attempt", "1")).await?.pod()?;
     balancer_tests::pods::set_phase(&scenario.pods(), "failed-attempt", "Failed").await?;
+    scenario.until_cache_is_current().await?;
     scenario.redis.flush().await?;
     let found = [("outcome", "found")];
     let before = scenario.metric("spot_balancer_driver_lookups_total", &found).await?;

@@ -12,7 +12,7 @@ use balancer_tests::pods::{self, executor};
 use balancer_tests::process::Signal;
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario, placed};
-use balancer_tests::wait::{SOON, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use futures::future::try_join_all;
 use futures::{StreamExt, TryStreamExt};
 use kube::api::EvictParams;
@@ -40,8 +40,7 @@ async fn until_made(scenario: &Scenario, id: u32) -> Result<()> {
 
 /// The number of the reconciler that leads, once one does.
 async fn leading(scenario: &Scenario) -> Result<usize> {
-    until_true(SOON, "one reconciler to lead", async || Ok(scenario.leader().await?.is_some())).await?;
-    scenario.leader().await?.context("it leads no more")
+    until(SOON, "one reconciler to lead", async || scenario.leader().await).await
 }
 
 /// Puts one in the place of the scenario's reconciler that reaches the API by a way that can be cut.
@@ -378,7 +377,7 @@ async fn a_restart_does_not_extend_the_grace_of_a_refused_placement() -> Result<
     let mut scenario = Scenario::reconciled("restarted", 1, 1).await?;
     scenario.grow(JOB, "0.5", 10).await?;
     scenario.reconcilers.pop().context("no reconciler")?.terminate(SOON).await?;
-    let refused = executor(JOB, 100).with(|pod| pod["spec"]["restartPolicy"] = "Sometimes".into());
+    let refused = executor(JOB, 100).invalid();
     assert_eq!(scenario.post(&refused).await?.status, 422);
     ensure!(scenario.ensure_ledger_matches_pods(JOB).await.is_err(), "it was refused before us");
     scenario.start_reconcilers(1).await?;

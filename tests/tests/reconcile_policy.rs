@@ -3,18 +3,19 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use balancer_tests::events::until_warned;
 use balancer_tests::need;
 use balancer_tests::pods::{self, annotate};
 use balancer_tests::reconciler::Reconciler;
 use balancer_tests::scenario::{Counts, REPAIRED, Scenario, strict};
-use balancer_tests::wait::{SOON, until, until_true};
-use k8s_openapi::api::events::v1::Event;
+use balancer_tests::wait::{SOON, until_true};
 use kube::ResourceExt;
-use kube::api::{Api, ListParams};
 
 /// An edit is followed within this.
 const FOLLOWED: Duration = Duration::from_secs(2);
 const JOB: &str = "etl";
+/// The driver that owns the executors which a scenario makes.
+const DRIVER: &str = "etl-driver";
 const RATIO: &str = "workload/spot-ratio";
 const BASE: &str = "workload/on-demand-base";
 
@@ -39,24 +40,9 @@ async fn until_followed(scenario: &Scenario, ratio: &str, base: &str) -> Result<
     followed.await.with_context(|| format!("the ledger has {last:?}, not {ratio} and {base}"))
 }
 
-/// The note of the Event of this reason, once there is one that has this text, as `kubectl describe` shows
-/// it under the driver.
+/// The note of the Event of this reason on the driver, once there is one that has this text.
 async fn told(scenario: &Scenario, reason: &str, text: &str) -> Result<String> {
-    let driver = scenario.pods().get(&format!("{JOB}-driver")).await?;
-    let events = Api::<Event>::namespaced(scenario.client.clone(), &scenario.namespace);
-    let tells = |event: &Event| {
-        let about = event.regarding.clone().unwrap_or_default();
-        (about.kind.as_deref(), about.name, about.uid) == (Some("Pod"), driver.metadata.name.clone(), driver.uid())
-            && event.reason.as_deref() == Some(reason)
-            && event.type_.as_deref() == Some("Warning")
-    };
-    let mut seen = Vec::new();
-    let told = until(REPAIRED, "the Event", async || {
-        let events = events.list(&ListParams::default()).await?.items;
-        seen = events.into_iter().filter(tells).filter_map(|event| event.note).collect();
-        Ok(seen.iter().find(|note| note.contains(text)).cloned())
-    });
-    told.await.with_context(|| format!("of {text} tells none of {seen:?}"))
+    until_warned(scenario, &format!("{JOB}-driver"), (reason, &[text]), REPAIRED).await
 }
 
 #[tokio::test]
@@ -172,7 +158,7 @@ async fn the_newest_live_driver_sets_the_policy() -> Result<()> {
     let first = scenario.post(&attempt("first", "0.2")).await?.pod()?;
     until_followed(&scenario, "0.2", "0").await?;
     // Creation times are whole seconds.
-    let second = attempt("second", "0.9");
+    let second = pods::driver(JOB).annotation(RATIO, "0.9");
     until_true(SOON, "another second to begin", async || {
         let probe = second.dry_run(&scenario.client, &scenario.namespace).await?.pod()?;
         Ok(probe.creation_timestamp() > first.creation_timestamp())
@@ -182,9 +168,9 @@ async fn the_newest_live_driver_sets_the_policy() -> Result<()> {
     until_followed(&scenario, "0.9", "0").await?;
     annotate(&scenario.pods(), "first", RATIO, Some("0.3")).await?;
     // Followed, were it the one that tells, before this one is.
-    annotate(&scenario.pods(), "second", RATIO, Some("0.7")).await?;
+    annotate(&scenario.pods(), DRIVER, RATIO, Some("0.7")).await?;
     until_followed(&scenario, "0.7", "0").await?;
     scenario.ensure_ratio_recovers(JOB, 0.7).await?;
-    pods::set_phase(&scenario.pods(), "second", "Failed").await?;
+    pods::set_phase(&scenario.pods(), DRIVER, "Failed").await?;
     until_followed(&scenario, "0.3", "0").await
 }

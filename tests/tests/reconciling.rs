@@ -20,6 +20,7 @@ use kube::ResourceExt;
 use kube::api::{Api, DeleteParams, EvictParams, ListParams, PostParams};
 use redis::AsyncCommands;
 use serde_json::json;
+use tokio::time::sleep;
 
 const JOB: &str = "etl";
 
@@ -134,21 +135,36 @@ async fn finished_and_failed_executors_leave_the_ledger() -> Result<()> {
     Ok(())
 }
 
+/// `cases_refused.rs` has the cases with default settings, and other reasons to refuse.
 #[tokio::test]
-async fn placements_of_refused_pods_are_removed_after_the_grace() -> Result<()> {
+async fn placements_of_refused_pods_leave_the_ratio_as_it_is() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
     let scenario = Scenario::reconciled("refused", 1, 1).await?;
     scenario.driver(JOB, "0.5").await?.pod()?;
     for id in 1..=10 {
-        scenario.executor(JOB, id).await?;
-        let refused = executor(JOB, 100 + id).with(|pod| pod["spec"]["restartPolicy"] = "Sometimes".into());
+        let refused = executor(JOB, 100 + id).invalid();
         assert_eq!(scenario.post(&refused).await?.status, 422);
         let entries = scenario.entries(JOB).await?;
         ensure!(entries.contains_key(&format!("{JOB}-exec-{}", 100 + id)), "it was refused before us: {entries:?}");
+        sleep(Duration::from_millis(1200)).await;
+        scenario.executor(JOB, id).await?;
     }
-    // Every second place was for nobody.
-    let left = scenario.until_ledger_matches_pods(JOB, GRACE + REPAIRED).await?;
-    assert_eq!(left, Counts { spot: 10, on_demand: 0 });
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?.ensure_near(0.5, 1.0)?;
+    scenario.ensure_ratio_recovers(JOB, 0.5).await
+}
+
+/// No ledger can know within milliseconds which of them were refused. It does soon, and the next executors make up
+/// for it.
+#[tokio::test]
+async fn a_burst_of_which_half_is_refused_is_made_up_for() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, Webhook, Reconciler);
+    let scenario = Scenario::reconciled("burst", 1, 1).await?;
+    scenario.driver(JOB, "0.5").await?.pod()?;
+    for id in 1..=10 {
+        scenario.executor(JOB, id).await?;
+        assert_eq!(scenario.post(&executor(JOB, 100 + id).invalid()).await?.status, 422);
+    }
+    scenario.until_ledger_matches_pods(JOB, REPAIRED).await?;
     scenario.ensure_ratio_recovers(JOB, 0.5).await
 }
 
@@ -324,8 +340,14 @@ async fn the_ledger_of_an_idle_running_job_does_not_expire() -> Result<()> {
 /// Enters a placement of an executor that has no pod.
 async fn enter(ledger: &RedisLedger, job: JobRef<'_>) -> Result<()> {
     let policy = Policy { spot_ratio: "0.5".parse()?, ..Policy::default() };
-    let request =
-        PlaceRequest { key: "nobody", required: None, overrides: PolicyOverrides::default(), policy: Some(policy) };
+    let request = PlaceRequest {
+        key: "nobody",
+        required: None,
+        overrides: PolicyOverrides::default(),
+        policy: Some(policy),
+        may_create: true,
+        driver: None,
+    };
     ledger.place(job, &request).await?;
     Ok(())
 }

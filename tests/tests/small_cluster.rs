@@ -1,45 +1,28 @@
 //! The webhook that reconciles by itself: alone, with its ledger in memory, or as several replicas beside
 //! one Redis.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_core::{Policy, decide};
-use balancer_tests::account::{Account, EVENTS, LIST_PODS, NODES, PODS};
+use balancer_tests::account::{Account, NODES, PODS};
 use balancer_tests::balance::Balance;
 use balancer_tests::control_plane::{Plane, kubeconfig_through};
 use balancer_tests::pods::annotate;
 use balancer_tests::scenario::{Counts, GRACE, REPAIRED, Scenario};
 use balancer_tests::wait::{SOON, until_true};
-use balancer_tests::webhook::{Webhook, WebhookOptions};
+use balancer_tests::webhook::Webhook;
 use balancer_tests::{endpoint, need};
 use kube::api::EvictParams;
 use tokio::time::sleep;
 
 const JOB: &str = "etl";
 
-/// What a webhook alone in a small cluster may do: no leases.
-async fn account(scenario: &Scenario) -> Result<Account> {
-    let account = Account::new(&scenario.plane, &scenario.namespace, "webhook").await?;
-    for right in [LIST_PODS, PODS, EVENTS] {
-        account.allow(&scenario.plane, &scenario.namespace, right).await?;
-    }
-    account.allow_everywhere(&scenario.plane, NODES).await?;
-    Ok(account)
-}
-
-/// How it is started: of reconciling nothing is said but where and how quickly.
-fn alone(scenario: &Scenario, kubeconfig: &Path) -> WebhookOptions {
-    let reconciling = scenario.reconciling(kubeconfig);
-    reconciling.env("SPOT_PREFERENCE", "STRICT").env("STORE", "memory")
-}
-
-/// A namespace served by such a webhook.
+/// A namespace served by one webhook that keeps its ledger in memory.
 async fn small(purpose: &str) -> Result<(Scenario, Account)> {
     let mut scenario = Scenario::bare(Plane::shared().await?, purpose).await?;
-    let account = account(&scenario).await?;
-    scenario.webhooks.push(Webhook::start(alone(&scenario, &account.kubeconfig)).await?);
+    let account = scenario.account_without_leases().await?;
+    scenario.webhooks.push(Webhook::start(scenario.in_memory(&account.kubeconfig)).await?);
     scenario.send_to_webhooks();
     scenario.registration().apply(&scenario.plane).await?;
     Ok((scenario, account))
@@ -59,7 +42,8 @@ async fn ensure_placed_by_live_counts(scenario: &Scenario, ratio: &str, count: u
     for id in scenario.fresh_ids().take(count) {
         let known =
             balancer_core::Counts { spot: u64::try_from(counts.spot)?, on_demand: u64::try_from(counts.on_demand)? };
-        let (right, placed) = (decide(known, policy).as_str(), scenario.executor(JOB, id).await?);
+        let right = decide(known, policy).context("opted out")?.as_str();
+        let placed = scenario.executor(JOB, id).await?;
         ensure!(placed == right, "with {counts:?} the next went to {placed}");
         match right {
             "spot" => counts.spot += 1,
@@ -80,7 +64,7 @@ async fn a_memory_ledger_is_rebuilt_before_the_webhook_is_ready() -> Result<()> 
 
     // The next one starts while the API cannot be asked.
     let api = Balance::start(&[]).await?;
-    let options = alone(&scenario, &kubeconfig_through(api.port, &account.kubeconfig)?);
+    let options = scenario.in_memory(&kubeconfig_through(api.port, &account.kubeconfig)?);
     let mut webhook = Webhook::begin(options)?;
     until_true(SOON, "it to serve", async || Ok(endpoint::get(&webhook.admin()?, "/livez").await?.status == 200))
         .await?;
@@ -135,9 +119,9 @@ async fn a_memory_ledger_keeps_executors_during_an_api_outage() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "keeps").await?;
     let api = Balance::start(&[scenario.plane.port()]).await?;
-    let kubeconfig = kubeconfig_through(api.port, &account(&scenario).await?.kubeconfig)?;
+    let kubeconfig = kubeconfig_through(api.port, &scenario.account_without_leases().await?.kubeconfig)?;
     // So short that it ends in each outage: lists that cannot be had say nothing of who lives.
-    let options = alone(&scenario, &kubeconfig).env("RECONCILE_INTERVAL_SECONDS", "10");
+    let options = scenario.in_memory(&kubeconfig).env("RECONCILE_INTERVAL_SECONDS", "10");
     scenario.webhooks.push(Webhook::start(options).await?);
     scenario.send_to_webhooks();
     scenario.registration().apply(&scenario.plane).await?;
@@ -170,7 +154,7 @@ async fn a_reconciling_webhook_reports_a_missing_right_and_is_not_ready() -> Res
     let scenario = Scenario::bare(Plane::shared().await?, "rights").await?;
     let account = Account::new(&scenario.plane, &scenario.namespace, "webhook").await?;
     account.allow(&scenario.plane, &scenario.namespace, PODS).await?;
-    let mut webhook = Webhook::begin(alone(&scenario, &account.kubeconfig))?;
+    let mut webhook = Webhook::begin(scenario.in_memory(&account.kubeconfig))?;
     until_true(SOON, "it to say what it may not", async || {
         let log = webhook.process().log()?;
         Ok(log.lines().any(|line| line.contains("nodes") && line.contains("forbidden")))
@@ -221,8 +205,8 @@ async fn a_webhook_with_redis_is_ready_before_its_reconciler() -> Result<()> {
 async fn a_memory_ledger_does_not_reconcile_if_disabled() -> Result<()> {
     need!(Redis, ControlPlane, Scheduler, Webhook);
     let mut scenario = Scenario::bare(Plane::shared().await?, "told-not-to").await?;
-    let account = account(&scenario).await?;
-    let options = alone(&scenario, &account.kubeconfig).env("RECONCILE_ENABLED", "false");
+    let account = scenario.account_without_leases().await?;
+    let options = scenario.in_memory(&account.kubeconfig).env("RECONCILE_ENABLED", "false");
     scenario.webhooks.push(Webhook::start(options).await?);
     ensure!(seen(&scenario.webhooks[0]).await.is_err(), "it reconciles");
     Ok(())

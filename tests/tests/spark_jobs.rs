@@ -7,35 +7,37 @@ use balancer_tests::containers::{self, Containers};
 use balancer_tests::control_plane::{ControlPlane, Options, Plane};
 use balancer_tests::end_to_end::{self, Outcome};
 use balancer_tests::helm::repository;
+use balancer_tests::platforms::{EKS_ON_DEMAND, EKS_SPOT, KARPENTER_ON_DEMAND, KARPENTER_SPOT};
 use balancer_tests::scenario::{Counts, Scenario, strict};
 use balancer_tests::wait::{SOON, until_true, while_progressing};
-use balancer_tests::{need, nodes};
+use balancer_tests::{need, nodes, spark_client};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Service, ServiceAccount};
 use k8s_openapi::api::rbac::v1::{Role, RoleBinding};
-use kube::api::{Api, ListParams};
+use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Resource, ResourceExt};
 use redis::AsyncCommands;
 use serde::de::DeserializeOwned;
+use serde_json::json;
 use tokio::sync::OnceCell;
 
 /// Tasks of half a second of CPU: they last until the lost executor has been replaced, on a fast machine too.
 const TASKS: u32 = 300;
 const APPLICATION: &str = "spark-app-selector";
 
-/// A namespace in which real Spark runs, with one webhook and one reconciler.
-async fn scenario(purpose: &str) -> Result<(Scenario, Containers)> {
+/// A namespace in which real Spark runs, with one webhook and one reconciler of this profile.
+async fn scenario(purpose: &str, profile: &str) -> Result<(Scenario, Containers)> {
     static PLANE: OnceCell<ControlPlane> = OnceCell::const_new();
     let options = Options { scheduler: true, controller_manager: true, ..Options::default() };
     let plane = PLANE.get_or_try_init(|| ControlPlane::start(options)).await?;
-    nodes::ensure_executor_pool(&plane.client()?).await?;
+    let client = plane.client()?;
+    nodes::ensure_executor_pool(&client, "karpenter", &[KARPENTER_SPOT, KARPENTER_ON_DEMAND]).await?;
+    nodes::ensure_executor_pool(&client, "eks", &[EKS_SPOT, EKS_ON_DEMAND]).await?;
     let mut scenario = Scenario::without_nodes(Plane::Shared(plane), purpose).await?;
     scenario.kubelet = None;
     scenario.job_id_label = APPLICATION;
-    scenario.start_webhooks(1, strict()).await?;
-    scenario.registration().apply(&scenario.plane).await?;
-    scenario.start_reconcilers(1).await?;
+    scenario.serve(1, &strict().env("CAPACITY_PROFILE", profile)).await?;
     let containers = Containers::start(&scenario.plane, &scenario.namespace).await?;
     Ok((scenario, containers))
 }
@@ -73,7 +75,7 @@ async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
     if !containers::allowed().await? {
         return Ok(());
     }
-    let (scenario, containers) = scenario("ratios").await?;
+    let (scenario, containers) = scenario("ratios", "karpenter").await?;
     let Outcome { success, output } = end_to_end::run(&scenario, "run", &[("EXECUTORS", "4")]).await?;
     ensure!(success, "{output}\n{}", containers.last_words());
     for line in ["ratio 1.0: 4 of 4 on spot", "ratio 0.0: 0 of 4 on spot", "ratio 0.7: 3 of 4 on spot"] {
@@ -83,6 +85,67 @@ async fn end_to_end_tests_pass_with_real_spark_and_clean_up() -> Result<()> {
     until_nothing_is_left(&scenario).await?;
     // A driver that is deleted after its executors makes others in their place.
     assert_eq!(scenario.metric("spot_balancer_placements_total", &[]).await?, 12.0);
+    Ok(())
+}
+
+/// One ratio is enough: the rest is the same with every profile.
+#[tokio::test]
+async fn end_to_end_tests_pass_with_real_spark_on_managed_node_groups_of_eks() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Kubectl, Spark);
+    if !containers::allowed().await? {
+        return Ok(());
+    }
+    let (scenario, containers) = scenario("ratios-eks", "eks").await?;
+    let settings = [("EXECUTORS", "4"), ("RATIOS", "0.7"), ("CAPACITY_PROFILE", "eks")];
+    let Outcome { success, output } = end_to_end::run(&scenario, "run", &settings).await?;
+    ensure!(success && output.contains("ratio 0.7: 3 of 4 on spot"), "{output}\n{}", containers.last_words());
+    until_nothing_is_left(&scenario).await
+}
+
+/// The id of an application in client mode.
+const NOTEBOOK: &str = "notebook";
+/// Waits for its executors, and then for long in each of more tasks than they finish.
+const IN_NOTEBOOK: &str = r#"
+import time
+from pyspark import SparkContext
+SparkContext().parallelize(range(100000), 100000).foreach(lambda _: time.sleep(5))
+"#;
+
+/// A notebook has no labels of Spark's; the executors name it as their owner.
+#[tokio::test]
+async fn a_job_of_a_pod_without_labels_of_spark_follows_the_annotations_of_that_pod() -> Result<()> {
+    need!(Redis, ControlPlane, Scheduler, ControllerManager, Webhook, Reconciler, Spark);
+    if !containers::allowed().await? {
+        return Ok(());
+    }
+    let (scenario, containers) = scenario("notebook", "karpenter").await?;
+    let settings = ["spark.executor.instances=4".to_owned()];
+    let (labels, annotations) = (json!({"app": NOTEBOOK}), json!({"workload/spot-ratio": "0.75"}));
+    spark_client::start(&scenario, (NOTEBOOK, IN_NOTEBOOK), &settings, (&labels, &annotations)).await?;
+    while_progressing("four executors", async || {
+        Ok((containers.log_length()?, (scenario.live(NOTEBOOK).await?.len() == 4).then_some(())))
+    })
+    .await
+    .with_context(|| containers.last_words())?;
+    assert_eq!(scenario.until_ledger_matches_pods(NOTEBOOK, SOON).await?, Counts { spot: 3, on_demand: 1 });
+    scenario.ensure_bound_as_placed(NOTEBOOK).await?;
+    assert_eq!(scenario.policy(NOTEBOOK).await?.0.as_deref(), Some("0.75"));
+
+    // Spark replaces a lost one, which the owner's ratio applies to as well.
+    let lost = scenario.some(NOTEBOOK, "on-demand", 1).await?.pop().context("no executor")?;
+    while_progressing("a container to lose", async || Ok((containers.log_length()?, containers.kill(&lost).ok())))
+        .await?;
+    while_progressing("another executor in its place", async || {
+        let live = scenario.real(NOTEBOOK).await?;
+        Ok((containers.log_length()?, (!live.contains_key(&lost) && live.len() == 4).then_some(())))
+    })
+    .await
+    .with_context(|| containers.last_words())?;
+    scenario.until_ledger_matches_pods(NOTEBOOK, SOON).await?.ensure_near(0.75, 1.0)?;
+
+    scenario.pods().delete(NOTEBOOK, &DeleteParams::default()).await?;
+    until_true(SOON, "the executors to be gone", async || Ok(scenario.live(NOTEBOOK).await?.is_empty())).await?;
+    assert_eq!(scenario.until_ledger_matches_pods(NOTEBOOK, SOON).await?, Counts::default());
     Ok(())
 }
 
@@ -150,7 +213,7 @@ async fn a_spark_job_replaces_a_lost_executor_and_leaves_an_empty_ledger() -> Re
     if !containers::allowed().await? {
         return Ok(());
     }
-    let (scenario, containers) = scenario("reclaim").await?;
+    let (scenario, containers) = scenario("reclaim", "karpenter").await?;
     let pi = Pi::submit(&scenario, &containers, TASKS).await?;
     pi.until_computing().await.with_context(|| containers.last_words())?;
     let asked = Counts { spot: 3, on_demand: 1 };

@@ -1,22 +1,27 @@
 //! The release binary as the person who starts it meets it: settings that are wrong, settings that
-//! are secret, and `--dev`.
+//! are secret, `--dev` and `--test-admission`.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::certificate::authority;
+use balancer_tests::control_plane::ControlPlane;
 use balancer_tests::need;
 use balancer_tests::parts::program;
 use balancer_tests::process::{Process, Signal, scratch_path};
 use balancer_tests::raw::{Connection, Protocol};
 use balancer_tests::redis::RedisServer;
 use balancer_tests::reviews::{creation, fixture, patch, patched};
+use balancer_tests::scenario::Scenario;
 use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::{Webhook, WebhookOptions};
 use balancer_tests::{endpoint, port, release};
 use http::HeaderMap;
+use kube::api::ListParams;
+use redis::AsyncCommands;
 
 fn file(name: &str, text: &str) -> Result<PathBuf> {
     let path = scratch_path(name)?;
@@ -65,6 +70,7 @@ async fn an_invalid_setting_is_reported_with_its_name_value_and_what_is_accepted
             &["DRIVER_ROLE_VALUE", "EXECUTOR_ROLE_VALUE", "executor", "accepted"],
         ),
         (vec![("WEBHOOK_TIMEOUT_SECONDS", text("0"))], &["WEBHOOK_TIMEOUT_SECONDS", "0", "accepted", "30"]),
+        (vec![("MAX_NEW_JOBS_PER_MINUTE", text("0"))], &["MAX_NEW_JOBS_PER_MINUTE", "0", "accepted", "1000000"]),
         (
             vec![("STORE_TIMEOUT_MILLISECONDS", text("20000"))],
             &["STORE_TIMEOUT_MILLISECONDS", "20000", "accepted", "15000"],
@@ -85,6 +91,20 @@ async fn an_invalid_setting_is_reported_with_its_name_value_and_what_is_accepted
         (
             vec![("TLS_CERT_PATH", garbage.clone().into())],
             &["TLS_CERT_PATH", "garbage", "accepted: a PEM certificate chain"],
+        ),
+        (vec![("CLIENT_CA_PATH", text("/nowhere/ca.crt"))], &["CLIENT_CA_PATH", "/nowhere/ca.crt", "No such file"]),
+        (
+            vec![("CLIENT_CA_PATH", garbage.clone().into())],
+            &["CLIENT_CA_PATH", "garbage", "no certificate", "accepted: CA certificates in PEM"],
+        ),
+        (
+            vec![("ADMISSION_TOKEN_PATH", text("/nowhere/tokens"))],
+            &["ADMISSION_TOKEN_PATH", "/nowhere/tokens", "No such file"],
+        ),
+        // The line is not told: it may be a token.
+        (
+            vec![("ADMISSION_TOKEN_PATH", garbage.clone().into())],
+            &["ADMISSION_TOKEN_PATH", "garbage", "line 1 is not a token", "accepted: 16 to 128"],
         ),
         (vec![("TLS_KEY_PATH", garbage.into())], &["TLS_KEY_PATH", "garbage", "no private key", "accepted"]),
         (vec![("TLS_KEY_PATH", other.key_path.into())], &["TLS_CERT_PATH", "TLS_KEY_PATH", "do not belong together"]),
@@ -224,6 +244,46 @@ async fn dev_mode_needs_no_setup_and_its_curl_line_returns_a_patch() -> Result<(
         eprintln!("there is no curl to paste its line to");
     }
     ensure!(process.terminate(SOON).await?.success(), "{}", process.log()?);
+    Ok(())
+}
+
+/// Runs `--test-admission` with its cluster alone, and returns whether it passed, and its output.
+async fn test_admission(plane: &ControlPlane, namespace: &str, settings: &[(&str, &str)]) -> Result<(bool, String)> {
+    let mut process = Process::start(&program("balancer-webhook")?, |command| {
+        command.args(["--test-admission", namespace]).env("KUBECONFIG", plane.kubeconfig());
+        command.envs(settings.iter().copied());
+    })?;
+    let status = process.ended(Duration::from_secs(60)).await?;
+    let output = process.log()?;
+    ensure!(status.code().is_some() && output.lines().count() == 1, "{status}: {output}");
+    Ok((status.success(), output))
+}
+
+#[tokio::test]
+async fn a_test_of_the_admission_passes_where_the_webhook_places_executors_and_leaves_nothing() -> Result<()> {
+    need!(Redis, ControlPlane, Webhook);
+    let scenario = Scenario::start("tested", 1, WebhookOptions::default()).await?;
+    let (plane, namespace) = (&scenario.plane, scenario.namespace.as_str());
+    let (passed, said) = test_admission(plane, namespace, &[]).await?;
+    ensure!(passed && said.contains(namespace) && said.contains("workload/capacity-type=on-demand"), "{said}");
+    // As if the webhook wrote no annotation: what it requires of the node remains.
+    let (passed, said) = test_admission(plane, namespace, &[("DECISION_ANNOTATION", "")]).await?;
+    ensure!(passed && said.contains("karpenter.sh/capacity-type"), "{said}");
+    let pods = scenario.pods().list(&ListParams::default()).await?;
+    ensure!(pods.items.is_empty(), "{pods:?}");
+    let jobs: Vec<String> = scenario.redis.connection().await?.keys("exec-*:*").await?;
+    ensure!(jobs.is_empty(), "{jobs:?}");
+
+    // No configuration selects this namespace.
+    let other = plane.namespace("untested").await?;
+    let (passed, said) = test_admission(plane, &other, &[]).await?;
+    ensure!(!passed && said.contains(&other) && said.contains("namespaceSelector"), "{said}");
+    let (passed, said) = test_admission(plane, "no-such-namespace", &[]).await?;
+    ensure!(!passed && said.contains("namespaces \"no-such-namespace\" not found"), "{said}");
+    // Its webhook is gone, and its configuration does not ignore that.
+    scenario.balance.send_to(&[]);
+    let (passed, said) = test_admission(plane, namespace, &[]).await?;
+    ensure!(!passed && said.contains("failed calling webhook"), "{said}");
     Ok(())
 }
 

@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use balancer_core::{
-    Capacity, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio,
-    ReconcileOutcome, Term,
+    Capacity, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, ReconcileOutcome,
+    SpotRatio, Term, Timing,
 };
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::certificate::authority;
+use balancer_tests::helm::repository;
 use balancer_tests::need;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait;
@@ -32,9 +33,19 @@ async fn connect(url: &str, timeout: Duration) -> Result<RedisLedger> {
 }
 
 async fn place(ledger: &RedisLedger, executor: &str) -> Result<PlaceOutcome, StoreError> {
-    let policy = Some(Policy { spot_ratio: Ratio::ONE, ..Policy::default() });
+    let policy = Some(Policy { spot_ratio: SpotRatio::ONE, ..Policy::default() });
     ledger
-        .place(JOB, &PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy })
+        .place(
+            JOB,
+            &PlaceRequest {
+                key: executor,
+                required: None,
+                overrides: PolicyOverrides::default(),
+                policy,
+                may_create: true,
+                driver: None,
+            },
+        )
         .await
 }
 
@@ -162,10 +173,10 @@ async fn a_large_reconcile_has_more_time_and_other_calls_keep_its_connection() -
     let server = RedisServer::start().await?;
     let ledger = connect(&server.url(), timeout).await?;
     // One and the same, so that the server is soon done with them.
-    let live = vec![LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot) }; 50_000];
+    let live = vec![LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot), states_ratio: false }; 50_000];
     let longer = Duration::from_secs(1);
     let seen = JobState { live: &live, ..JobState::default() };
-    let reconcile = async || ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await;
+    let reconcile = async || ledger.reconcile(JOB, &seen, Timing::only_grace(Duration::ZERO), Term(1)).await;
 
     server.freeze()?;
     let others = async {
@@ -298,18 +309,28 @@ async fn the_documented_rights_are_enough_and_each_is_used() -> Result<()> {
     let ledger = connect(&url, Duration::from_secs(10)).await?;
     for _ in 0..2 {
         place(&ledger, "e1").await?;
-        let live = |executor| LiveExecutor { key: executor, uid: "u", capacity: Some(Capacity::Spot) };
+        let live =
+            |executor| LiveExecutor { key: executor, uid: "u", capacity: Some(Capacity::Spot), states_ratio: false };
         let live = [live("e1"), live("e2")];
         let seen = JobState { live: &live, ..JobState::default() };
-        ledger.reconcile(JOB, &seen, Duration::ZERO, Term(1)).await?;
+        ledger.reconcile(JOB, &seen, Timing::only_grace(Duration::ZERO), Term(1)).await?;
         ledger
-            .learn(JOB, Policy { on_demand_base: 1, ..Policy { spot_ratio: Ratio::ZERO, ..Policy::default() } })
+            .learn(
+                JOB,
+                Policy { on_demand_base: 1, ..Policy { spot_ratio: SpotRatio::ZERO, ..Policy::default() } },
+                None,
+                true,
+            )
             .await?;
-        ledger.release(JOB, "e2", Some("u")).await?;
+        ledger.release(JOB, "e2", Some("u"), None).await?;
         assert_eq!(ledger.get(JOB).await?.context("nothing was written")?.counts().total(), 1);
-        assert_eq!(ledger.counts(JOB).await?.context("nothing was written")?.total(), 1);
+        assert_eq!(ledger.record(JOB).await?.context("nothing was written")?.counts.total(), 1);
         assert_eq!(ledger.list_jobs(None).await?.jobs, [JOB.to_job_id()]);
         ledger.heartbeat(1).await?;
+        wait::until_true(Duration::from_secs(10), "a note of the placement", async || {
+            Ok(!ledger.take_placed().await?.is_empty())
+        })
+        .await?;
 
         // Both ways in which a ledger ends.
         let other = JobRef { app_id: "spark-2", ..JOB };
@@ -318,11 +339,13 @@ async fn the_documented_rights_are_enough_and_each_is_used() -> Result<()> {
             required: Some(Capacity::Spot),
             overrides: PolicyOverrides::default(),
             policy: None,
+            may_create: true,
+            driver: None,
         };
         ledger.place(other, &required).await?;
-        ledger.release(other, "e1", None).await?;
+        ledger.release(other, "e1", None, None).await?;
         ledger.place(other, &required).await?;
-        ledger.reconcile(other, &JobState::default(), Duration::ZERO, Term(1)).await?;
+        ledger.reconcile(other, &JobState::default(), Timing::only_grace(Duration::ZERO), Term(1)).await?;
         assert_eq!(ledger.get(other).await?, None);
 
         // Then the entries are counted anew.
@@ -332,6 +355,25 @@ async fn the_documented_rights_are_enough_and_each_is_used() -> Result<()> {
     for command in commands {
         assert!(statistics.contains(&format!("cmdstat_{command}:calls=")), "{command} is not needed: {statistics}");
     }
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_rights_in_the_guide_are_the_documented_ones() -> Result<()> {
+    need!(Redis);
+    let server = RedisServer::start().await?;
+    let guide = std::fs::read_to_string(repository("docs/install.md"))?;
+    let granted = guide.lines().find(|line| line.starts_with("~exec-* ")).context("no rights in the guide")?;
+    let granted: Vec<_> = granted.split(' ').filter_map(|right| right.strip_prefix('+')).collect();
+    let hashes: Vec<String> = ask(&server, cmd("ACL").arg("CAT").arg("hash")).await?;
+    let (keys, commands) = documented_rights()?;
+    assert!(keys.iter().all(|key| key.starts_with("exec-")), "{keys:?}");
+    for command in &commands {
+        let is_granted = granted.contains(command) || hashes.iter().any(|hash| hash == command);
+        assert!(is_granted, "the guide does not grant {command}");
+    }
+    let is_needed = |right: &&str| right.starts_with('@') || commands.contains(right);
+    assert!(granted.iter().all(is_needed), "the guide grants more than {commands:?}");
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 //! The cost of the pure part of an admission: decoding a real review, deciding, and encoding the reply.
 
-use balancer_core::{Action, Capacity, Conventions, Counts, Policy, Reply, Review, decide};
+use balancer_core::{
+    Action, Capacity, CapacityLabels, CapacityProfile, Conventions, Counts, Policy, Reply, Review, Spread, decide,
+};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use std::hint::black_box;
 
@@ -18,16 +20,19 @@ fn admission(c: &mut Criterion) {
     let mut group = c.benchmark_group("admission");
     group.throughput(Throughput::Bytes(wire.len() as u64));
     group.bench_function("decode", |b| b.iter(|| Review::decode(black_box(&wire)).is_ok()));
-    group.bench_function("decode to reply", |b| {
-        b.iter(|| {
-            let Ok(review) = Review::decode(black_box(&wire)) else { return Vec::new() };
-            let mut reply = Reply::allow(review.uid());
-            if let Action::Place(executor) = Action::of(&review, &conventions) {
-                reply.patch = conventions.profile().apply(executor.pod, Capacity::OnDemand, executor.placeholder);
-            }
-            reply.encode()
-        });
-    });
+    let to_reply = |conventions: &Conventions, capacity| {
+        let Ok(review) = Review::decode(black_box(&wire)) else { return Vec::new() };
+        let mut reply = Reply::allow(review.uid());
+        if let Action::Place(executor) = Action::of(&review, conventions) {
+            reply.patch = conventions.profile().apply(executor.pod, capacity, executor.placeholder, &Spread::default());
+        }
+        reply.encode()
+    };
+    group.bench_function("decode to reply", |b| b.iter(|| to_reply(&conventions, Capacity::OnDemand)));
+    group.bench_function("decode to reply, spot preferred", |b| b.iter(|| to_reply(&conventions, Capacity::Spot)));
+    let aks = Conventions { capacity_labels: CapacityLabels::of(CapacityProfile::Aks), ..Conventions::default() };
+    group.bench_function("decode to reply, AKS on-demand", |b| b.iter(|| to_reply(&aks, Capacity::OnDemand)));
+    group.bench_function("decode to reply, AKS spot preferred", |b| b.iter(|| to_reply(&aks, Capacity::Spot)));
     group.finish();
     let policy = Policy { on_demand_base: 2, ..Policy::DEFAULT };
     c.bench_function("decide", |b| {

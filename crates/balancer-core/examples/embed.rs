@@ -8,7 +8,9 @@
 use std::collections::HashMap;
 use std::io::{Read, Write};
 
-use balancer_core::{Action, Conventions, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError};
+use balancer_core::{
+    Action, Conventions, JobLedger, PlaceOutcome, PlaceRequest, Policy, Reply, Review, ReviewError, SpotRatio,
+};
 
 /// The ledgers of all jobs in a map. Yours may be a table, or a field of a record that you have anyway.
 #[derive(Default)]
@@ -25,23 +27,32 @@ fn admit(
     let review = Review::decode(bytes)?;
     let mut reply = Reply::allow(review.uid());
     let dry_run = review.is_dry_run();
-    match &Action::of(&review, conventions) {
+    let action = Action::of(&review, conventions);
+    match &action {
         Action::Place(executor) => {
             let ledger =
                 ledgers.0.entry((executor.job.namespace.to_owned(), executor.job.app_id.to_owned())).or_default();
             let request = PlaceRequest { policy: Some(policy), ..PlaceRequest::of(executor) };
-            let outcome = if dry_run { ledger.peek(&request) } else { ledger.place(&request, now_ms) };
+            let outcome = if dry_run { ledger.peek(&request, now_ms) } else { ledger.place(&request, now_ms) };
+            // An executor of a job that is opted out is left unchanged.
             if let PlaceOutcome::Placed(placed) = outcome {
-                reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder);
+                reply.patch =
+                    conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder, &placed.spread);
             }
         }
-        Action::Release(executor) if !dry_run => {
+        Action::Release(executor) | Action::Withdraw(executor) => {
             let job = (executor.job.namespace.to_owned(), executor.job.app_id.to_owned());
-            if let Some(ledger) = ledgers.0.get_mut(&job) {
+            if let Some(ledger) = ledgers.0.get_mut(&job).filter(|_| !dry_run) {
                 ledger.release(executor.key, executor.uid, now_ms);
             }
+            if matches!(action, Action::Withdraw(_)) {
+                reply.patch = conventions.profile().withdraw(executor.pod);
+            }
         }
-        Action::Release(_) | Action::Learn(_) | Action::Ignore(_) => {}
+        Action::Learn(driver) if driver.overrides.or_default(policy).spot_ratio != SpotRatio::Off => {
+            reply.patch = conventions.profile().apply_to_driver(driver.pod);
+        }
+        Action::Learn(_) | Action::Ignore(_) => {}
     }
     Ok(reply.encode())
 }

@@ -25,6 +25,8 @@ impl Simulation {
                 required: None,
                 overrides: PolicyOverrides::default(),
                 policy: Some(self.policy),
+                may_create: true,
+                driver: None,
             };
             if let PlaceOutcome::Placed(placed) = self.ledger.place(&request, number) {
                 print!("{}", if placed.capacity == Capacity::Spot { 's' } else { 'D' });

@@ -3,6 +3,7 @@
 use std::str::FromStr;
 
 use crate::capacity::Capacity;
+use crate::platform::{CapacityLabels, CapacityProfile};
 use crate::pod::Pod;
 use crate::policy::{InvalidField, PolicyField, PolicyOverrides};
 use crate::text::shorten;
@@ -35,17 +36,27 @@ impl FromStr for SpotPreference {
     }
 }
 
+/// Where drivers run that do not choose a capacity themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DriverCapacity {
+    /// Anywhere.
+    #[default]
+    Any,
+    /// On on-demand nodes.
+    OnDemand,
+}
+
 /// The conventions of a cluster. The defaults are those of Spark, Karpenter and EMR on EKS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conventions {
     /// `SPOT_PREFERENCE`.
     pub spot_preference: SpotPreference,
-    /// `CAPACITY_TYPE_LABEL`: the node label, and the key of the nodeSelector.
-    pub capacity_type_label: String,
+    /// How nodes show their capacity, and what a pod needs to run on them.
+    pub capacity_labels: CapacityLabels,
     /// `WORKLOAD_ROLE_LABEL`: the pod label whose value is the role.
     pub workload_role_label: String,
-    /// `DRIVER_ROLE_VALUE`.
-    pub driver_role_value: String,
+    /// `DRIVER_ROLE_VALUE`: the roles of pods that drive jobs.
+    pub driver_role_values: Vec<String>,
     /// `EXECUTOR_ROLE_VALUE`.
     pub executor_role_value: String,
     /// `JOB_ID_LABEL`: the value of the first of these labels that a pod has is its job id.
@@ -59,26 +70,37 @@ pub struct Conventions {
     /// `NODE_ROLE_SELECTOR`: whether an executor that gets a nodeSelector for its capacity also gets one for
     /// nodes that are labelled for executors.
     pub node_role_selector: bool,
+    /// `DRIVER_CAPACITY`: where drivers run that do not choose a capacity themselves.
+    pub driver_capacity: DriverCapacity,
+    /// `PROTECT_DRIVERS`: whether drivers get annotations that keep autoscalers from moving them.
+    pub protect_drivers: bool,
 }
 
 impl Default for Conventions {
     fn default() -> Self {
         Self {
             spot_preference: SpotPreference::default(),
-            capacity_type_label: "karpenter.sh/capacity-type".into(),
+            capacity_labels: CapacityLabels::of(CapacityProfile::Karpenter),
             workload_role_label: "spark-role".into(),
-            driver_role_value: "driver".into(),
+            driver_role_values: vec!["driver".into(), "connect-server".into()],
             executor_role_value: "executor".into(),
             job_id_label: vec!["emr-containers.amazonaws.com/job.id".into(), "spark-app-selector".into()],
             spot_ratio_annotation: PolicyField::SpotRatio.default_annotation().into(),
             on_demand_base_annotation: PolicyField::OnDemandBase.default_annotation().into(),
             decision_annotation: Some("workload/capacity-type".into()),
             node_role_selector: true,
+            driver_capacity: DriverCapacity::Any,
+            protect_drivers: false,
         }
     }
 }
 
 impl Conventions {
+    /// Whether pods of this role drive jobs.
+    pub fn is_driver_role(&self, role: &str) -> bool {
+        self.driver_role_values.iter().any(|value| value == role)
+    }
+
     /// The annotation that states a field of the policy.
     pub fn annotation(&self, field: PolicyField) -> &str {
         match field {

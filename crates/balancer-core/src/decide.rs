@@ -5,28 +5,27 @@ use crate::capacity::{Capacity, Counts};
 use crate::policy::Policy;
 use crate::ratio::Ratio;
 
-/// The capacity of the next executor of a job with these live executors and this policy.
+/// The capacity of the next executor of a job with these live executors and this policy; `None` if the job is opted
+/// out.
 ///
 /// The executors of the on-demand base come first. After them the next executor goes to spot unless spot's share
 /// of the executors beyond the base is above the ratio. So a job stays within one executor of its ratio.
 ///
 /// The Redis scripts of `balancer-store` (`decide.lua`) apply the same rule; its contract tests compare the two.
-pub fn decide(counts: Counts, policy: Policy) -> Capacity {
+pub fn decide(counts: Counts, policy: Policy) -> Option<Capacity> {
+    let ratio = policy.spot_ratio.share()?;
     let base = u64::from(policy.on_demand_base);
-    if counts.on_demand < base || policy.spot_ratio == Ratio::ZERO {
-        return Capacity::OnDemand;
+    if counts.on_demand < base || ratio == Ratio::ZERO {
+        return Some(Capacity::OnDemand);
     }
-    if policy.spot_ratio == Ratio::ONE {
-        return Capacity::Spot;
+    if ratio == Ratio::ONE {
+        return Some(Capacity::Spot);
     }
     let beyond_base = counts.spot + (counts.on_demand - base);
     let spot = u128::from(counts.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS);
     // Without an executor beyond the base this is 0 <= 0, so the first one goes to spot.
-    if spot <= u128::from(policy.spot_ratio.billionths()) * u128::from(beyond_base) {
-        Capacity::Spot
-    } else {
-        Capacity::OnDemand
-    }
+    let is_spot_due = spot <= u128::from(ratio.billionths()) * u128::from(beyond_base);
+    Some(if is_spot_due { Capacity::Spot } else { Capacity::OnDemand })
 }
 
 /// What the fallback formula knows of an executor.
@@ -38,15 +37,16 @@ pub enum Ordinal<'a> {
     Name(&'a str),
 }
 
-/// The fallback formula: the capacity of an executor if the store does not answer.
+/// The fallback formula: the capacity of an executor if the store does not answer; `None` if the job is opted out.
 ///
 /// For a number, this is what [`decide`] returns if every earlier executor still lives. For a name, it depends on
 /// a hash of the name, so that the ratio is met on average and the answer is always the same.
-pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
-    let ratio = u128::from(policy.spot_ratio.billionths());
+pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Option<Capacity> {
+    let share = policy.spot_ratio.share()?;
+    let ratio = u128::from(share.billionths());
     let one = u128::from(Ratio::ONE_IN_BILLIONTHS);
     let spot = match ordinal {
-        _ if policy.spot_ratio == Ratio::ZERO => false,
+        _ if share == Ratio::ZERO => false,
         Ordinal::Number(number) => match number.saturating_sub(u64::from(policy.on_demand_base)) {
             0 => false,
             1 => true,
@@ -55,7 +55,7 @@ pub fn decide_without_ledger(ordinal: Ordinal<'_>, policy: Policy) -> Capacity {
         },
         Ordinal::Name(name) => u128::from(hash(name)) * one < ratio << 64,
     };
-    if spot { Capacity::Spot } else { Capacity::OnDemand }
+    Some(if spot { Capacity::Spot } else { Capacity::OnDemand })
 }
 
 /// FNV-1a with the finalizer of MurmurHash3, so that names that differ only in their last letter spread evenly.
@@ -71,23 +71,33 @@ fn hash(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ratio::SpotRatio;
     use proptest::prelude::*;
 
     fn policy(billionths: u32, base: u32) -> Policy {
-        let ratio_only = Policy { spot_ratio: Ratio::from_billionths(billionths).unwrap(), ..Policy::DEFAULT };
+        let ratio_only = Policy { spot_ratio: Ratio::from_billionths(billionths).unwrap().into(), ..Policy::DEFAULT };
         Policy { on_demand_base: base, ..ratio_only }
     }
 
     #[test]
     fn two_on_demand_and_five_spot_at_seven_tenths_get_on_demand() {
-        assert_eq!(decide(Counts { spot: 5, on_demand: 2 }, policy(700_000_000, 0)), Capacity::OnDemand);
+        assert_eq!(decide(Counts { spot: 5, on_demand: 2 }, policy(700_000_000, 0)), Some(Capacity::OnDemand));
+    }
+
+    #[test]
+    fn a_job_that_is_opted_out_has_no_capacity() {
+        let off = Policy { spot_ratio: SpotRatio::Off, ..policy(0, 5) };
+        assert_eq!(decide(Counts::default(), off), None);
+        for ordinal in [Ordinal::Number(1), Ordinal::Name("e")] {
+            assert_eq!(decide_without_ledger(ordinal, off), None);
+        }
     }
 
     #[test]
     fn the_base_comes_before_a_ratio_of_one() {
         let policy = policy(Ratio::ONE_IN_BILLIONTHS, 2);
-        assert_eq!(decide(Counts { spot: 3, on_demand: 1 }, policy), Capacity::OnDemand);
-        assert_eq!(decide(Counts { spot: 3, on_demand: 2 }, policy), Capacity::Spot);
+        assert_eq!(decide(Counts { spot: 3, on_demand: 1 }, policy), Some(Capacity::OnDemand));
+        assert_eq!(decide(Counts { spot: 3, on_demand: 2 }, policy), Some(Capacity::Spot));
     }
 
     fn ratios() -> impl Strategy<Value = u32> {
@@ -110,8 +120,8 @@ mod tests {
             let policy = policy(ratio, base);
             let mut counts = Counts::default();
             for number in 1..=executors {
-                let capacity = decide(counts, policy);
-                prop_assert_eq!(decide_without_ledger(Ordinal::Number(number), policy), capacity, "executor {}", number);
+                let capacity = decide(counts, policy).unwrap();
+                prop_assert_eq!(decide_without_ledger(Ordinal::Number(number), policy), Some(capacity), "executor {}", number);
                 counts.add(capacity);
                 let beyond_base = counts.total().saturating_sub(u64::from(base));
                 let wanted = u128::from(beyond_base) * u128::from(ratio);
@@ -128,7 +138,7 @@ mod tests {
             let mut counts = Counts { spot, on_demand };
             // Ten thousand reach every ratio that this many strays can be diluted to.
             for _ in 0..10_000 {
-                counts.add(decide(counts, policy));
+                counts.add(decide(counts, policy).unwrap());
             }
             let distance = |c: Counts| (u128::from(c.spot) * u128::from(Ratio::ONE_IN_BILLIONTHS))
                 .abs_diff(u128::from(c.total()) * u128::from(ratio));
@@ -151,7 +161,7 @@ mod tests {
             let spot = (0..10_000)
                 .filter(|i| {
                     let name = format!("etl-7abe5c-exec-{i}");
-                    decide_without_ledger(Ordinal::Name(&name), policy(ratio, 0)) == Capacity::Spot
+                    decide_without_ledger(Ordinal::Name(&name), policy(ratio, 0)) == Some(Capacity::Spot)
                 })
                 .count() as i64;
             let wanted = i64::from(ratio / 100_000);

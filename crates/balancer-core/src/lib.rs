@@ -19,7 +19,7 @@
 //!     let mut request = PlaceRequest::of(&executor);
 //!     request.policy = Some(Policy::default());
 //!     if let PlaceOutcome::Placed(placed) = ledger.place(&request, 0) {
-//!         reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder);
+//!         reply.patch = conventions.profile().apply(executor.pod, placed.capacity, executor.placeholder, &placed.spread);
 //!     }
 //! }
 //! assert!(String::from_utf8(reply.encode())?.contains("\"allowed\":true"));
@@ -33,11 +33,13 @@
 
 // Settings: the conventions of a cluster.
 mod conventions;
+mod platform;
 
 // Read: bytes -> review -> action; a pod of the cluster -> job pod.
 mod action;
 mod job_pod;
 mod json;
+pub mod k8s_names;
 mod pod;
 mod review;
 mod text;
@@ -48,30 +50,35 @@ mod decide;
 mod ledger;
 mod policy;
 mod ratio;
+mod steering;
+mod term;
 
 // Write: pod and capacity -> patch -> reply -> bytes.
 mod patch;
 mod profile;
 mod reply;
 
-pub use json_patch::Patch;
-
 pub use action::{Action, Driver, Executor, IgnoreReason, JobId, JobRef};
 pub use capacity::{Capacity, Counts};
-pub use conventions::{Conventions, SpotPreference, SpotPreferenceError};
+pub use conventions::{Conventions, DriverCapacity, SpotPreference, SpotPreferenceError};
 pub use decide::{Ordinal, decide, decide_without_ledger};
 pub use job_pod::{DriverPod, ExecutorPod, JobPod};
 pub use json::JsonError;
 pub use ledger::{
-    Drift, Entry, JobLedger, JobState, LiveExecutor, Millis, PlaceOutcome, PlaceRequest, Placed, ReconcileOutcome,
-    ReconcileSummary, Term,
+    Drift, Entry, JobLedger, JobState, LearnOutcome, LedgerFault, LiveExecutor, PlaceOutcome, PlaceRequest, Placed,
+    ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, Timing, Unconfirmed,
 };
-pub use pod::{Metadata, Pod};
+pub use patch::Patch;
+pub use platform::{CapacityLabels, CapacityProfile, CapacityProfileError, LabelValues, Toleration};
+pub use pod::{Metadata, OwnerReference, Pod};
 pub use policy::{
-    DecodePolicyError, InvalidField, InvalidValue, OnDemandBaseError, Policy, PolicyField, PolicyOverrides,
+    DecodePolicyError, InvalidField, InvalidValue, MaxPoolShareError, Policy, PolicyField, PolicyOverrides,
+    WholeNumberError,
 };
-pub use profile::Profile;
-pub use ratio::{Ratio, RatioError};
+pub use profile::{NodeRequirements, Profile};
+pub use ratio::{Ratio, RatioError, SpotRatio, SpotRatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
+pub use steering::{SpotState, Spread, Steer, SteerOutcome, Steering};
+pub use term::{Millis, Term};
 pub use text::Text;

@@ -6,7 +6,7 @@
 
 use std::fmt;
 
-use crate::ratio::{Ratio, RatioError};
+use crate::ratio::{Ratio, SpotRatio, SpotRatioError};
 use crate::text::shorten;
 
 /// Generates the policy types. The doc comment of a row becomes the doc comment of its fields.
@@ -76,11 +76,6 @@ macro_rules! policy_table {
         }
 
         impl PolicyOverrides {
-            /// The policy if every field is known: each from here, else from `rest`.
-            pub fn or(self, rest: Option<Policy>) -> Option<Policy> {
-                Some(Policy { $($field: self.$field.or(rest.map(|rest| rest.$field))?,)* })
-            }
-
             /// The policy: each field from here, else from `rest`.
             pub fn or_default(self, rest: Policy) -> Policy {
                 Policy { $($field: self.$field.unwrap_or(rest.$field),)* }
@@ -126,11 +121,11 @@ macro_rules! policy_table {
 }
 
 policy_table! {
-    /// The wanted share of spot among the executors beyond the on-demand base.
-    spot_ratio: Ratio = Ratio::HALF, as SpotRatio {
+    /// The wanted share of spot among the executors beyond the on-demand base, or that the job is opted out.
+    spot_ratio: SpotRatio = SpotRatio::HALF, as SpotRatio {
         key: "spot-ratio",
         annotation: "workload/spot-ratio",
-        parse: str::parse => RatioError,
+        parse: str::parse => SpotRatioError,
         event_reason: "InvalidSpotRatio",
         metric_label: "spot_ratio",
     }
@@ -139,13 +134,71 @@ policy_table! {
     on_demand_base: u32 = 0, as OnDemandBase {
         key: "on-demand-base",
         annotation: "workload/on-demand-base",
-        parse: parse_on_demand_base => OnDemandBaseError,
+        parse: parse_on_demand_base => WholeNumberError,
         event_reason: "InvalidOnDemandBase",
         metric_label: "on_demand_base",
+    }
+
+    /// How many spot executors of the job may run on one node; 0 for any number.
+    max_executors_per_node: u32 = 0, as MaxExecutorsPerNode {
+        key: "max-executors-per-node",
+        annotation: "workload/max-executors-per-node",
+        parse: parse_max_executors_per_node => WholeNumberError,
+        event_reason: "InvalidMaxExecutorsPerNode",
+        metric_label: "max_executors_per_node",
+    }
+
+    /// The largest share of the job's spot executors in one pool, above which new ones are steered to other pools; 1 for
+    /// no limit.
+    max_pool_share: Ratio = Ratio::ONE, as MaxPoolShare {
+        key: "max-pool-share",
+        annotation: "workload/max-pool-share",
+        parse: parse_max_pool_share => MaxPoolShareError,
+        event_reason: "InvalidMaxPoolShare",
+        metric_label: "max_pool_share",
+    }
+
+    /// How many seconds a spot executor may be unschedulable before it is replaced on on-demand; 0 for any time.
+    spot_fallback_seconds: u32 = 0, as SpotFallbackSeconds {
+        key: "spot-fallback-seconds",
+        annotation: "workload/spot-fallback-seconds",
+        parse: parse_seconds => WholeNumberError,
+        event_reason: "InvalidSpotFallbackSeconds",
+        metric_label: "spot_fallback_seconds",
+    }
+
+    /// How many seconds spot stays closed for the job before one executor probes it.
+    spot_retry_seconds: u32 = 300, as SpotRetrySeconds {
+        key: "spot-retry-seconds",
+        annotation: "workload/spot-retry-seconds",
+        parse: parse_seconds => WholeNumberError,
+        event_reason: "InvalidSpotRetrySeconds",
+        metric_label: "spot_retry_seconds",
+    }
+}
+
+impl PolicyOverrides {
+    /// With the value of this text as the only field.
+    ///
+    /// # Errors
+    /// If the value is invalid.
+    pub fn parse_one(field: PolicyField, text: &str) -> Result<Self, InvalidField> {
+        let (overrides, invalid) = Self::parse(|other| (other == field).then_some(text));
+        invalid.into_iter().next().map_or(Ok(overrides), Err)
+    }
+
+    /// The policy if what decides on a capacity is known: each field from here, else from `rest`.
+    pub fn or(self, rest: Option<Policy>) -> Option<Policy> {
+        let decides = self.spot_ratio.is_some() && self.on_demand_base.is_some();
+        rest.or_else(|| decides.then_some(Policy::DEFAULT)).map(|rest| self.or_default(rest))
     }
 }
 
 impl PolicyField {
+    /// The fields that decide on a capacity. Every version stores them, and the scripts of a store decide by them. Any
+    /// other field that is not stored has its default.
+    pub const DECIDING: [Self; 2] = [Self::SpotRatio, Self::OnDemandBase];
+
     /// The text of this field in a policy that [`Policy::encode`] wrote.
     fn text_in(self, encoded: &str) -> Option<&str> {
         encoded.split(' ').find_map(|pair| pair.strip_prefix(self.key())?.strip_prefix('='))
@@ -186,18 +239,17 @@ impl Policy {
         self.to_string()
     }
 
-    /// Reads what [`Policy::encode`] writes. Unknown keys are ignored.
+    /// Reads what [`Policy::encode`] writes. Unknown keys are ignored. A field that does not decide on a capacity has its
+    /// default if it is missing or invalid.
     ///
     /// # Errors
-    /// The spot ratio or the on-demand base is missing, or a field is invalid.
+    /// The spot ratio or the on-demand base is missing or invalid.
     pub fn decode(encoded: &str) -> Result<Self, DecodePolicyError> {
         let (overrides, invalid) = PolicyOverrides::parse(|field| field.text_in(encoded));
-        if let Some(invalid) = invalid.into_iter().next() {
+        if let Some(invalid) = invalid.into_iter().find(|invalid| PolicyField::DECIDING.contains(&invalid.field)) {
             return Err(invalid.into());
         }
-        // Every version writes these two, and the scripts of a store decide by them. A field that an older version did not
-        // write has its default.
-        for field in [PolicyField::SpotRatio, PolicyField::OnDemandBase] {
+        for field in PolicyField::DECIDING {
             if overrides.value(field).is_none() {
                 return Err(DecodePolicyError::Missing(field.key()));
             }
@@ -227,32 +279,60 @@ pub struct InvalidField {
     pub cause: InvalidValue,
 }
 
-/// A text that is not an on-demand base.
+/// A text that is not a whole number in the range of its field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not an on-demand base; accepted: a whole number from 0 to {max}", max = OnDemandBaseError::MAX)]
-pub struct OnDemandBaseError(String);
-
-impl OnDemandBaseError {
-    /// The largest on-demand base. It is far above the size of any job, and far below 2^53, up to which the
-    /// numbers of Redis scripts are exact.
-    pub const MAX: u32 = 1_000_000;
+#[error("{text:?} is not {what}; accepted: a whole number from 0 to {max}")]
+pub struct WholeNumberError {
+    text: String,
+    what: &'static str,
+    max: u32,
 }
 
-fn parse_on_demand_base(text: &str) -> Result<u32, OnDemandBaseError> {
+/// The largest number of executors in a policy. It is far above the size of any job, and far below 2^53, up to which the
+/// numbers of Redis scripts are exact.
+const MAX_EXECUTORS: u32 = 1_000_000;
+
+/// The longest time in a policy, in seconds: a day.
+const MAX_SECONDS: u32 = 86_400;
+
+fn parse_whole_number(text: &str, what: &'static str, max: u32) -> Result<u32, WholeNumberError> {
     let trimmed = text.trim();
     match trimmed.parse() {
         // `u32::from_str` accepts a plus sign; a number of executors has none.
-        Ok(base) if base <= OnDemandBaseError::MAX && !trimmed.starts_with('+') => Ok(base),
-        _ => Err(OnDemandBaseError(shorten(trimmed))),
+        Ok(number) if number <= max && !trimmed.starts_with('+') => Ok(number),
+        _ => Err(WholeNumberError { text: shorten(trimmed), what, max }),
     }
+}
+
+fn parse_on_demand_base(text: &str) -> Result<u32, WholeNumberError> {
+    parse_whole_number(text, "an on-demand base", MAX_EXECUTORS)
+}
+
+fn parse_max_executors_per_node(text: &str) -> Result<u32, WholeNumberError> {
+    parse_whole_number(text, "a number of executors", MAX_EXECUTORS)
+}
+
+fn parse_seconds(text: &str) -> Result<u32, WholeNumberError> {
+    parse_whole_number(text, "a number of seconds", MAX_SECONDS)
+}
+
+/// A text that is not a largest share of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a share of a pool; accepted: above 0 and up to 1 such as 0.4, or a percentage such as 40%")]
+pub struct MaxPoolShareError(String);
+
+fn parse_max_pool_share(text: &str) -> Result<Ratio, MaxPoolShareError> {
+    let share = text.parse().ok().filter(|share| *share != Ratio::ZERO);
+    share.ok_or_else(|| MaxPoolShareError(shorten(text.trim())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ratio::RatioError;
     use proptest::prelude::*;
 
-    use PolicyField::{OnDemandBase, SpotRatio};
+    use PolicyField::OnDemandBase;
 
     fn parse(texts: &[(PolicyField, &'static str)]) -> (PolicyOverrides, Vec<InvalidField>) {
         PolicyOverrides::parse(|field| texts.iter().find(|(other, _)| *other == field).map(|(_, text)| *text))
@@ -260,17 +340,20 @@ mod tests {
 
     /// Other fields have their defaults.
     fn policy(spot_ratio: Ratio, on_demand_base: u32) -> Policy {
-        let ratio_only = Policy { spot_ratio, ..Policy::DEFAULT };
+        let ratio_only = Policy { spot_ratio: spot_ratio.into(), ..Policy::DEFAULT };
         Policy { on_demand_base, ..ratio_only }
     }
 
     #[test]
     fn one_invalid_field_does_not_affect_the_others() {
-        let (overrides, invalid) = parse(&[(SpotRatio, "lots"), (OnDemandBase, "2")]);
+        let (overrides, invalid) = parse(&[(PolicyField::SpotRatio, "lots"), (OnDemandBase, "2")]);
         assert_eq!(overrides, PolicyOverrides { on_demand_base: Some(2), ..PolicyOverrides::default() });
         assert_eq!(invalid.len(), 1);
-        assert!(matches!(invalid[0].cause, InvalidValue::SpotRatio(RatioError::NotARatio(_))), "{invalid:?}");
-        let (overrides, invalid) = parse(&[(SpotRatio, "0.7"), (OnDemandBase, "-1")]);
+        assert!(
+            matches!(invalid[0].cause, InvalidValue::SpotRatio(SpotRatioError(RatioError::NotARatio(_)))),
+            "{invalid:?}"
+        );
+        let (overrides, invalid) = parse(&[(PolicyField::SpotRatio, "0.7"), (OnDemandBase, "-1")]);
         assert_eq!(overrides.spot_ratio, "0.7".parse().ok());
         assert_eq!(overrides.on_demand_base, None);
         assert_eq!(invalid[0].field, PolicyField::OnDemandBase);
@@ -300,6 +383,7 @@ mod tests {
         let encoded = policy.encode();
         assert!(encoded.starts_with("spot-ratio=0.7 on-demand-base=2"), "{encoded}");
         assert_eq!(Policy::decode(&format!("pool=a {encoded} x")), Ok(policy));
+        assert_eq!(Policy::decode(&format!("{encoded} spot-retry-seconds=soon")), Ok(policy));
         for (part, replacement, error) in [
             ("spot-ratio=", "spot-ratios=", "the policy has no spot-ratio"),
             ("on-demand-base=2", "", "the policy has no on-demand-base"),
@@ -323,8 +407,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn decode_returns_what_encode_wrote(billionths in 0..=Ratio::ONE_IN_BILLIONTHS, base in 0..=OnDemandBaseError::MAX) {
-            let policy = policy(Ratio::from_billionths(billionths).unwrap(), base);
+        fn decode_returns_what_encode_wrote(
+            billionths in 0..=Ratio::ONE_IN_BILLIONTHS,
+            base in 0..=MAX_EXECUTORS,
+            is_off: bool,
+            max_executors_per_node in 0..3u32,
+            spot_retry_seconds in 299..302u32,
+        ) {
+            let decisive = policy(Ratio::from_billionths(billionths).unwrap(), base);
+            let mut policy = Policy { max_executors_per_node, spot_retry_seconds, ..decisive };
+            if is_off {
+                policy.spot_ratio = SpotRatio::Off;
+            }
             prop_assert_eq!(Policy::decode(&policy.encode()), Ok(policy));
         }
     }

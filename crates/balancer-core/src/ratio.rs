@@ -9,7 +9,7 @@ use crate::text::shorten;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ratio(u32);
 
-/// Why a text is not a spot ratio.
+/// Why a text is not a [`Ratio`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RatioError {
     /// The text is neither a decimal, nor a percentage, nor a known name.
@@ -20,8 +20,67 @@ pub enum RatioError {
     OutOfRange(String),
 }
 
-const ACCEPTED: &str = "accepted: a decimal from 0 to 1 such as 0.7, a percentage such as 70%, \
-     RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY or COST_ONLY";
+const ACCEPTED: &str = "accepted: a decimal from 0 to 1 such as 0.7, a percentage such as 70%, or one of \
+     RELIABILITY_ONLY, RELIABILITY_OVER_COST, BALANCED, COST_OVER_RELIABILITY, COST_ONLY";
+
+/// Why a text is not a [`SpotRatio`].
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}; or off, to opt out")]
+pub struct SpotRatioError(pub RatioError);
+
+/// What a job states as its spot ratio: a [`Ratio`], or that it has none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum SpotRatio {
+    /// `off`: the job is opted out. Its executors are neither placed nor counted.
+    Off,
+    /// The wanted share of spot.
+    Share(Ratio),
+}
+
+impl SpotRatio {
+    /// Everything on-demand.
+    pub const ZERO: Self = Self::Share(Ratio::ZERO);
+    /// Half on spot.
+    pub const HALF: Self = Self::Share(Ratio::HALF);
+    /// Everything on spot.
+    pub const ONE: Self = Self::Share(Ratio::ONE);
+
+    /// The wanted share of spot; `None` if the job is opted out.
+    pub const fn share(self) -> Option<Ratio> {
+        match self {
+            Self::Off => None,
+            Self::Share(ratio) => Some(ratio),
+        }
+    }
+}
+
+impl From<Ratio> for SpotRatio {
+    fn from(ratio: Ratio) -> Self {
+        Self::Share(ratio)
+    }
+}
+
+impl FromStr for SpotRatio {
+    type Err = SpotRatioError;
+
+    /// `off` in any case, or what [`Ratio`] accepts.
+    fn from_str(text: &str) -> Result<Self, SpotRatioError> {
+        if text.trim().eq_ignore_ascii_case("off") {
+            return Ok(Self::Off);
+        }
+        text.parse().map(Self::Share).map_err(SpotRatioError)
+    }
+}
+
+impl fmt::Display for SpotRatio {
+    /// `off`, or the ratio as a decimal.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Share(ratio) => ratio.fmt(f),
+        }
+    }
+}
 
 impl Ratio {
     /// The ratio 1, in billionths.
@@ -150,6 +209,16 @@ mod tests {
     }
 
     #[test]
+    fn off_in_any_case_is_no_share() {
+        for text in ["off", "OFF", " Off\n"] {
+            assert_eq!(text.parse(), Ok(SpotRatio::Off), "{text:?}");
+        }
+        assert_eq!(SpotRatio::Off.to_string(), "off");
+        assert_eq!((SpotRatio::Off.share(), SpotRatio::ZERO.share()), (None, Some(Ratio::ZERO)));
+        assert!(matches!("of".parse::<SpotRatio>(), Err(SpotRatioError(RatioError::NotARatio(_)))));
+    }
+
+    #[test]
     fn numbers_outside_the_range_are_out_of_range() {
         for text in [
             "1.000000001",
@@ -185,11 +254,21 @@ mod tests {
         assert!(error.len() < 400, "{}", error.len());
     }
 
+    #[test]
+    fn only_a_job_can_be_off() {
+        assert_eq!(" OFF ".parse(), Ok(SpotRatio::Off));
+        assert_eq!("70%".parse(), Ok(SpotRatio::Share(Ratio(700_000_000))));
+        assert!("half".parse::<SpotRatio>().unwrap_err().to_string().ends_with("; or off, to opt out"));
+        let error = "off".parse::<Ratio>().unwrap_err().to_string();
+        assert!(error.ends_with("COST_ONLY"), "{error}");
+    }
+
     proptest! {
         #[test]
         fn parse_returns_what_display_wrote(billionths in 0u32..=Ratio::ONE_IN_BILLIONTHS) {
             let ratio = Ratio::from_billionths(billionths).unwrap();
             prop_assert_eq!(ratio.to_string().parse::<Ratio>(), Ok(ratio));
+            prop_assert_eq!(ratio.to_string().parse::<SpotRatio>(), Ok(ratio.into()));
         }
 
         #[test]

@@ -3,9 +3,9 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use json_patch::Patch;
 
-use crate::text::push_json;
+use crate::patch::Patch;
+use crate::text::push_json_text;
 
 /// The answer to one review.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,21 +27,16 @@ impl<'a> Reply<'a> {
     pub fn encode(&self) -> Vec<u8> {
         let mut body = Vec::with_capacity(1024);
         body.extend_from_slice(br#"{"apiVersion":"admission.k8s.io/v1","kind":"AdmissionReview","response":{"uid":"#);
-        push_json(&mut body, self.uid);
+        push_json_text(&mut body, self.uid);
         body.extend_from_slice(br#","allowed":true"#);
         if !self.patch.is_empty() {
-            // The patch of a placement has about 300 bytes.
-            let mut patch = Vec::with_capacity(512);
-            // Serializing a patch into memory cannot fail.
-            let written = serde_json::to_writer(&mut patch, &self.patch);
-            debug_assert!(written.is_ok());
             body.extend_from_slice(br#","patchType":"JSONPatch","patch":""#);
-            push_base64(&mut body, &patch);
+            push_base64(&mut body, self.patch.as_json());
             body.push(b'"');
         }
         for (i, warning) in self.warnings.iter().enumerate() {
             body.extend_from_slice(if i == 0 { &br#","warnings":["#[..] } else { b"," });
-            push_json(&mut body, warning);
+            push_json_text(&mut body, warning);
         }
         body.extend_from_slice(if self.warnings.is_empty() { &b"}}"[..] } else { b"]}}" });
         body

@@ -77,7 +77,7 @@ impl<'a> Review<'a> {
     pub fn decode(bytes: &'a [u8]) -> Result<Self, ReviewError> {
         let mut scanner = Scanner::new(bytes);
         let (mut kind, mut api_version, mut request) = (Text::default(), Text::default(), None::<Request<'_>>);
-        let present = scanner.members(|scanner, key| {
+        let present = scanner.members(|scanner, key, _| {
             match key {
                 b"kind" => kind = Scan::scan(scanner)?,
                 b"apiVersion" => api_version = Scan::scan(scanner)?,
@@ -118,11 +118,11 @@ impl<'a> Request<'a> {
 impl<'a> Scan<'a> for Option<Request<'a>> {
     fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
         let mut request = Request::default();
-        let present = scanner.members(|scanner, key| {
+        let present = scanner.members(|scanner, key, _| {
             match key {
                 b"uid" => request.uid = Scan::scan(scanner)?,
                 b"resource" => {
-                    scanner.members(|scanner, key| {
+                    scanner.members(|scanner, key, _| {
                         match key {
                             b"group" => request.group = Scan::scan(scanner)?,
                             b"resource" => request.resource = Scan::scan(scanner)?,
@@ -184,10 +184,31 @@ mod tests {
         })
     }
 
+    /// A list of small objects, such as owners and tolerations: with some of these keys and others, and with nulls.
+    fn list(keys: &'static [&'static str]) -> impl Strategy<Value = Value> {
+        let text = "[\\\"{}\\[\\],a-zé\u{0}-\u{1f}]{0,12}";
+        let value = prop_oneof![4 => text.prop_map(Value::from), 1 => Just(Value::Null)];
+        let fields = prop::collection::btree_map(prop::sample::select(keys), value, 0..5);
+        let controller = prop_oneof![any::<bool>().prop_map(Value::from), Just(Value::Null)];
+        let object = (fields, prop::option::of(controller), prop::option::of(any_json())).prop_map(
+            |(fields, controller, other)| {
+                let mut object = json!(fields);
+                controller.into_iter().for_each(|controller| object["controller"] = controller);
+                other.into_iter().for_each(|other| object["other"] = other);
+                object
+            },
+        );
+        let element = prop_oneof![5 => object, 1 => Just(Value::Null)];
+        prop_oneof![5 => prop::collection::vec(element, 0..4).prop_map(Value::from), 1 => Just(Value::Null)]
+    }
+
     proptest! {
         #[test]
         fn scanning_a_review_returns_what_serde_returns(
             noise in any_json(), label in "[\\\"a-z/é]{0,12}", value in "[\\\"{}a-z\u{0}-\u{1f}é]{0,12}", pretty: bool,
+            owners in list(&["apiVersion", "kind", "name", "uid"]),
+            tolerations in list(&["key", "operator", "value", "effect", "tolerationSeconds"]),
+            conditions in list(&["type", "status", "reason", "message"]),
         ) {
             let mut review: Value = serde_json::from_slice(REVIEW).unwrap();
             let object = &mut review["request"]["object"];
@@ -196,7 +217,13 @@ mod tests {
             object["metadata"]["annotations"][&value] = label.clone().into();
             object["spec"]["containers"] = noise.clone();
             object["spec"]["nodeSelector"][&label] = value.into();
-            object["status"] = if pretty { Value::Null } else { json!({"phase": label, "conditions": noise}) };
+            object["metadata"]["ownerReferences"] = owners;
+            object["spec"]["tolerations"] = tolerations;
+            object["status"] = if pretty {
+                Value::Null
+            } else {
+                json!({"phase": label, "hostIPs": noise, "conditions": conditions})
+            };
             review["request"]["options"] = noise;
             let bytes = if pretty { serde_json::to_vec_pretty(&review) } else { serde_json::to_vec(&review) }.unwrap();
             let scanned = Review::decode(&bytes).unwrap();
@@ -215,7 +242,7 @@ mod tests {
         let right =
             with(r#"{"nodeAffinity":{"requiredDuringSchedulingIgnoredDuringExecution":{"nodeSelectorTerms":[]}}}"#);
         let pod = Review::decode(&right).unwrap().request.object.unwrap();
-        assert!(pod.spec.unwrap().affinity.unwrap().required().is_some());
+        assert!(pod.spec.unwrap().required_terms().is_some());
         let error = Review::decode(&with(r#"{"nodeAffinity":7}"#)).unwrap_err();
         assert!(error.to_string().contains("expected an affinity at byte"), "{error}");
     }

@@ -3,8 +3,8 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing, reason = "a test fails by a panic")]
 
 use balancer_core::{
-    Action, Capacity, Conventions, Counts, IgnoreReason, Ordinal, PolicyOverrides, Ratio, Reply, Review, ReviewError,
-    SpotPreference,
+    Action, Capacity, CapacityLabels, CapacityProfile, Conventions, Counts, IgnoreReason, Ordinal, PolicyOverrides,
+    Reply, Review, ReviewError, SpotPreference, SpotRatio, Spread,
 };
 use base64::Engine;
 use proptest::prelude::*;
@@ -37,7 +37,7 @@ fn patched(bytes: &[u8], conventions: &Conventions, capacity: Capacity) -> Value
     let review = Review::decode(bytes).unwrap();
     let Action::Place(executor) = Action::of(&review, conventions) else { panic!("not an executor's creation") };
     let mut reply = Reply::allow(review.uid());
-    reply.patch = conventions.profile().apply(executor.pod, capacity, executor.placeholder);
+    reply.patch = conventions.profile().apply(executor.pod, capacity, executor.placeholder, &Spread::default());
     let reply = value(&reply.encode());
     let mut pod = value(bytes)["request"]["object"].clone();
     if let Some(patch) = reply["response"]["patch"].as_str() {
@@ -78,8 +78,116 @@ fn a_drivers_creation_states_its_jobs_policy() {
     let conventions = Conventions::default();
     let review = Review::decode(DRIVER_1_36).unwrap();
     let Action::Learn(driver) = Action::of(&review, &conventions) else { panic!() };
-    assert_eq!((driver.job.namespace, driver.job.app_id), ("sandbox", "00000003abc"));
+    assert_eq!((driver.job.unwrap().namespace, driver.job.unwrap().app_id), ("sandbox", "00000003abc"));
     assert_eq!(driver.overrides, PolicyOverrides { spot_ratio: "0.7".parse().ok(), ..PolicyOverrides::default() });
+}
+
+#[test]
+fn a_driver_of_many_jobs_needs_neither_a_job_id_nor_a_name() {
+    let conventions = Conventions::default();
+    let bytes = create_with(|pod| {
+        pod["metadata"]["labels"] = json!({"spark-role": "connect-server"});
+        pod["metadata"]["name"] = Value::Null;
+        pod["metadata"]["generateName"] = json!("connect-");
+        pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "off"});
+    });
+    let review = Review::decode(&bytes).unwrap();
+    let Action::Learn(driver) = Action::of(&review, &conventions) else { panic!() };
+    assert_eq!((driver.job, driver.name), (None, None));
+    assert_eq!(driver.overrides.spot_ratio, Some(SpotRatio::Off));
+}
+
+#[test]
+fn an_executor_names_the_pod_that_owns_it() {
+    let conventions = Conventions::default();
+    let owned = |kind: &str, name: &str, controller: bool| {
+        let owner = json!({"apiVersion": "v1", "kind": kind, "name": name, "uid": "u1", "controller": controller});
+        create_with(|pod| pod["metadata"]["ownerReferences"] = json!([owner]))
+    };
+    for (bytes, driver) in [
+        (owned("Pod", "notebook-0", true), Some("notebook-0")),
+        (owned("Pod", "notebook-0", false), None),
+        (owned("StatefulSet", "notebook", true), None),
+        (owned("Pod", "", true), None),
+        (owned("Pod", "a }b", true), None),
+    ] {
+        let review = Review::decode(&bytes).unwrap();
+        let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+        assert_eq!(executor.driver, driver);
+    }
+}
+
+#[test]
+fn an_executor_that_opts_out_is_not_placed_but_released_if_it_was_before() {
+    let conventions = Conventions::default();
+    for (ratio, is_off) in [("off", true), (" Off", true), ("0", false), ("offf", false)] {
+        let created = create_with(|pod| pod["metadata"]["annotations"] = json!({"workload/spot-ratio": ratio}));
+        let mut deleted = value(&created);
+        deleted["request"]["operation"] = json!("DELETE");
+        deleted["request"]["oldObject"] = deleted["request"]["object"].take();
+        let (review, bytes) = (Review::decode(&created).unwrap(), serde_json::to_vec(&deleted).unwrap());
+        let action = Action::of(&review, &conventions);
+        assert_eq!(action == Action::Ignore(IgnoreReason::OptedOut), is_off, "{ratio:?}: {action:?}");
+        let review = Review::decode(&bytes).unwrap();
+        assert!(matches!(Action::of(&review, &conventions), Action::Release(_)), "{ratio:?}");
+    }
+}
+
+#[test]
+fn an_executor_that_another_webhook_opts_out_after_its_placement_is_withdrawn() {
+    let off = |pod: &mut Value| pod["metadata"]["annotations"]["workload/spot-ratio"] = json!("off");
+    for (conventions, capacity) in [
+        (strict(), Capacity::Spot),
+        (strict(), Capacity::OnDemand),
+        (Conventions::default(), Capacity::Spot),
+        (Conventions { capacity_labels: CapacityLabels::of(CapacityProfile::Aks), ..strict() }, Capacity::OnDemand),
+    ] {
+        for (first, key) in [(CREATE_1_36.to_vec(), "spark-pi-dd77a5-exec-1"), (nameless("call-1", |_| {}), "call-1")] {
+            let mut review = value(&first);
+            let before = review["request"]["object"].clone();
+            review["request"]["object"] = patched(&first, &conventions, capacity);
+            off(&mut review["request"]["object"]);
+            review["request"]["uid"] = json!("call-2");
+            let again = serde_json::to_vec(&review).unwrap();
+            let decoded = Review::decode(&again).unwrap();
+            let Action::Withdraw(executor) = Action::of(&decoded, &conventions) else { panic!() };
+            assert_eq!((executor.key, executor.uid), (key, None));
+            let pod = &mut review["request"]["object"];
+            let patch = conventions.profile().withdraw(executor.pod);
+            let patch: json_patch::Patch = serde_json::from_slice(patch.as_json()).unwrap();
+            json_patch::patch(pod, &patch).unwrap();
+            // Empty parents may stay, and so does the role's selector.
+            let selector = pod["spec"]["nodeSelector"].as_object().into_iter().flatten();
+            assert!(selector.clone().all(|(key, _)| key == "spark-role"), "{pod}");
+            assert!(!pod["spec"]["affinity"].to_string().contains("capacity"), "{pod}");
+            assert!(!pod["spec"]["affinity"].to_string().contains("spot"), "{pod}");
+            assert_eq!(pod["metadata"]["annotations"], json!({"workload/spot-ratio": "off"}));
+            assert_eq!(pod["spec"]["containers"], before["spec"]["containers"]);
+            let third = serde_json::to_vec(&review).unwrap();
+            let decoded = Review::decode(&third).unwrap();
+            assert_eq!(Action::of(&decoded, &conventions), Action::Ignore(IgnoreReason::OptedOut));
+        }
+    }
+    // A copied decision, without anything that was added for it, is no placement.
+    let copied = create_with(|pod| {
+        pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
+        off(pod);
+    });
+    let review = Review::decode(&copied).unwrap();
+    assert_eq!(Action::of(&review, &strict()), Action::Ignore(IgnoreReason::OptedOut));
+}
+
+#[test]
+fn names_that_kubernetes_refuses_are_ignored() {
+    let conventions = Conventions::default();
+    let long = "x".repeat(254);
+    for role in ["executor", "driver"] {
+        for (label, value) in [("spark-app-selector", "app/driver"), ("spark-app-selector", long.as_str())] {
+            let bytes = create_with(|pod| pod["metadata"]["labels"] = json!({"spark-role": role, label: value}));
+            let review = Review::decode(&bytes).unwrap();
+            assert_eq!(Action::of(&review, &conventions), Action::Ignore(IgnoreReason::InvalidName), "{role} {value}");
+        }
+    }
 }
 
 #[test]
@@ -183,6 +291,53 @@ fn a_pod_without_a_name_gets_a_placeholder_that_finds_it_again() {
     assert_eq!(executor.key, uid);
 }
 
+/// The creation of a pod whose name the apiserver generates, in the call with this uid.
+fn nameless(uid: &str, change: impl FnOnce(&mut Value)) -> Vec<u8> {
+    let mut review = value(&create_with(|pod| {
+        pod["metadata"]["name"] = Value::Null;
+        pod["metadata"]["generateName"] = json!("etl-exec-");
+        change(pod);
+    }));
+    review["request"]["name"] = Value::Null;
+    review["request"]["uid"] = json!(uid);
+    serde_json::to_vec(&review).unwrap()
+}
+
+#[test]
+fn a_template_with_a_copied_decision_does_not_make_its_pods_one_executor() {
+    for conventions in [strict(), Conventions::default()] {
+        for capacity in [Capacity::Spot, Capacity::OnDemand] {
+            let decision = format!("{}/of-a-live-pod", capacity.as_str());
+            for uid in ["call-1", "call-2"] {
+                let bytes = nameless(uid, |pod| {
+                    pod["metadata"]["annotations"] = json!({"workload/capacity-type": decision});
+                });
+                let review = Review::decode(&bytes).unwrap();
+                let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+                assert_eq!((executor.key, executor.placeholder), (uid, Some(uid)));
+                // The pod then has its own, which the next call finds.
+                let pod = patched(&bytes, &conventions, Capacity::Spot);
+                assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], format!("spot/{uid}"));
+                let again = nameless("again", |own| *own = pod);
+                let review = Review::decode(&again).unwrap();
+                let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+                assert_eq!(executor.key, uid);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_chooses_its_capacity_itself_keeps_its_placeholder() {
+    let conventions = strict();
+    let chooses = |pod: &mut Value| pod["spec"]["nodeSelector"] = json!({"eks.amazonaws.com/capacityType": "SPOT"});
+    let bytes = nameless("call-1", chooses);
+    let again = nameless("call-2", |pod| *pod = patched(&bytes, &conventions, Capacity::Spot));
+    let review = Review::decode(&again).unwrap();
+    let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+    assert_eq!((executor.key, executor.required), ("call-1", Some(Capacity::Spot)));
+}
+
 #[test]
 fn a_copied_decision_does_not_rename_a_pod_that_has_a_name() {
     let conventions = Conventions::default();
@@ -275,6 +430,27 @@ fn reinvocation_changes_nothing() {
     review["request"]["object"] = patched(CREATE_1_36, &strict(), Capacity::Spot);
     let again = serde_json::to_vec(&review).unwrap();
     assert_eq!(patched(&again, &strict(), Capacity::Spot), review["request"]["object"]);
+    let review = Review::decode(&again).unwrap();
+    let conventions = strict();
+    let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
+    assert_eq!((executor.required, executor.is_placed), (Some(Capacity::Spot), true));
+}
+
+#[test]
+fn a_later_webhook_that_requires_the_other_capacity_replaces_ours() {
+    let conventions = strict();
+    let mut review = value(CREATE_1_36);
+    review["request"]["object"] = patched(CREATE_1_36, &conventions, Capacity::Spot);
+    // Another webhook, by the label of another platform.
+    review["request"]["object"]["spec"]["nodeSelector"]["eks.amazonaws.com/capacityType"] = json!("ON_DEMAND");
+    let again = serde_json::to_vec(&review).unwrap();
+    let decoded = Review::decode(&again).unwrap();
+    let Action::Place(executor) = Action::of(&decoded, &conventions) else { panic!() };
+    assert_eq!((executor.required, executor.is_placed), (Some(Capacity::OnDemand), false));
+    let pod = patched(&again, &conventions, Capacity::OnDemand);
+    let selector = json!({"eks.amazonaws.com/capacityType": "ON_DEMAND", "spark-role": "executor"});
+    assert_eq!(pod["spec"]["nodeSelector"], selector);
+    assert_eq!(pod["metadata"]["annotations"]["workload/capacity-type"], "on-demand");
 }
 
 #[test]
@@ -339,7 +515,7 @@ fn an_executors_own_annotations_are_read_and_invalid_ones_reported() {
     });
     let review = Review::decode(&bytes).unwrap();
     let Action::Place(executor) = Action::of(&review, &conventions) else { panic!() };
-    assert_eq!(executor.overrides, PolicyOverrides { spot_ratio: Some(Ratio::ONE), ..PolicyOverrides::default() });
+    assert_eq!(executor.overrides, PolicyOverrides { spot_ratio: Some(SpotRatio::ONE), ..PolicyOverrides::default() });
     assert_eq!(executor.invalid.len(), 1);
 }
 
@@ -419,7 +595,7 @@ proptest! {
             && let Action::Place(executor) = Action::of(&review, &conventions)
         {
             let mut reply = Reply::allow(review.uid());
-            reply.patch = conventions.profile().apply(executor.pod, Capacity::OnDemand, executor.placeholder);
+            reply.patch = conventions.profile().apply(executor.pod, Capacity::OnDemand, executor.placeholder, &Spread::default());
             let _: Value = serde_json::from_slice(&reply.encode()).unwrap();
         }
     }

@@ -12,12 +12,12 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::apply::apply;
-use crate::index::Totals;
 use crate::metrics::Cause;
 use crate::reconcile_jobs::BATCH;
 use crate::state::{Parts, Progress, Reconciler, State};
 use crate::store_check::HEARTBEAT_INTERVAL;
 use crate::term::TermChange;
+use crate::unconfirmed::TAKE_INTERVAL;
 use crate::watch::{ClusterEvent, SyncStatus, WatchSet};
 
 /// Events that are received before anything else has its turn.
@@ -27,8 +27,6 @@ impl<L: Ledger> Reconciler<L> {
     /// Reconciles until `shutdown`. When it returns, nothing more is written.
     pub(crate) async fn run(self: Arc<Self>, progress: watch::Sender<Progress>, shutdown: impl Future<Output = ()>) {
         let mut shutdown = pin!(shutdown);
-        // The loop that ran before a panic may have shown others.
-        self.parts.metrics.set_live(Totals::default());
         let (watches, sync) = self.start_watches();
         let mut state = State::new(&*self, sync, progress);
         tokio::select! {
@@ -48,15 +46,27 @@ impl<L: Ledger> State<'_, L> {
         let mut leadership = self.reconciler.leadership.clone();
         let mut heartbeats = interval(HEARTBEAT_INTERVAL);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut placements = interval(TAKE_INTERVAL);
+        placements.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            self.watchdog.turned();
             self.sync.advance(Instant::now());
+            self.show_leader();
             let due = self.queue.next_due().filter(|_| self.may_write());
+            let steer_at = self.changed_shares.due().filter(|_| self.may_write());
             let mut relist = false;
             tokio::select! {
                 event = watches.next() => self.receive(&mut watches, event),
                 () = leadership.changed() => {}
-                _ = heartbeats.tick() => self.check_store().await,
+                _ = heartbeats.tick() => {
+                    self.check_store().await;
+                    self.follow_spot().await;
+                }
+                _ = placements.tick(), if self.may_write() => self.take_placed().await,
+                answer = self.lookups.next() => self.remove_absent(answer).await,
+                answer = self.pod_calls.next() => self.replaced(answer).await,
                 () = until(self.plan.relist_at()) => relist = true,
+                () = until(steer_at) => self.steer_pools().await,
                 () = until(due) => {
                     let jobs = self.queue.take_due(Instant::now(), BATCH);
                     self.reconcile_batch(jobs).await;
@@ -73,7 +83,7 @@ impl<L: Ledger> State<'_, L> {
             self.report_invalid_annotations();
             self.sync.advance(Instant::now());
             self.plan.request_if_synced(|namespace| self.sync.is_synced(namespace));
-            if let Some(resync) = self.plan.pending()
+            if let Some(resync) = self.plan.due(Instant::now())
                 && self.sync.is_any_synced()
                 && self.may_write()
             {
@@ -84,10 +94,10 @@ impl<L: Ledger> State<'_, L> {
 
     /// Applies all events that have arrived.
     fn receive(&mut self, watches: &mut WatchSet, first: ClusterEvent) {
-        let profile = self.reconciler.parts.conventions.profile();
+        let conventions = &self.reconciler.parts.conventions;
         let (mut next, mut left) = (Some(first), MAX_EVENTS);
         while let Some(event) = next.take() {
-            apply(event, &mut self.index, &mut self.sync, profile);
+            apply(event, &mut self.index, &mut self.sync, &mut self.waiting, conventions);
             left -= 1;
             if left > 0 {
                 next = watches.next().now_or_never();
@@ -98,6 +108,7 @@ impl<L: Ledger> State<'_, L> {
         // A process that starts to lead begins with a resync.
         if self.terms.leads() {
             for (job, change) in changed {
+                self.changed_shares.insert(&job, now);
                 self.queue.enqueue(job, change, now);
             }
         }
@@ -119,15 +130,6 @@ impl<L: Ledger> State<'_, L> {
         }
         change
     }
-
-    fn report_invalid_annotations(&mut self) {
-        if self.terms.leads() {
-            for annotation in self.index.take_invalid_annotations() {
-                annotation.invalid.iter().for_each(|invalid| self.reconciler.parts.metrics.invalid(invalid.field));
-                self.events.record(annotation);
-            }
-        }
-    }
 }
 
 /// Waits until then, or forever.
@@ -137,3 +139,6 @@ async fn until(at: Option<Instant>) {
         None => pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

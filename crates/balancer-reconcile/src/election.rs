@@ -13,6 +13,9 @@ use tokio::time::Instant;
 
 /// How long other processes wait for a leader that no longer renews.
 const DURATION: Duration = Duration::from_secs(15);
+/// The longest that an unchanged Lease of another process is respected, whatever duration it states. A duration of many
+/// years, which nobody renews, would keep every process from leading.
+const LONGEST_DURATION: Duration = Duration::from_secs(60);
 /// The duration of a Lease that is released, as client-go writes it. The API does not accept 0.
 const RELEASED_DURATION: Duration = Duration::from_secs(1);
 /// How long after its last renewal a leader may write. The rest of the duration is for calls under way.
@@ -61,7 +64,7 @@ pub(crate) enum Decision {
 }
 
 /// What a candidate knows of the Lease.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Election {
     /// The Lease's name.
     name: String,
@@ -86,13 +89,13 @@ impl Election {
     pub(crate) fn renewal(&self, superseded: Term, time: MicroTime) -> Option<Lease> {
         let held = self.held.as_ref()?;
         let term = term_of(held);
-        let term = if superseded > term { Term(superseded.0 + 1) } else { term };
+        let term = if superseded > term { after(superseded) } else { term };
         Some(self.write(held, Some(term), DURATION, time))
     }
 
     /// Decides after the Lease was read; `None` if there is none.
     pub(crate) fn decide(&mut self, lease: Option<Lease>, superseded: Term, now: Instant, time: MicroTime) -> Decision {
-        let next = |last: Term| Some(Term(last.max(superseded).0 + 1));
+        let next = |last: Term| Some(after(last.max(superseded)));
         let Some(lease) = lease else {
             let metadata = ObjectMeta { name: Some(self.name.clone()), ..ObjectMeta::default() };
             let empty = Lease { metadata, spec: None };
@@ -102,7 +105,7 @@ impl Election {
         let holder = spec.holder_identity.as_deref().unwrap_or_default();
         if !holder.is_empty() && holder != self.identity {
             let duration = spec.lease_duration_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-            let duration = duration.map_or(DURATION, Duration::from_secs);
+            let duration = duration.map_or(DURATION, Duration::from_secs).min(LONGEST_DURATION);
             let since = match &self.observed {
                 Some((observed, since)) if observed.spec == lease.spec => *since,
                 _ => now,
@@ -148,10 +151,17 @@ impl Election {
     }
 }
 
-/// The term is the Lease's count of transitions.
+/// The term is the Lease's count of transitions. A count that no Lease reaches was not counted by an elector: the term
+/// is then 0, and the ledgers show the term that follows.
 pub(crate) fn term_of(lease: &Lease) -> Term {
     let transitions = lease.spec.as_ref().and_then(|spec| spec.lease_transitions);
-    Term(transitions.and_then(|transitions| u64::try_from(transitions).ok()).unwrap_or_default())
+    let term = transitions.and_then(|transitions| u64::try_from(transitions).ok()).map(Term);
+    term.filter(|term| *term <= Term::MAX).unwrap_or_default()
+}
+
+/// The term after this one. [`Term::MAX`] is the last, and goes on forever: a ledger accepts a term again.
+fn after(term: Term) -> Term {
+    Term(term.0.saturating_add(1)).min(Term::MAX)
 }
 
 #[cfg(test)]
@@ -228,6 +238,58 @@ mod tests {
         assert_eq!(decide(2, 15), None, "it was renewed");
         assert_eq!(decide(2, 29), None);
         assert_eq!(decide(2, 30), Some(("me".into(), Term(4))));
+    }
+
+    #[test]
+    fn the_lease_of_another_process_is_respected_for_a_minute_at_most_whatever_it_states() {
+        let absurd = |edit: fn(&mut LeaseSpec)| {
+            let (mut election, start) = (election("me"), Instant::now());
+            let mut lease = lease("other", 3, 1);
+            edit(lease.spec.get_or_insert_default());
+            let mut decide = |seconds| {
+                let now = start + Duration::from_secs(seconds);
+                acquired(election.decide(Some(lease.clone()), NEVER, now, time(99)))
+            };
+            let free_after = (0..100).find(|seconds| decide(*seconds).is_some());
+            free_after.map(Duration::from_secs)
+        };
+        let far_future = |spec: &mut LeaseSpec| spec.renew_time = Some(time(99_999_999_999));
+        for (edit, free_after) in [
+            ((|spec| spec.lease_duration_seconds = Some(i32::MAX)) as fn(&mut LeaseSpec), LONGEST_DURATION),
+            (|spec| spec.lease_duration_seconds = Some(61), LONGEST_DURATION),
+            (|spec| spec.lease_duration_seconds = Some(59), Duration::from_secs(59)),
+            (|spec| spec.lease_duration_seconds = Some(-1), DURATION),
+            (|spec| spec.lease_duration_seconds = None, DURATION),
+            (far_future, DURATION),
+            (|spec| spec.renew_time = None, DURATION),
+            (|spec| spec.acquire_time = Some(time(99_999_999_999)), DURATION),
+        ] {
+            assert_eq!(absurd(edit), Some(free_after));
+        }
+    }
+
+    #[test]
+    fn transitions_that_no_lease_reaches_count_as_none() {
+        for transitions in [i32::MIN, -1, 0, 1_000_000_001, i32::MAX] {
+            let decision = election("me").decide(Some(lease("", transitions, 1)), NEVER, Instant::now(), time(5));
+            assert_eq!(acquired(decision), Some(("me".into(), Term(1))), "{transitions}");
+            let decision = election("me").decide(Some(lease("", transitions, 1)), Term(7), Instant::now(), time(5));
+            assert_eq!(acquired(decision), Some(("me".into(), Term(8))), "{transitions}");
+        }
+    }
+
+    #[test]
+    fn the_last_term_is_followed_by_itself() {
+        let decision = election("me").decide(Some(lease("", 1_000_000_000, 1)), NEVER, Instant::now(), time(5));
+        assert_eq!(acquired(decision), Some(("me".into(), Term::MAX)));
+        for (held, superseded) in [(3, Term::MAX), (3, Term(u64::MAX)), (1_000_000_000, Term::MAX)] {
+            let mut election = election("me");
+            election.hold(lease("me", held, 1));
+            let renewed = election.renewal(superseded, time(9)).expect("a renewal");
+            assert_eq!(term_of(&renewed), Term::MAX, "{held} {superseded}");
+            let decision = election.decide(None, superseded, Instant::now(), time(5));
+            assert_eq!(acquired(decision), Some(("me".into(), Term::MAX)));
+        }
     }
 
     #[test]

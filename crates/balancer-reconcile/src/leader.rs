@@ -21,8 +21,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::election::{Decision, Election, LeaderState};
-use crate::metrics::Metrics;
-use crate::watch::LOG_EVERY;
+use crate::log_limit::LogLimit;
 
 const RENEW_EVERY: Duration = Duration::from_secs(5);
 /// How often a follower reads the Lease, and a leader whose renewal failed retries.
@@ -42,6 +41,13 @@ impl Leadership {
     pub(crate) fn alone() -> Self {
         let leader = LeaderState::Leader { term: Term(1), until: None };
         Self { state: watch::channel(leader).1, superseded: Arc::new(watch::channel(Term(0)).0) }
+    }
+
+    /// Of a process that leads until then.
+    #[cfg(test)]
+    pub(crate) fn until(until: Instant) -> Self {
+        let leader = LeaderState::Leader { term: Term(1), until: Some(until) };
+        Self { state: watch::channel(leader).1, ..Self::alone() }
     }
 
     /// The term in which this process may write now; `None` if another process leads, or may lead.
@@ -73,7 +79,8 @@ impl Leadership {
     }
 }
 
-/// Acquires and renews the Lease.
+/// Acquires and renews the Lease. A clone that was not run yet can take over from one that has panicked.
+#[derive(Clone)]
 pub(crate) struct Elector {
     leases: Api<Lease>,
     /// The Lease's name.
@@ -81,9 +88,8 @@ pub(crate) struct Elector {
     election: Election,
     state: watch::Sender<LeaderState>,
     superseded: watch::Receiver<Term>,
-    metrics: Arc<Metrics>,
-    /// When the current outage of the API was last logged.
-    logged_at: Option<Instant>,
+    /// Of the current outage of the API.
+    logged: LogLimit,
 }
 
 impl fmt::Debug for Elector {
@@ -125,14 +131,14 @@ impl ElectionError {
 
 impl Elector {
     /// A candidate for the Lease of this name in the client's own namespace. It sends no request yet.
-    pub(crate) fn new(client: Client, name: Arc<str>, metrics: Arc<Metrics>) -> (Self, Leadership) {
+    pub(crate) fn new(client: Client, name: Arc<str>) -> (Self, Leadership) {
         let (state, receiver) = watch::channel(LeaderState::Unknown);
         let (supersede, superseded) = watch::channel(Term(0));
         // A process that was restarted in the same pod is another candidate.
         let identity = format!("{}_{:016x}", host(), RandomState::new().hash_one(()));
         let election = Election::new((*name).to_owned(), identity);
         let leases = Api::default_namespaced(client);
-        let elector = Self { leases, name, election, state, superseded, metrics, logged_at: None };
+        let elector = Self { leases, name, election, state, superseded, logged: LogLimit::default() };
         (elector, Leadership { state: receiver, superseded: Arc::new(supersede) })
     }
 
@@ -156,21 +162,20 @@ impl Elector {
         let started_at = Instant::now();
         match self.renew_or_acquire().await {
             Ok(Some(lease)) => {
-                self.logged_at = None;
+                self.logged.reset();
                 let state = LeaderState::leader(&lease, started_at);
                 self.election.hold(lease);
                 self.lead(state);
                 RENEW_EVERY
             }
             Ok(None) => {
-                self.logged_at = None;
+                self.logged.reset();
                 self.stop_leading("another process leads");
                 RETRY_EVERY
             }
             Err(error) => {
-                if self.logged_at.is_none_or(|logged_at| started_at.duration_since(logged_at) > LOG_EVERY) {
+                if self.logged.is_due(started_at) {
                     tracing::warn!(error = cluster::chain(&error), "cannot determine the leader; retrying");
-                    self.logged_at = Some(started_at);
                 }
                 let has_expired = self.state.borrow().has_expired(Instant::now());
                 if has_expired {
@@ -188,14 +193,12 @@ impl Elector {
         {
             tracing::info!(term = term.0, identity = self.election.identity(), "leading");
         }
-        self.metrics.set_leads(true);
     }
 
     fn stop_leading(&self, reason: &'static str) {
         if let LeaderState::Leader { .. } = self.state.send_replace(LeaderState::Follower) {
             tracing::info!(reason, "no longer leading");
         }
-        self.metrics.set_leads(false);
     }
 
     /// Returns the Lease if this process holds it now.
@@ -261,5 +264,223 @@ async fn with_timeout<T>(call: impl Future<Output = Result<T, kube::Error>>) -> 
     match timeout(CALL_TIMEOUT, call).await {
         Ok(answer) => answer.map_err(|error| ElectionError::Api(Box::new(error))),
         Err(_) => Err(ElectionError::TimedOut),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http::{Method, Request, Response};
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use tokio::sync::oneshot;
+    use tokio::task::JoinHandle;
+    use tower_test::mock::{self, Handle, SendResponse};
+
+    use super::*;
+
+    type Api = Handle<Request<Body>, Response<Body>>;
+
+    /// An elector that runs, and the API whose answers the test gives.
+    struct Bench {
+        api: Api,
+        leadership: Leadership,
+        shutdown: oneshot::Sender<()>,
+        running: JoinHandle<()>,
+    }
+
+    /// What the elector has asked the API for.
+    struct Call {
+        method: Method,
+        lease: Value,
+        answer: SendResponse<Response<Body>>,
+    }
+
+    fn bench() -> Bench {
+        let (service, api) = mock::pair();
+        let (elector, leadership) = Elector::new(Client::new(service, "balancer"), "leases".into());
+        let (shutdown, is_shutting_down) = oneshot::channel();
+        let running = tokio::spawn(elector.run(async move { drop(is_shutting_down.await) }));
+        Bench { api, leadership, shutdown, running }
+    }
+
+    impl Bench {
+        async fn call(&mut self) -> Call {
+            let (request, answer) = self.api.next_request().await.expect("no request to the API");
+            let (parts, body) = request.into_parts();
+            let path = parts.uri.path();
+            assert!(path.starts_with("/apis/coordination.k8s.io/v1/namespaces/balancer/leases"), "{path}");
+            let body = body.collect_bytes().await.expect("the body of a request");
+            let lease = serde_json::from_slice(&body).unwrap_or_default();
+            Call { method: parts.method, lease, answer }
+        }
+
+        /// Lets the elector write the Lease, and returns what it wrote.
+        async fn accept(&mut self, method: Method) -> Value {
+            let call = self.call().await;
+            assert_eq!(call.method, method, "{}", call.lease);
+            let lease = call.lease.clone();
+            call.succeed(&lease);
+            // The elector reads the answer.
+            tokio::task::yield_now().await;
+            sleep(Duration::from_millis(1)).await;
+            lease["spec"].clone()
+        }
+
+        /// Answers a read of the Lease.
+        async fn read(&mut self, lease: Option<Value>) {
+            let call = self.call().await;
+            assert_eq!(call.method, Method::GET);
+            match lease {
+                Some(lease) => call.succeed(&lease),
+                None => call.fail(404, "NotFound"),
+            }
+        }
+
+        fn term(&self) -> Option<u64> {
+            self.leadership.term().map(|term| term.0)
+        }
+    }
+
+    impl Call {
+        fn succeed(self, lease: &Value) {
+            self.answer.send_response(Response::new(Body::from(lease.to_string().into_bytes())));
+        }
+
+        fn fail(self, code: u16, reason: &str) {
+            let status =
+                json!({"kind": "Status", "status": "Failure", "message": reason, "reason": reason, "code": code});
+            let response = Response::builder().status(code).body(Body::from(status.to_string().into_bytes()));
+            self.answer.send_response(response.expect("a response"));
+        }
+    }
+
+    fn lease(holder: &str, transitions: i64, duration: i64) -> Value {
+        let spec = json!({
+            "holderIdentity": holder, "leaseTransitions": transitions, "leaseDurationSeconds": duration,
+            "renewTime": "2026-01-01T00:00:00.000000Z",
+        });
+        json!({"metadata": {"name": "leases", "resourceVersion": "1"}, "spec": spec})
+    }
+
+    async fn leading(transitions: u64) -> Bench {
+        let mut bench = bench();
+        bench.read(Some(lease("", transitions.try_into().expect("a small number"), 15))).await;
+        bench.accept(Method::PUT).await;
+        assert_eq!(bench.term(), Some(transitions + 1));
+        bench
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_missing_lease_is_created_and_renewed_every_five_seconds() {
+        let mut bench = bench();
+        bench.read(None).await;
+        let created = bench.accept(Method::POST).await;
+        assert_eq!((created["leaseTransitions"].as_i64(), bench.term()), (Some(1), Some(1)));
+        for _ in 0..3 {
+            let before = Instant::now();
+            let renewed = bench.accept(Method::PUT).await;
+            assert_eq!((renewed["leaseTransitions"].as_i64(), bench.term()), (Some(1), Some(1)));
+            assert!(before.elapsed().abs_diff(RENEW_EVERY) < Duration::from_millis(10), "{:?}", before.elapsed());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_superseded_leader_continues_at_once_in_a_later_term() {
+        let mut bench = leading(3).await;
+        for (superseded, transitions) in [(9, 10), (500_000_000, 500_000_001), (999_999_999, 1_000_000_000)] {
+            let before = Instant::now();
+            bench.leadership.superseded(Term(superseded));
+            let renewed = bench.accept(Method::PUT).await;
+            assert_eq!(renewed["leaseTransitions"].as_u64(), Some(transitions));
+            assert_eq!(bench.term(), Some(transitions));
+            assert!(before.elapsed() < Duration::from_millis(100), "{:?}", before.elapsed());
+        }
+        bench.leadership.superseded(Term::MAX);
+        let renewed = bench.accept(Method::PUT).await;
+        assert_eq!((renewed["leaseTransitions"].as_u64(), bench.term()), (Some(Term::MAX.0), Some(Term::MAX.0)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_whose_api_does_not_answer_stops_in_time_and_continues_in_the_same_term() {
+        let mut bench = leading(3).await;
+        let renewed_at = Instant::now();
+        let mut silent = Vec::new();
+        while bench.term().is_some() {
+            // Each call is silent until its timeout.
+            tokio::select! {
+                call = bench.call() => silent.push(call),
+                () = sleep(Duration::from_millis(100)) => {}
+            }
+        }
+        let stopped = renewed_at.elapsed();
+        assert!(stopped > Duration::from_secs(9) && stopped < Duration::from_millis(10_200), "{stopped:?}");
+        drop(silent);
+        // The Lease is still its own, and nobody has changed it.
+        let renewed = bench.accept(Method::PUT).await;
+        assert_eq!((renewed["leaseTransitions"].as_u64(), bench.term()), (Some(4), Some(4)));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_leader_whose_lease_another_process_has_taken_follows() {
+        let mut bench = leading(3).await;
+        let call = bench.call().await;
+        assert_eq!(call.method, Method::PUT);
+        call.fail(409, "Conflict");
+        bench.read(Some(lease("other", 5, 15))).await;
+        sleep(Duration::from_millis(1)).await;
+        assert!(bench.term().is_none() && bench.leadership.follows());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_of_a_silent_process_is_taken_within_a_minute_whatever_it_states() {
+        for (duration, longest) in [(15, 17), (2_147_483_647, 62)] {
+            let (mut bench, begin) = (bench(), Instant::now());
+            loop {
+                let call = bench.call().await;
+                if call.method == Method::PUT {
+                    assert_eq!(call.lease["spec"]["leaseTransitions"].as_u64(), Some(6));
+                    break;
+                }
+                call.succeed(&lease("other", 5, duration));
+            }
+            assert!(begin.elapsed() < Duration::from_secs(longest), "{:?}", begin.elapsed());
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_shutdown_releases_the_lease() {
+        let mut bench = leading(3).await;
+        let leadership = bench.leadership.clone();
+        bench.shutdown.send(()).expect("it runs");
+        let (request, answer) = bench.api.next_request().await.expect("no request to the API");
+        assert!(leadership.term().is_none() && leadership.follows(), "it has stopped before");
+        let body = request.into_body().collect_bytes().await.expect("the body of a request");
+        let released: Value = serde_json::from_slice(&body).expect("a Lease");
+        assert_eq!(
+            (&released["spec"]["holderIdentity"], &released["spec"]["leaseTransitions"]),
+            (&json!(""), &json!(4))
+        );
+        answer.send_response(Response::new(Body::from(body.to_vec())));
+        bench.running.await.expect("it ends");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_elector_that_is_started_again_after_a_panic_leads_again_in_a_later_term() {
+        let (service, api) = mock::pair();
+        let (elector, leadership) = Elector::new(Client::new(service, "balancer"), "leases".into());
+        let (_shutdown, never) = oneshot::channel::<()>();
+        let mut bench = Bench { api, leadership, shutdown: oneshot::channel().0, running: tokio::spawn(async {}) };
+        let first = tokio::spawn(elector.clone().run(std::future::pending()));
+        bench.read(Some(lease("", 3, 15))).await;
+        let held = bench.accept(Method::PUT).await;
+        // As after a panic, nothing of it is left.
+        first.abort();
+        assert!(first.await.is_err());
+        let _second = tokio::spawn(elector.run(async move { drop(never.await) }));
+        let mut read = lease("", 4, 15);
+        read["spec"] = held;
+        bench.read(Some(read)).await;
+        bench.accept(Method::PUT).await;
+        assert_eq!(bench.term(), Some(5));
     }
 }

@@ -3,35 +3,54 @@
 //! lose data; the reconciler corrects the ledgers soon afterwards.
 //!
 //! `watch` lists and watches the cluster and produces events; [`index`] keeps the state that they describe. `queue` and
-//! `audit` choose which job is reconciled when. `controller` is the loop over them; `term`, `resync` and `store_epoch`
+//! `audit` choose which job is reconciled when. `fallback` decides when spot is closed to a job and its executors without
+//! a node are replaced; `spot` and `replace` do it. `controller` is the loop over them; `term`, `resync` and `store_epoch`
 //! are its decisions. `leader` elects the one of all replicas that may write. The same loop runs in a process of its
 //! own by [`run`], and inside the webhook by [`start`].
 
 mod apply;
 mod arguments;
 mod audit;
+mod blast_radius;
+mod confirmation;
 mod controller;
 mod election;
 mod events;
+mod fallback;
 pub mod index;
 mod leader;
+mod log_limit;
 mod metrics;
+mod pod_lookup;
+mod pool_steering;
 mod queue;
 mod reconcile_jobs;
+#[cfg(test)]
+mod refusals;
+mod replace;
 mod resync;
+mod spot;
 mod state;
 mod store_check;
 mod store_epoch;
+mod stuck;
 mod term;
+mod text;
+mod unconfirmed;
+mod unschedulable;
+mod warnings;
 mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use balancer_core::SpotPreference;
 use balancer_runtime::admin::{self, Admin, Readiness};
 use balancer_runtime::cluster;
 use balancer_runtime::shutdown::Signals;
+use balancer_runtime::tasks::{Task, Tasks};
 use balancer_store::Ledger;
+use kube::Client;
 use tokio::sync::watch as channel;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -44,8 +63,6 @@ pub use state::{Parts, Progress};
 
 /// The most that a shutdown may take: calls under way end, and the Lease is released.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
-/// Before the loop restarts after a panic.
-const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
 /// A running reconciler.
 #[derive(Debug)]
@@ -75,34 +92,43 @@ impl Running {
 /// # Errors
 /// If the process has no access to a cluster.
 pub async fn start<L: Ledger>(parts: Parts<L>) -> anyhow::Result<Running> {
-    let client = cluster::client(watch::READ_TIMEOUT).await?;
+    let seconds = parts.defaults.spot_fallback_seconds;
+    if seconds > 0 && parts.conventions.spot_preference == SpotPreference::BestEffort {
+        tracing::warn!(
+            "SPOT_FALLBACK_SECONDS={seconds} has no effect: SPOT_PREFERENCE=BEST_EFFORT holds no executor to spot"
+        );
+    }
+    Ok(start_with(cluster::client(watch::READ_TIMEOUT).await?, parts))
+}
+
+fn start_with<L: Ledger>(client: Client, parts: Parts<L>) -> Running {
     let (elector, leadership) = if parts.shared {
         let lease = Arc::clone(&parts.settings.lease);
-        let (elector, leadership) = Elector::new(client.clone(), lease, Arc::clone(&parts.metrics));
+        let (elector, leadership) = Elector::new(client.clone(), lease);
         (Some(elector), leadership)
     } else {
-        parts.metrics.set_leads(true);
         (None, Leadership::alone())
     };
+    let tasks = parts.tasks.clone();
     let reconciler = Arc::new(Reconciler { parts, client, leadership });
     let (shutdown, is_shutting_down) = channel::channel(false);
     let (progress_sender, progress) = channel::channel(Progress::default());
     let task = tokio::spawn(async move {
         let (retire, is_retired) = channel::channel(false);
-        let electing = elector.map(|elector| tokio::spawn(elector.run(is_set(is_retired))));
-        // A panic is a defect, but the ledgers still have to be reconciled.
-        while let Err(error) =
-            tokio::spawn(Arc::clone(&reconciler).run(progress_sender.clone(), is_set(is_shutting_down.clone()))).await
-        {
-            tracing::error!(%error, "the reconciler panicked; restarting");
-            tokio::time::sleep(RESTART_PAUSE).await;
-        }
-        retire.send_replace(true);
-        if let Some(electing) = electing {
-            let _ = electing.await;
-        }
+        let electing = async {
+            if let Some(elector) = elector {
+                tasks.keep(Task::Elector, || elector.clone().run(is_set(is_retired.clone()))).await;
+            }
+        };
+        let reconciling = async {
+            let start = || Arc::clone(&reconciler).run(progress_sender.clone(), is_set(is_shutting_down.clone()));
+            tasks.keep(Task::Reconciler, start).await;
+            // Only now nothing more is written, and another process may lead.
+            retire.send_replace(true);
+        };
+        tokio::join!(electing, reconciling);
     });
-    Ok(Running { task, shutdown, progress })
+    Running { task, shutdown, progress }
 }
 
 /// Waits until the flag is set, or its sender is gone.
@@ -117,15 +143,16 @@ async fn is_set(mut flag: channel::Receiver<bool>) {
 /// If a setting is invalid, the process has no access to a cluster, or the admin port is taken.
 pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     let settings = arguments.settings()?;
-    let _log = balancer_runtime::log::start(settings.telemetry);
-    let mut signals = Signals::catch()?;
     let mut registry = admin::registry(env!("CARGO_PKG_VERSION"));
+    let tasks = Tasks::register(&mut registry);
+    let _log = balancer_runtime::log::start(settings.telemetry, tasks.clone());
+    let mut signals = Signals::catch()?;
     let metrics = Arc::new(Metrics::register(&mut registry));
 
     let readiness = Readiness::default();
     let admin = Admin::bind(settings.telemetry.admin_port).await?;
     let address = admin.address();
-    let ledger = Arc::new(settings.store.open().await?);
+    let ledger = Arc::new(settings.store.open(&tasks).await?);
     let running = start(Parts {
         ledger,
         shared: true,
@@ -133,10 +160,11 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
         defaults: settings.defaults,
         settings: settings.reconcile,
         metrics,
+        tasks: tasks.clone(),
     })
     .await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), admin = %address, "reconciling");
-    tokio::spawn(admin.run(Arc::new(registry), readiness.clone()));
+    tokio::spawn(admin.keep_serving(Arc::new(registry), readiness.clone(), tasks));
     let mut progress = running.progress();
     tokio::select! {
         _ = signals.wait() => {}

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use balancer_core::{Drift, PolicyField};
+use balancer_core::{Drift, LedgerFault, PolicyField};
 use balancer_runtime::metric_labels::{CapacityLabel, InvalidFieldLabels, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
@@ -12,6 +12,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry, Unit};
 
+use crate::blast_radius::Tenths;
+use crate::fallback::Failure;
 use crate::index::Totals;
 
 label! {
@@ -53,6 +55,27 @@ label! {
 }
 
 label! {
+    /// What was invalid in a ledger.
+    FaultLabel {
+        /// Its term was later than any that a Lease reaches.
+        Term = "term",
+        /// Something else than an admission or a reconcile had changed its policy.
+        Policy = "policy",
+        /// A key held something else than a ledger.
+        Type = "type",
+    }
+}
+
+impl From<LedgerFault> for FaultLabel {
+    fn from(fault: LedgerFault) -> Self {
+        match fault {
+            LedgerFault::Term => Self::Term,
+            LedgerFault::Type => Self::Type,
+        }
+    }
+}
+
+label! {
     /// A watched resource.
     WatchedLabel {
         /// Executors and drivers.
@@ -62,12 +85,79 @@ label! {
     }
 }
 
+label! {
+    /// The upper bound of a share.
+    ShareLabel {
+        /// A tenth.
+        Tenth = "0.1",
+        /// Two tenths.
+        TwoTenths = "0.2",
+        /// Three tenths.
+        ThreeTenths = "0.3",
+        /// Four tenths.
+        FourTenths = "0.4",
+        /// Five tenths.
+        FiveTenths = "0.5",
+        /// Six tenths.
+        SixTenths = "0.6",
+        /// Seven tenths.
+        SevenTenths = "0.7",
+        /// Eight tenths.
+        EightTenths = "0.8",
+        /// Nine tenths.
+        NineTenths = "0.9",
+        /// The whole job.
+        Whole = "1.0",
+        /// The same, because `histogram_quantile` requires it.
+        Infinity = "+Inf",
+    }
+}
+
+label! {
+    /// What became of an attempt to replace an executor that found no spot node.
+    ReplacedLabel {
+        /// It was deleted.
+        Deleted = "deleted",
+        /// It did not exist any more.
+        Gone = "gone",
+        /// It had changed, so it was left alone.
+        Changed = "changed",
+        /// This process lacks the right.
+        Forbidden = "forbidden",
+        /// The Kubernetes API did not do it.
+        Failed = "failed",
+    }
+}
+
+label! {
+    /// How the state of spot changed for a job.
+    SpotLabel {
+        /// New executors go to on-demand.
+        Closed = "closed",
+        /// The ratio alone decides.
+        Open = "open",
+    }
+}
+
+impl From<Failure> for ReplacedLabel {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Forbidden => Self::Forbidden,
+            Failure::Unavailable => Self::Failed,
+        }
+    }
+}
+
 label_sets! {
+    ShareLabels { le: ShareLabel }
     DriftLabels { kind: DriftKind }
     JobLabels { outcome: JobOutcome }
+    FaultLabels { fault: FaultLabel }
     CauseLabels { cause: Cause }
     WatchLabels { resource: WatchedLabel }
     ExecutorLabels { capacity: CapacityLabel }
+    ReplacedLabels { outcome: ReplacedLabel }
+    SpotLabels { to: SpotLabel }
 }
 
 /// The metrics.
@@ -75,6 +165,8 @@ label_sets! {
 pub struct Metrics {
     drift: Family<DriftLabels, Counter>,
     reconciled_jobs: Family<JobLabels, Counter>,
+    refused_placements: Counter,
+    repaired_ledgers: Family<FaultLabels, Counter>,
     lag_seconds: Histogram,
     resyncs: Family<CauseLabels, Counter>,
     resync_seconds: Histogram,
@@ -84,6 +176,13 @@ pub struct Metrics {
     live_jobs: Gauge,
     live_executors: Family<ExecutorLabels, Gauge>,
     leader: Gauge,
+    unschedulable_executors: Gauge,
+    jobs_by_largest_node_share: Family<ShareLabels, Gauge>,
+    jobs_by_largest_pool_share: Family<ShareLabels, Gauge>,
+    spot_closed_jobs: Gauge,
+    spot_closed_oldest_seconds: Gauge,
+    executors_replaced: Family<ReplacedLabels, Counter>,
+    spot_transitions: Family<SpotLabels, Counter>,
 }
 
 fn register<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, help: &str) -> M {
@@ -93,14 +192,58 @@ fn register<M: Metric + Clone + Default>(registry: &mut Registry, name: &str, he
 }
 
 impl Metrics {
-    /// Registers all metrics, under names that begin with `reconcile`.
+    /// Registers all metrics: those about executors by their own names, and those about the reconciler's work under names
+    /// that begin with `reconcile`.
     pub fn register(registry: &mut Registry) -> Self {
         // From 10 ms, which is less than the debounce of a loss, to 82 s.
         let seconds = || Histogram::new(exponential_buckets(0.01, 2.0, 14));
+        let unschedulable_executors = register(
+            registry,
+            "unschedulable_executors",
+            "Executors that have been unschedulable for more than a minute with selectors of ours; 0 unless this process \
+             leads",
+        );
+        let jobs_by_largest_node_share = register(
+            registry,
+            "jobs_by_largest_node_share",
+            "Jobs with at least 2 bound executors of which at most the share le is on one node; 0 unless this process leads",
+        );
+        let jobs_by_largest_pool_share = register(
+            registry,
+            "jobs_by_largest_pool_share",
+            "Jobs with at least 2 bound executors of which at most the share le is on spot nodes of one instance type in one \
+             zone; 0 unless this process leads",
+        );
+        let spot_closed_jobs = register(
+            registry,
+            "spot_closed_jobs",
+            "Jobs whose new executors go to on-demand because there was no spot capacity; 0 unless this process leads",
+        );
+        let spot_closed_oldest_seconds = register(
+            registry,
+            "spot_closed_oldest_seconds",
+            "For how long this has been so for the first of these jobs; 0 if there is none",
+        );
+        let executors_replaced = register(
+            registry,
+            "executors_replaced",
+            "Attempts to replace an executor that found no spot node by one on on-demand",
+        );
+        let spot_transitions = register(registry, "spot_transitions", "Jobs for which spot was closed or opened again");
         let registry = registry.sub_registry_with_prefix("reconcile");
         let metrics = Self {
             drift: register(registry, "drift", "Executors that were wrong in a ledger, and were corrected"),
             reconciled_jobs: register(registry, "jobs", "Attempts to reconcile a job's ledger, by outcome"),
+            refused_placements: register(
+                registry,
+                "refused_placements",
+                "Placements that were removed because the Kubernetes API has no pod for them",
+            ),
+            repaired_ledgers: register(
+                registry,
+                "repaired_ledgers",
+                "Ledgers that something else had changed, and that were repaired",
+            ),
             lag_seconds: seconds(),
             resyncs: register(registry, "resyncs", "Passes over all jobs, by cause"),
             resync_seconds: seconds(),
@@ -111,13 +254,28 @@ impl Metrics {
                 "invalid_annotations",
                 "Invalid annotations of drivers; the last valid value stays in use",
             ),
-            live_jobs: register(registry, "live_jobs", "Jobs with a live pod; 0 unless this process leads"),
+            live_jobs: register(
+                registry,
+                "live_jobs",
+                "Jobs with a live pod that have not opted out; 0 unless this process leads",
+            ),
             live_executors: register(
                 registry,
                 "live_executors",
-                "Live executors by the capacity that they run on or must run on; 0 unless this process leads",
+                "Live executors of these jobs by the capacity that they run on or must run on; 0 unless this process leads",
             ),
-            leader: register(registry, "leader", "1 if this process leads, else 0"),
+            leader: register(
+                registry,
+                "leader",
+                "1 if this process may change ledgers now: it leads, its lists are complete and the store is up; else 0",
+            ),
+            unschedulable_executors,
+            jobs_by_largest_node_share,
+            jobs_by_largest_pool_share,
+            spot_closed_jobs,
+            spot_closed_oldest_seconds,
+            executors_replaced,
+            spot_transitions,
         };
         registry.register_with_unit(
             "lag",
@@ -143,6 +301,9 @@ impl Metrics {
         for &outcome in JobOutcome::ALL {
             drop(self.reconciled_jobs.get_or_create(&JobLabels { outcome }));
         }
+        for &fault in FaultLabel::ALL {
+            drop(self.repaired_ledgers.get_or_create(&FaultLabels { fault }));
+        }
         for &cause in Cause::ALL {
             drop(self.resyncs.get_or_create(&CauseLabels { cause }));
         }
@@ -155,7 +316,14 @@ impl Metrics {
         for labels in InvalidFieldLabels::all() {
             drop(self.invalid_annotations.get_or_create(&labels));
         }
+        for &outcome in ReplacedLabel::ALL {
+            drop(self.executors_replaced.get_or_create(&ReplacedLabels { outcome }));
+        }
+        for &to in SpotLabel::ALL {
+            drop(self.spot_transitions.get_or_create(&SpotLabels { to }));
+        }
         self.set_live(Totals::default());
+        self.set_shares(Default::default());
     }
 
     pub(crate) fn reconciled(&self, outcome: JobOutcome, drift: Drift) {
@@ -166,6 +334,14 @@ impl Metrics {
         for (kind, executors) in kinds {
             self.drift.get_or_create(&DriftLabels { kind }).inc_by(executors);
         }
+    }
+
+    pub(crate) fn refused(&self, placements: u64) {
+        self.refused_placements.inc_by(placements);
+    }
+
+    pub(crate) fn repaired(&self, fault: FaultLabel) {
+        self.repaired_ledgers.get_or_create(&FaultLabels { fault }).inc();
     }
 
     pub(crate) fn lagged(&self, lag: Duration) {
@@ -198,6 +374,33 @@ impl Metrics {
         for (capacity, executors) in capacities {
             self.live_executors.get_or_create(&ExecutorLabels { capacity }).set(gauge(executors));
         }
+    }
+
+    pub(crate) fn set_unschedulable(&self, executors: usize) {
+        self.unschedulable_executors.set(i64::try_from(executors).unwrap_or(i64::MAX));
+    }
+
+    /// Of the jobs by their largest share on a node, and in a pool.
+    pub(crate) fn set_shares(&self, (nodes, pools): (Tenths, Tenths)) {
+        for (gauges, tenths) in [(&self.jobs_by_largest_node_share, nodes), (&self.jobs_by_largest_pool_share, pools)] {
+            let all = tenths.last().copied();
+            for (&le, jobs) in ShareLabel::ALL.iter().zip(tenths.into_iter().chain(all)) {
+                gauges.get_or_create(&ShareLabels { le }).set(i64::try_from(jobs).unwrap_or(i64::MAX));
+            }
+        }
+    }
+
+    pub(crate) fn set_spot_closed(&self, jobs: usize, oldest: Duration) {
+        self.spot_closed_jobs.set(i64::try_from(jobs).unwrap_or(i64::MAX));
+        self.spot_closed_oldest_seconds.set(i64::try_from(oldest.as_secs()).unwrap_or(i64::MAX));
+    }
+
+    pub(crate) fn replaced(&self, outcome: ReplacedLabel) {
+        self.executors_replaced.get_or_create(&ReplacedLabels { outcome }).inc();
+    }
+
+    pub(crate) fn spot_changed(&self, to: SpotLabel) {
+        self.spot_transitions.get_or_create(&SpotLabels { to }).inc();
     }
 
     pub(crate) fn set_leads(&self, leads: bool) {

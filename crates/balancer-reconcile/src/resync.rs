@@ -3,12 +3,18 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
+use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use tokio::time::Instant;
 
 use crate::metrics::Cause;
 
 /// A new leader does not list again what was listed so recently. Before, it may have been cut off from the cluster.
 const RECENT: Duration = Duration::from_secs(1);
+/// The longest pause after a resync that could not reach all ledgers. It goes through all jobs each time.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// The pauses after such resyncs in succession.
+const PAUSES: ExponentialBuilder =
+    ExponentialBuilder::new().with_min_delay(Duration::from_secs(2)).with_max_delay(LONGEST_PAUSE).without_max_times();
 
 /// A pass over all ledgers: of the jobs in the cluster, and of those that only the store has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +34,13 @@ pub(crate) struct ResyncPlan {
     /// Whether the index was complete once. A partial one would remove live executors.
     has_listed: bool,
     pending: Option<Resync>,
+    /// Whether the pending resync runs.
+    is_running: bool,
+    /// Why another resync has to follow the one that runs: the ledgers that it has passed may be wrong again.
+    requested: Option<Cause>,
+    /// When an incomplete resync may run again, and how long the pause after the next incomplete one is.
+    retry_at: Option<Instant>,
+    pauses: ExponentialBackoff,
     /// Namespaces that the last resync left out, because they were not in sync.
     skipped: HashSet<Box<str>>,
 }
@@ -41,6 +54,10 @@ impl ResyncPlan {
             is_listing: true,
             has_listed: false,
             pending: None,
+            is_running: false,
+            requested: None,
+            retry_at: None,
+            pauses: PAUSES.build(),
             skipped: HashSet::new(),
         }
     }
@@ -74,15 +91,23 @@ impl ResyncPlan {
     /// whether this process may write.
     pub(crate) fn lists_done(&mut self, is_new_term: bool, leads: bool) {
         let cause = if is_new_term || !self.has_listed { Cause::Start } else { Cause::Interval };
-        (self.is_listing, self.has_listed) = (false, true);
+        (self.is_listing, self.has_listed, self.retry_at) = (false, true, None);
         if leads {
             self.pending = Some(Resync { cause, lists_started_at: Some(self.lists_started_at) });
         }
     }
 
-    /// Requests a resync without new lists, unless one is pending.
+    /// Requests a resync without new lists, unless one is pending that has not begun.
     pub(crate) fn request(&mut self, cause: Cause) {
-        self.pending.get_or_insert(Resync { cause, lists_started_at: None });
+        if cause == Cause::Store {
+            // A store that has lost its ledgers does not wait.
+            self.retry_at = None;
+        }
+        if self.is_running {
+            self.requested.get_or_insert(cause);
+        } else {
+            self.pending.get_or_insert(Resync { cause, lists_started_at: None });
+        }
     }
 
     /// Requests a resync if a namespace that the last one left out is in sync now.
@@ -92,14 +117,19 @@ impl ResyncPlan {
         }
     }
 
-    /// The pending resync.
-    pub(crate) fn pending(&self) -> Option<Resync> {
-        self.pending
+    /// The pending resync, unless it was incomplete and has to wait.
+    pub(crate) fn due(&self, now: Instant) -> Option<Resync> {
+        self.pending.filter(|_| self.retry_at.is_none_or(|at| at <= now))
+    }
+
+    /// The pending resync begins.
+    pub(crate) fn begin(&mut self) {
+        (self.is_running, self.requested) = (true, None);
     }
 
     /// The term has changed: what was pending belongs to the former one.
     pub(crate) fn cancel(&mut self) {
-        self.pending = None;
+        (self.pending, self.requested, self.is_running, self.retry_at) = (None, None, false, None);
     }
 
     /// A resync comes to the jobs that only the store has.
@@ -112,9 +142,21 @@ impl ResyncPlan {
         self.skipped.insert(namespace.into());
     }
 
-    /// The pending resync is finished.
+    /// The resync that runs cannot go on now. It stays pending, and then begins anew.
+    pub(crate) fn interrupt(&mut self) {
+        self.is_running = false;
+    }
+
+    /// The resync that runs could not reach all ledgers, although the store is up. It begins anew after a pause.
+    pub(crate) fn postpone(&mut self, now: Instant) {
+        self.is_running = false;
+        self.retry_at = Some(now + self.pauses.next().unwrap_or(LONGEST_PAUSE));
+    }
+
+    /// The resync that runs is finished. Another one follows if it was requested meanwhile.
     pub(crate) fn finish(&mut self) {
-        self.pending = None;
+        (self.is_running, self.retry_at, self.pauses) = (false, None, PAUSES.build());
+        self.pending = self.requested.take().map(|cause| Resync { cause, lists_started_at: None });
     }
 }
 
@@ -130,7 +172,7 @@ mod tests {
     }
 
     fn cause(plan: &ResyncPlan) -> Option<Cause> {
-        plan.pending().map(|resync| resync.cause)
+        plan.pending.map(|resync| resync.cause)
     }
 
     #[test]
@@ -161,13 +203,13 @@ mod tests {
     fn complete_lists_lead_to_a_resync_whose_cause_is_the_start_for_the_first_of_a_process_or_term() {
         let (mut plan, start) = plan();
         plan.lists_done(false, true);
-        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }));
+        assert_eq!(plan.pending, Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }));
         plan.finish();
-        assert_eq!(plan.pending(), None);
+        assert_eq!(plan.pending, None);
         plan.lists_started(start + INTERVAL);
         plan.lists_done(false, true);
         let interval = Resync { cause: Cause::Interval, lists_started_at: Some(start + INTERVAL) };
-        assert_eq!(plan.pending(), Some(interval));
+        assert_eq!(plan.pending, Some(interval));
         plan.lists_started(start + 2 * INTERVAL);
         plan.lists_done(true, true);
         assert_eq!(cause(&plan), Some(Cause::Start));
@@ -177,20 +219,20 @@ mod tests {
     fn a_follower_makes_no_resync_of_its_lists() {
         let (mut plan, _) = plan();
         plan.lists_done(false, false);
-        assert_eq!(plan.pending(), None);
+        assert_eq!(plan.pending, None);
     }
 
     #[test]
     fn a_request_does_not_replace_the_pending_resync() {
         let (mut plan, start) = plan();
         plan.request(Cause::Store);
-        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Store, lists_started_at: None }));
+        assert_eq!(plan.pending, Some(Resync { cause: Cause::Store, lists_started_at: None }));
         plan.request(Cause::Interval);
         assert_eq!(cause(&plan), Some(Cause::Store));
         plan.lists_done(false, true);
-        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }), "lists do");
+        assert_eq!(plan.pending, Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }), "lists do");
         plan.cancel();
-        assert_eq!(plan.pending(), None);
+        assert_eq!(plan.pending, None);
     }
 
     #[test]
@@ -198,12 +240,86 @@ mod tests {
         let (mut plan, _) = plan();
         plan.skip("etl");
         plan.request_if_synced(|namespace| namespace == "ml");
-        assert_eq!(plan.pending(), None);
+        assert_eq!(plan.pending, None);
         plan.request_if_synced(|namespace| namespace == "etl");
-        assert_eq!(plan.pending(), Some(Resync { cause: Cause::Interval, lists_started_at: None }));
+        assert_eq!(plan.pending, Some(Resync { cause: Cause::Interval, lists_started_at: None }));
         plan.forget_skipped();
         plan.finish();
         plan.request_if_synced(|_| true);
-        assert_eq!(plan.pending(), None);
+        assert_eq!(plan.pending, None);
+    }
+    #[test]
+    fn a_request_during_a_resync_leads_to_another_one() {
+        let (mut plan, start) = plan();
+        plan.lists_done(false, true);
+        plan.begin();
+        plan.request(Cause::Store);
+        plan.request(Cause::Interval);
+        assert_eq!(cause(&plan), Some(Cause::Start));
+        plan.finish();
+        assert_eq!(plan.due(start), Some(Resync { cause: Cause::Store, lists_started_at: None }));
+        plan.begin();
+        plan.finish();
+        assert_eq!(plan.pending, None, "nothing was requested");
+    }
+
+    #[test]
+    fn an_interrupted_resync_stays_pending_and_covers_what_was_requested_before_it_begins_anew() {
+        let (mut plan, start) = plan();
+        plan.lists_done(false, true);
+        plan.begin();
+        plan.request(Cause::Store);
+        plan.interrupt();
+        assert!(plan.due(start).is_some());
+        plan.request(Cause::Store);
+        plan.begin();
+        plan.finish();
+        assert_eq!(plan.pending, None);
+    }
+
+    #[test]
+    fn an_incomplete_resync_begins_anew_after_pauses_that_double() {
+        let (mut plan, mut now) = plan();
+        plan.lists_done(false, true);
+        let mut pauses = Vec::new();
+        for _ in 0..7 {
+            plan.begin();
+            plan.postpone(now);
+            let before = now;
+            while plan.due(now).is_none() {
+                assert!(plan.pending.is_some());
+                now += Duration::from_secs(1);
+            }
+            pauses.push((now - before).as_secs());
+        }
+        assert_eq!(pauses, [2, 4, 8, 16, 32, 60, 60]);
+        plan.begin();
+        plan.finish();
+        assert_eq!(plan.pending, None);
+        plan.request(Cause::Store);
+        assert!(plan.due(now).is_some(), "a later resync does not wait");
+        plan.begin();
+        plan.postpone(now);
+        assert!(plan.due(now + Duration::from_secs(2)).is_some(), "the pauses start anew");
+        plan.request(Cause::Interval);
+        assert!(plan.due(now).is_none());
+        plan.request(Cause::Store);
+        assert!(plan.due(now).is_some(), "a store that has lost its ledgers does not wait");
+    }
+
+    #[test]
+    fn a_new_term_cancels_the_pause_and_what_was_requested() {
+        let (mut plan, start) = plan();
+        plan.lists_done(false, true);
+        plan.begin();
+        plan.request(Cause::Store);
+        plan.postpone(start);
+        plan.cancel();
+        assert_eq!(plan.pending, None);
+        plan.lists_done(true, true);
+        assert!(plan.due(start).is_some());
+        plan.begin();
+        plan.finish();
+        assert_eq!(plan.pending, None);
     }
 }

@@ -1,19 +1,29 @@
 //! Everything that the reconciler works with, and what it has learned so far.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use balancer_core::{Conventions, Policy};
+use balancer_runtime::tasks::{Task, Tasks, Watchdog};
 use kube::Client;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::apply::WaitingExecutors;
 use crate::arguments::ReconcileSettings;
-use crate::audit::CountAudit;
+use crate::audit::RecordAudit;
+use crate::blast_radius::BlastRadius;
+use crate::confirmation::Confirmations;
 use crate::events::EventRecorder;
+use crate::fallback::Fallback;
 use crate::index::{ClusterIndex, Totals};
 use crate::leader::Leadership;
+use crate::log_limit::LogLimit;
 use crate::metrics::Metrics;
+use crate::pod_lookup::PodLookups;
+use crate::pool_steering::ChangedShares;
 use crate::queue::WorkQueue;
+use crate::replace::PodCalls;
 use crate::resync::ResyncPlan;
 use crate::store_epoch::StoreEpoch;
 use crate::term::TermTracker;
@@ -33,6 +43,8 @@ pub struct Parts<L> {
     /// What is reconciled, and when.
     pub settings: ReconcileSettings,
     pub metrics: Arc<Metrics>,
+    /// What keeps its tasks running.
+    pub tasks: Tasks,
 }
 
 /// How far the reconciler has come.
@@ -63,16 +75,29 @@ pub(crate) struct State<'a, L> {
     pub(crate) plan: ResyncPlan,
     pub(crate) store: StoreEpoch,
     pub(crate) queue: WorkQueue,
-    pub(crate) audit: CountAudit,
+    pub(crate) audit: RecordAudit,
+    pub(crate) confirmations: Confirmations,
+    pub(crate) lookups: PodLookups,
     pub(crate) events: EventRecorder,
+    pub(crate) changed_shares: ChangedShares,
+    pub(crate) blast_radius: BlastRadius,
+    pub(crate) waiting: WaitingExecutors,
+    pub(crate) fallback: Fallback,
+    pub(crate) pod_calls: PodCalls,
+    /// Of the line that refused placements cannot be removed early.
+    pub(crate) refusals_logged: LogLimit,
+    /// Of the line that the store is full.
+    pub(crate) full_logged: LogLimit,
     /// Whether the index has changed after its totals were last shown.
     pub(crate) has_outdated_totals: bool,
+    /// Reports that the loop turns.
+    pub(crate) watchdog: Watchdog,
     progress: watch::Sender<Progress>,
 }
 
 impl<'a, L> State<'a, L> {
     pub(crate) fn new(reconciler: &'a Reconciler<L>, sync: SyncStatus, progress: watch::Sender<Progress>) -> Self {
-        let Parts { conventions, defaults, settings, .. } = &reconciler.parts;
+        let Parts { conventions, defaults, settings, tasks, .. } = &reconciler.parts;
         Self {
             reconciler,
             index: ClusterIndex::new(Arc::clone(conventions), *defaults),
@@ -81,16 +106,31 @@ impl<'a, L> State<'a, L> {
             plan: ResyncPlan::new(settings.interval, Instant::now()),
             store: StoreEpoch::default(),
             queue: WorkQueue::default(),
-            audit: CountAudit::default(),
-            events: EventRecorder::start(reconciler.client.clone(), Arc::clone(conventions)),
+            audit: RecordAudit::default(),
+            confirmations: Confirmations::default(),
+            lookups: PodLookups::new(reconciler.client.clone(), Arc::clone(conventions)),
+            events: EventRecorder::start(reconciler.client.clone(), tasks),
+            changed_shares: ChangedShares::default(),
+            blast_radius: BlastRadius::default(),
+            waiting: WaitingExecutors::default(),
+            fallback: Fallback::default(),
+            pod_calls: PodCalls::new(reconciler.client.clone(), reconciler.leadership.clone()),
+            refusals_logged: LogLimit::default(),
+            full_logged: LogLimit::default(),
             has_outdated_totals: true,
+            watchdog: tasks.watch(Task::Reconciler),
             progress,
         }
     }
 
     /// Whether ledgers may be changed now.
     pub(crate) fn may_write(&self) -> bool {
-        self.terms.leads() && self.store.is_up() && self.plan.has_listed()
+        self.terms.may_write(self.reconciler.leadership.term()) && self.store.is_up() && self.plan.has_listed()
+    }
+
+    /// Shows whether ledgers may be changed now.
+    pub(crate) fn show_leader(&self) {
+        self.reconciler.parts.metrics.set_leads(self.may_write());
     }
 
     pub(crate) fn reach(&self, progress: Progress) {
@@ -105,7 +145,7 @@ impl<'a, L> State<'a, L> {
     /// added up. It goes through all executors, so it does so only if something has changed.
     pub(crate) fn show_totals(&mut self) {
         if self.terms.leads() && std::mem::take(&mut self.has_outdated_totals) {
-            self.reconciler.parts.metrics.set_live(self.index.totals());
+            self.reconciler.parts.metrics.set_live(self.index.totals(|job| self.audit.policy(job, None)));
         }
     }
 
@@ -113,10 +153,28 @@ impl<'a, L> State<'a, L> {
     pub(crate) fn reset_for_term(&mut self) {
         if !self.terms.leads() {
             self.reconciler.parts.metrics.set_live(Totals::default());
+            self.reconciler.parts.metrics.set_unschedulable(0);
+            self.reconciler.parts.metrics.set_shares(Default::default());
+            self.reconciler.parts.metrics.set_spot_closed(0, Duration::ZERO);
         }
         self.has_outdated_totals = true;
-        (self.queue, self.audit) = (WorkQueue::default(), CountAudit::default());
+        (self.queue, self.audit) = (WorkQueue::default(), RecordAudit::default());
+        (self.changed_shares, self.blast_radius) = (ChangedShares::default(), BlastRadius::default());
         self.store.forget();
         self.plan.cancel();
+        let Reconciler { client, parts, leadership } = self.reconciler;
+        self.lookups = PodLookups::new(client.clone(), Arc::clone(&parts.conventions));
+        (self.fallback, self.pod_calls) = (Fallback::default(), PodCalls::new(client.clone(), leadership.clone()));
+    }
+}
+
+impl<L> Drop for State<'_, L> {
+    /// The loop ends, by a shutdown or a panic: this process neither leads nor counts.
+    fn drop(&mut self) {
+        self.reconciler.parts.metrics.set_leads(false);
+        self.reconciler.parts.metrics.set_live(Totals::default());
+        self.reconciler.parts.metrics.set_unschedulable(0);
+        self.reconciler.parts.metrics.set_shares(Default::default());
+        self.reconciler.parts.metrics.set_spot_closed(0, Duration::ZERO);
     }
 }

@@ -1,30 +1,35 @@
-//! Checks every second whether the store answers, has lost data, and counts what was left in it.
+//! Checks every second whether the store answers, has lost data, and has the counts and policies that were left in it.
 
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-use balancer_store::Ledger;
+use balancer_core::Steering;
+use balancer_store::{Ledger, StoreError};
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
 
 use crate::metrics::Cause;
 use crate::state::{Parts, State};
+use crate::store_epoch::StoreReturned;
 
 /// From one heartbeat to the next.
 pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// Counts that differ from those that were left in a ledger are noticed within this time at the latest. No watch
-/// reports them.
-const MAX_AUDIT_PERIOD: Duration = Duration::from_secs(10);
+/// Counts or a policy that differ from those that were left in a ledger are noticed within this time at the latest, and
+/// corrected within ten seconds. No watch reports them.
+const MAX_AUDIT_PERIOD: Duration = Duration::from_secs(9);
 /// Calls to the store at once.
 const CONCURRENCY: usize = 8;
 
 impl<L: Ledger> State<'_, L> {
-    /// Sends a heartbeat to the store, and audits the counts of some of the jobs.
+    /// Sends a heartbeat to the store, and audits the records of some of the jobs.
     pub(crate) async fn check_store(&mut self) {
         self.show_totals();
+        self.report_unschedulable();
+        self.report_shares();
+        self.confirmations.sweep(Instant::now());
         let is_due = self.terms.leads() && self.plan.has_listed();
-        if is_due && self.is_store_up().await && self.plan.pending().is_none() {
-            self.audit_counts().await;
+        if is_due && self.is_store_up().await && self.plan.due(Instant::now()).is_none() {
+            self.audit_records().await;
         }
     }
 
@@ -35,11 +40,18 @@ impl<L: Ledger> State<'_, L> {
         let heartbeat = self.store.next(|| RandomState::new().hash_one(()));
         match ledger.heartbeat(heartbeat).await {
             Ok(before) => {
-                if let Some(returned) = self.store.answered(heartbeat, before) {
-                    let lost_data = returned.lost_data;
-                    tracing::warn!(lost_data, "store is back or lost data; starting a resync");
-                    self.plan.request(Cause::Store);
+                let returned = self.store.answered(heartbeat, before);
+                self.follow_store(returned);
+                true
+            }
+            // Entries can still be removed, which may be what makes room again.
+            Err(error @ StoreError::Full(_)) => {
+                metrics.store_failed(&error);
+                if self.full_logged.is_due(Instant::now()) {
+                    tracing::warn!(%error, "store is full; still removing entries without an executor");
                 }
+                let returned = self.store.refused();
+                self.follow_store(returned);
                 true
             }
             Err(error) => {
@@ -52,26 +64,44 @@ impl<L: Ledger> State<'_, L> {
         }
     }
 
-    /// Compares some of the ledgers' counts with those that were left there. That reveals placements without a pod and
-    /// ledgers that the store has lost. It also keeps the ledgers of quiet jobs from expiring.
-    async fn audit_counts(&mut self) {
-        let Parts { ledger, metrics, settings, .. } = &self.reconciler.parts;
+    fn follow_store(&mut self, returned: Option<StoreReturned>) {
+        if let Some(StoreReturned { lost_data }) = returned {
+            tracing::warn!(lost_data, "store is back or lost data; starting a resync");
+            self.plan.request(Cause::Store);
+        }
+    }
+
+    /// Compares some of the ledgers' counts and policies with those that were left there. That reveals placements without a
+    /// pod, ledgers that the store has lost, and policies that something else has changed. It also keeps the ledgers of
+    /// quiet jobs from expiring.
+    async fn audit_records(&mut self) {
+        let (watchdog, Parts { ledger, metrics, settings, .. }) = (&self.watchdog, &self.reconciler.parts);
         let period = (settings.grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
         let batch = self.audit.next_batch(usize::try_from(period).unwrap_or(1));
         let answers: Vec<_> = stream::iter(batch)
-            .map(|(job, expected)| async move {
-                let counts = ledger.counts(job.as_job_ref()).await;
-                (job, expected, counts)
+            .map(|job| async move {
+                let found = ledger.record(job.as_job_ref()).await;
+                watchdog.turned();
+                (job, found)
             })
             .buffer_unordered(CONCURRENCY)
             .collect()
             .await;
-        for (job, expected, counts) in answers {
-            match counts {
-                Ok(Some(counts)) if counts == expected => {}
+        for (job, found) in answers {
+            if let Ok(found) = &found {
+                let none = Steering::default();
+                self.observe_steering(&job, found.as_ref().map_or(&none, |record| &record.steering));
+            }
+            match found {
+                Ok(found) if self.audit.check(&job, found.as_ref()) => {}
                 Ok(_) => self.queue.enqueue_at(job, Instant::now()),
-                // The next heartbeat shows whether the store is up.
-                Err(error) => metrics.store_failed(&error),
+                // The next heartbeat shows whether the store is up. A reconcile repairs a ledger that cannot be read.
+                Err(error) => {
+                    metrics.store_failed(&error);
+                    if matches!(error, StoreError::Refused { .. } | StoreError::InvalidReply(_)) {
+                        self.queue.enqueue_at(job, Instant::now());
+                    }
+                }
             }
         }
     }

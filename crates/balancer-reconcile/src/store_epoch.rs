@@ -41,6 +41,12 @@ impl StoreEpoch {
         (lost_data || !was_up).then_some(StoreReturned { lost_data })
     }
 
+    /// The store is up, and refused to store the heartbeat. What it has stored is not known.
+    pub(crate) fn refused(&mut self) -> Option<StoreReturned> {
+        let was_up = std::mem::replace(&mut self.is_up, true);
+        (!was_up).then_some(StoreReturned { lost_data: false })
+    }
+
     /// The store did not answer. Returns whether that is new.
     pub(crate) fn failed(&mut self) -> bool {
         std::mem::replace(&mut self.is_up, false)
@@ -97,6 +103,19 @@ mod tests {
         assert_eq!(epoch.answered(9, Some(8)), None);
         assert!(epoch.failed());
         assert_eq!(epoch.answered(10, None), LOST);
+    }
+
+    #[test]
+    fn a_store_that_refuses_the_heartbeat_is_up_and_keeps_the_last_one() {
+        let mut epoch = StoreEpoch::default();
+        epoch.answered(7, None);
+        assert_eq!((epoch.refused(), epoch.is_up()), (None, true));
+        assert_eq!(epoch.next(|| 0), 8);
+        assert_eq!(epoch.answered(8, Some(7)), None, "the refused heartbeat was not stored");
+        epoch.failed();
+        assert_eq!((epoch.refused(), epoch.is_up()), (BACK, true));
+        assert_eq!(epoch.refused(), None);
+        assert_eq!(epoch.answered(9, None), LOST);
     }
 
     #[test]

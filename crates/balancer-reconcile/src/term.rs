@@ -40,9 +40,15 @@ impl TermTracker {
         self.superseded = self.current;
     }
 
-    /// Whether this process may write.
+    /// Whether this process leads, as far as the elector was followed.
     pub(crate) fn leads(&self) -> bool {
         self.current.is_some()
+    }
+
+    /// Whether this process may write while the elector leads in `term`: in the current term, unless a ledger has shown
+    /// it to be over.
+    pub(crate) fn may_write(&self, term: Option<Term>) -> bool {
+        self.leads() && term == self.current && self.superseded != self.current
     }
 
     /// Whether the current term has had no list of its own yet. From now on it has.
@@ -64,6 +70,20 @@ mod tests {
         assert_eq!(terms.follow(Some(Term(5))), TermChange::Started);
         assert_eq!((terms.follow(None), terms.leads()), (TermChange::Ended, false));
         assert_eq!(terms.follow(Some(Term(5))), TermChange::Started);
+    }
+
+    #[test]
+    fn a_process_may_write_in_its_current_term_until_the_lease_expires_or_a_ledger_shows_a_later_one() {
+        let mut terms = TermTracker::default();
+        assert!(!terms.may_write(None) && !terms.may_write(Some(Term(3))), "the elector was not followed yet");
+        terms.follow(Some(Term(3)));
+        assert!(terms.may_write(Some(Term(3))));
+        assert!(!terms.may_write(None), "the Lease has expired");
+        assert!(!terms.may_write(Some(Term(4))), "the term was not started yet");
+        terms.supersede();
+        assert!(!terms.may_write(Some(Term(3))));
+        terms.follow(Some(Term(9)));
+        assert!(terms.may_write(Some(Term(9))));
     }
 
     #[test]

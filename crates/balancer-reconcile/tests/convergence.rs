@@ -12,17 +12,18 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, Ratio,
-    ReconcileOutcome, ReconcileSummary, Term,
+    Capacity, Conventions, JobId, JobLedger, Millis, PlaceRequest, Pod, Policy, PolicyOverrides, ReconcileOutcome,
+    ReconcileSummary, SpotRatio, Term, Timing,
 };
 use balancer_reconcile::index::ClusterIndex;
 use proptest::prelude::*;
 use serde_json::json;
 
 const GRACE: Millis = 60;
+const TIMING: Timing = Timing { grace: GRACE, confirm_after: GRACE };
 const TERM: Term = Term(1);
 const POLICY: Policy = Policy { on_demand_base: 2, ..ALL_SPOT };
-const ALL_SPOT: Policy = Policy { spot_ratio: Ratio::ONE, ..Policy::DEFAULT };
+const ALL_SPOT: Policy = Policy { spot_ratio: SpotRatio::ONE, ..Policy::DEFAULT };
 const JOBS: [&str; 2] = ["a", "b"];
 const NODES: [&str; 3] = ["n0", "n1", "n2"];
 
@@ -128,8 +129,14 @@ impl World {
             Step::Admit { name, required, rejected } => {
                 let now = self.now;
                 let key = executor(name);
-                let request =
-                    PlaceRequest { key: &key, required, overrides: PolicyOverrides::default(), policy: Some(POLICY) };
+                let request = PlaceRequest {
+                    key: &key,
+                    required,
+                    overrides: PolicyOverrides::default(),
+                    policy: Some(POLICY),
+                    may_create: true,
+                    driver: None,
+                };
                 let balancer_core::PlaceOutcome::Placed(placed) = self.ledger(job_of(name)).place(&request, now) else {
                     panic!("a policy was given")
                 };
@@ -272,7 +279,7 @@ impl World {
         let key = JobId { namespace: "etl".into(), app_id: job.into() };
         let desired = self.index.desired(&key);
         let ledger = self.ledgers.get_mut(job).expect("a job");
-        match ledger.reconcile(&desired.job_state(), GRACE, TERM, self.now) {
+        match ledger.reconcile(&desired.job_state(), TIMING, TERM, self.now) {
             ReconcileOutcome::Done(summary) => summary,
             ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }

@@ -21,8 +21,36 @@ pub async fn client(read_timeout: Duration) -> anyhow::Result<kube::Client> {
     kube::Client::try_from(config).context("cannot create a Kubernetes client")
 }
 
-/// An error with its causes, each once: many errors of the Kubernetes client repeat their cause.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source()).map(ToString::to_string);
-    causes.fold(error.to_string(), |text, cause| if text.contains(&cause) { text } else { format!("{text}: {cause}") })
+/// An error with its causes, each once: many errors of the Kubernetes client repeat their cause. What the Kubernetes API
+/// answers is its message alone, because the client's own text adds a dump of the whole answer.
+pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let (mut text, mut next) = (String::new(), Some(error));
+    while let Some(error) = next {
+        let own = match error.downcast_ref() {
+            Some(kube::Error::Api(status)) if !status.message.is_empty() => {
+                next = None;
+                status.message.clone()
+            }
+            _ => {
+                next = error.source();
+                error.to_string()
+            }
+        };
+        if !text.contains(&own) {
+            let separator = if text.is_empty() { "" } else { ": " };
+            text = format!("{text}{separator}{own}");
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_of_the_api_is_told_by_its_message_alone() {
+        let status = kube::core::Status::failure("pods is forbidden", "Forbidden").with_code(403);
+        assert_eq!(chain(&kube::Error::Api(status.boxed())), "pods is forbidden");
+    }
 }

@@ -4,14 +4,16 @@
 pub mod admin;
 pub mod arguments;
 pub mod cluster;
-pub mod k8s_names;
+pub mod connections;
 pub mod log;
 pub mod metric_labels;
 pub mod shutdown;
 pub mod store;
+pub mod tasks;
 
 use std::process::ExitCode;
 
+pub use balancer_core::k8s_names;
 pub use balancer_store::coalesce_wakeups;
 
 /// The exit code of a program. Prints an error with its causes to standard error.

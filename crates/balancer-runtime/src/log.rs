@@ -2,6 +2,7 @@
 //! of the log nor needs a system call of its own.
 
 use std::io::{self, Write};
+use std::panic::catch_unwind;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,16 +11,19 @@ use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::fmt::writer::MakeWriterExt;
 
 use crate::arguments::{LogFormat, TelemetryArguments};
+use crate::tasks::{Task, Tasks};
 
 /// How long a line may wait for more lines.
 const BATCH: Duration = Duration::from_millis(10);
 /// How long a program waits at its end for the last lines to be written: the reader may have stopped.
 const FLUSH_LIMIT: Duration = Duration::from_secs(1);
+/// Before the thread goes on after a panic.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// Bytes that are kept for a slow reader; beyond them, lines are dropped and counted.
 const MAX_PENDING: usize = 1 << 20;
 
 /// Starts logging to standard output. Dropping the guard writes the remaining lines.
-pub fn start(arguments: TelemetryArguments) -> Guard {
+pub fn start(arguments: TelemetryArguments, tasks: Tasks) -> Guard {
     let TelemetryArguments { log_level, log_format, admin_port: _ } = arguments;
     let lines = Lines::default();
     let subscriber = tracing_subscriber::fmt()
@@ -37,7 +41,7 @@ pub fn start(arguments: TelemetryArguments) -> Guard {
     };
     let writer = lines.clone();
     // If no thread can be started, nothing is logged, and everything else works.
-    let _ = std::thread::Builder::new().name("log".into()).spawn(move || writer.write_batches());
+    let _ = std::thread::Builder::new().name("log".into()).spawn(move || writer.keep_writing(&tasks));
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic, "panic: this is a bug, please report it")));
     Guard(lines)
 }
@@ -78,6 +82,14 @@ struct Pending {
 impl Lines {
     fn pending(&self) -> MutexGuard<'_, Pending> {
         self.0.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes batches until the program ends, and goes on after a panic.
+    fn keep_writing(&self, tasks: &Tasks) {
+        while catch_unwind(|| self.write_batches()).is_err() {
+            tasks.died(Task::Log);
+            std::thread::sleep(RESTART_PAUSE);
+        }
     }
 
     fn write_batches(&self) {

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use balancer_core::{
-    Capacity, Counts, JobLedger, JobRef, JobState, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome, Term,
+    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome,
+    RemovalOutcome, Steer, SteerOutcome, Term, Timing, Unconfirmed,
 };
-use balancer_store::{Cursor, JobPage, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
+use balancer_store::{Cursor, JobPage, JobRecord, Ledger, MemoryLedger, RedisLedger, RedisOptions, StoreError};
 use clap::Args;
 
 use crate::arguments::{choice, number};
+use crate::tasks::{Task, Tasks};
 
 /// Where the ledgers are stored.
 #[derive(Args, Clone)]
@@ -103,12 +105,14 @@ impl StoreSettings {
     }
 
     /// Opens the store. A Redis that is down is not an error: the store connects as soon as it is up.
-    pub async fn open(self) -> anyhow::Result<Store> {
+    pub async fn open(self, tasks: &Tasks) -> anyhow::Result<Store> {
         let Self { redis_url, timeout, ttl } = self;
         Ok(match redis_url {
             None => Store::Memory(MemoryLedger::new(ttl)),
             Some(url) => {
-                let ledger = RedisLedger::connect(&url, RedisOptions { timeout, ttl }).await.context("REDIS_URL")?;
+                let (options, tasks) = (RedisOptions { timeout, ttl }, tasks.clone());
+                let on_panic = move || tasks.died(Task::StoreConnection);
+                let ledger = RedisLedger::connect_with(&url, options, on_panic).await.context("REDIS_URL")?;
                 Store::Redis(Box::new(ledger))
             }
         })
@@ -168,26 +172,50 @@ impl Ledger for Store {
         job: JobRef<'_>,
         executor: &str,
         uid: Option<&str>,
+        driver: Option<&str>,
     ) -> Result<Option<Capacity>, StoreError> {
-        forward!(self.release(job, executor, uid))
+        forward!(self.release(job, executor, uid, driver))
     }
 
-    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
-        forward!(self.learn(job, policy))
+    async fn learn(
+        &self,
+        job: JobRef<'_>,
+        policy: Policy,
+        driver: Option<&str>,
+        may_create: bool,
+    ) -> Result<LearnOutcome, StoreError> {
+        forward!(self.learn(job, policy, driver, may_create))
     }
 
     async fn reconcile(
         &self,
         job: JobRef<'_>,
         seen: &JobState<'_>,
-        grace: Duration,
+        timing: Timing,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
-        forward!(self.reconcile(job, seen, grace, term))
+        forward!(self.reconcile(job, seen, timing, term))
     }
 
-    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
-        forward!(self.counts(job))
+    async fn remove_unconfirmed(
+        &self,
+        job: JobRef<'_>,
+        absent: &[Unconfirmed],
+        term: Term,
+    ) -> Result<RemovalOutcome, StoreError> {
+        forward!(self.remove_unconfirmed(job, absent, term))
+    }
+
+    async fn steer(&self, job: JobRef<'_>, steer: Steer<'_>, term: Term) -> Result<SteerOutcome, StoreError> {
+        forward!(self.steer(job, steer, term))
+    }
+
+    async fn take_placed(&self) -> Result<Vec<JobId>, StoreError> {
+        forward!(self.take_placed())
+    }
+
+    async fn record(&self, job: JobRef<'_>) -> Result<Option<JobRecord>, StoreError> {
+        forward!(self.record(job))
     }
 
     async fn list_jobs(&self, cursor: Option<Cursor>) -> Result<JobPage, StoreError> {

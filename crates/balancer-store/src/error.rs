@@ -11,10 +11,13 @@ pub enum StoreError {
     /// No reply came within the call's time limit. The change may still happen.
     #[error("the store did not answer within {0:?}")]
     TimedOut(Duration),
-    /// The server returned an error: a wrong password, a read-only replica, no memory left.
+    /// The server is up, and has no memory left for what the call would write. Calls that only remove still succeed.
+    #[error("the store has no memory left: {0}")]
+    Full(String),
+    /// The server returned an error: a wrong password, a read-only replica.
     #[error("the store refused: {code} {detail}")]
     Refused {
-        /// The server's error code, such as `READONLY`, `OOM` or `WRONGPASS`.
+        /// The server's error code, such as `READONLY` or `WRONGPASS`.
         code: String,
         /// The server's error message.
         detail: String,
@@ -44,6 +47,7 @@ macro_rules! kinds {
 kinds! {
     Self::NoConnection(_) => "no_connection",
     Self::TimedOut(_) => "timed_out",
+    Self::Full(_) => "full",
     Self::Refused { .. } => "refused",
     Self::InvalidReply(_) => "invalid_reply",
 }

@@ -1,10 +1,10 @@
 //! The interface of every store: what the admission and the reconciler call.
 
 use std::future::Future;
-use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, JobId, JobLedger, JobRef, JobState, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome, Term,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Timing, Unconfirmed,
 };
 
 use crate::StoreError;
@@ -34,11 +34,29 @@ pub struct JobPage {
     pub next: Option<Cursor>,
 }
 
+/// What is stored of a job as a whole.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JobRecord {
+    /// The number of executors on each capacity.
+    pub counts: Counts,
+    /// The job's policy.
+    pub policy: Option<Policy>,
+    /// What later placements follow besides the policy.
+    pub steering: Steering,
+}
+
 /// The ledgers of all jobs.
 ///
 /// Each call does to one job's ledger what the [`JobLedger`] method of the same name does, atomically and by the
 /// store's own clock. The store drops a job's ledger some time (the store's TTL) after the last call for the job.
-/// [`peek`](Self::peek), [`get`](Self::get) and a [`reconcile`](Self::reconcile) that is superseded do not count.
+/// [`peek`](Self::peek), [`get`](Self::get), and a [`reconcile`](Self::reconcile),
+/// [`remove_unconfirmed`](Self::remove_unconfirmed) or [`steer`](Self::steer) that is superseded do not count.
+///
+/// Of several live drivers with one job id each has a ledger of its own. A [`place`](Self::place), [`peek`](Self::peek),
+/// [`learn`](Self::learn) or [`release`](Self::release) that names a driver is for the ledger of [`JobId::of_driver`] if
+/// the job's belongs to another driver ([`JobLedger::belongs_to`]), which the call then leaves as it is. Only
+/// `learn` takes over a ledger without executors ([`JobLedger::learns_from`]). A job that was made by
+/// [`JobId::of_driver`] for the named driver is this driver's in any case.
 ///
 /// A call that failed may still have taken effect. All calls may be repeated: placing twice is placing once, and
 /// releasing twice is releasing once.
@@ -57,16 +75,24 @@ pub trait Ledger: Send + Sync + 'static {
         request: &PlaceRequest<'_>,
     ) -> impl Future<Output = Result<PlaceOutcome, StoreError>> + Send;
 
-    /// Removes an executor, and returns what it counted as. See [`JobLedger::release`].
+    /// Removes an executor, and returns what it counted as. `driver` is the name of the pod that owns the executor. See
+    /// [`JobLedger::release`].
     fn release(
         &self,
         job: JobRef<'_>,
         executor: &str,
         uid: Option<&str>,
+        driver: Option<&str>,
     ) -> impl Future<Output = Result<Option<Capacity>, StoreError>> + Send;
 
     /// Stores the job's policy; the newest wins. See [`JobLedger::learn`].
-    fn learn(&self, job: JobRef<'_>, policy: Policy) -> impl Future<Output = Result<(), StoreError>> + Send;
+    fn learn(
+        &self,
+        job: JobRef<'_>,
+        policy: Policy,
+        driver: Option<&str>,
+        may_create: bool,
+    ) -> impl Future<Output = Result<LearnOutcome, StoreError>> + Send;
 
     /// Makes the ledger equal to the job's state in the cluster, unless it was reconciled in a later term. See
     /// [`JobLedger::reconcile`].
@@ -74,13 +100,33 @@ pub trait Ledger: Send + Sync + 'static {
         &self,
         job: JobRef<'_>,
         state: &JobState<'_>,
-        grace: Duration,
+        timing: Timing,
         term: Term,
     ) -> impl Future<Output = Result<ReconcileOutcome, StoreError>> + Send;
 
-    /// The counts of the job's executors, at a cost that does not grow with the job; `None` if the store has no
-    /// ledger of the job.
-    fn counts(&self, job: JobRef<'_>) -> impl Future<Output = Result<Option<Counts>, StoreError>> + Send;
+    /// Removes placements whose pods do not exist. See [`JobLedger::remove_unconfirmed`].
+    fn remove_unconfirmed(
+        &self,
+        job: JobRef<'_>,
+        absent: &[Unconfirmed],
+        term: Term,
+    ) -> impl Future<Output = Result<RemovalOutcome, StoreError>> + Send;
+
+    /// Changes what later placements of the job follow. See [`JobLedger::steer`].
+    fn steer(
+        &self,
+        job: JobRef<'_>,
+        steer: Steer<'_>,
+        term: Term,
+    ) -> impl Future<Output = Result<SteerOutcome, StoreError>> + Send;
+
+    /// Takes some of the jobs of which executors were placed since they were taken last. It is a hint: a job may be missing
+    /// after a failure, and a job in which nothing was placed may be there.
+    fn take_placed(&self) -> impl Future<Output = Result<Vec<JobId>, StoreError>> + Send;
+
+    /// The counts of the job's executors and its policy, at a cost that does not grow with the job; `None` if the store
+    /// has no ledger of the job.
+    fn record(&self, job: JobRef<'_>) -> impl Future<Output = Result<Option<JobRecord>, StoreError>> + Send;
 
     /// A page of the jobs that have a ledger: without a cursor the first page, else the page that [`JobPage::next`]
     /// of the page before points to. A job whose ledger exists during the whole listing is listed at least once.

@@ -5,15 +5,16 @@
 //! what [`JobLedger`] does. The feature `contract` has the tests for that, for any other store too.
 //!
 //! ```
-//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, Ratio};
+//! use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, SpotRatio};
 //! use balancer_store::{Ledger, MemoryLedger};
 //!
 //! # #[tokio::main(flavor = "current_thread")]
 //! # async fn main() -> Result<(), balancer_store::StoreError> {
 //! let ledger = MemoryLedger::new(std::time::Duration::from_secs(86_400));
 //! let job = JobRef { namespace: "etl", app_id: "spark-1" };
-//! ledger.learn(job, Policy { spot_ratio: Ratio::ONE, ..Policy::default() }).await?;
-//! let request = PlaceRequest { key: "exec-1", required: None, overrides: PolicyOverrides::default(), policy: None };
+//! ledger.learn(job, Policy { spot_ratio: SpotRatio::ONE, ..Policy::default() }, Some("driver"), true).await?;
+//! let overrides = PolicyOverrides::default();
+//! let request = PlaceRequest { key: "exec-1", required: None, overrides, policy: None, may_create: true, driver: None };
 //! assert!(matches!(ledger.place(job, &request).await?, PlaceOutcome::Placed(_)));
 //! # Ok(())
 //! # }
@@ -32,6 +33,6 @@ mod redis;
 
 pub use self::coalesce_wakeups::coalesce_wakeups;
 pub use self::error::StoreError;
-pub use self::ledger::{Cursor, JobPage, Ledger};
+pub use self::ledger::{Cursor, JobPage, JobRecord, Ledger};
 pub use self::memory::MemoryLedger;
 pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};

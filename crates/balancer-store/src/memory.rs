@@ -7,11 +7,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balancer_core::{
-    Capacity, Counts, JobId, JobLedger, JobRef, JobState, Millis, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome,
-    Term,
+    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, Millis, PlaceOutcome, PlaceRequest, Policy,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Timing, Unconfirmed,
 };
 
-use crate::{Cursor, JobPage, Ledger, StoreError};
+use crate::{Cursor, JobPage, JobRecord, Ledger, StoreError};
+
+/// Jobs in which executors were placed, until a reconciler takes them. Nobody may be there to take them.
+const MAX_PLACED: usize = 10_000;
 
 /// [`JobLedger`]s under a lock. It never fails.
 ///
@@ -28,12 +31,38 @@ struct Jobs {
     kept: HashMap<JobId, Kept>,
     next_sweep: Millis,
     heartbeat: Option<u64>,
+    /// The jobs whose [`Kept::was_placed`] is set, until they are taken.
+    placed: Vec<JobId>,
 }
 
 #[derive(Debug, Default)]
 struct Kept {
     ledger: JobLedger,
     touched: Millis,
+    /// Whether an executor was placed since the last [`Ledger::take_placed`].
+    was_placed: bool,
+}
+
+/// A call for the ledger of a job.
+#[derive(Clone, Copy)]
+struct Call<'a> {
+    job: JobRef<'a>,
+    /// The driver that the call names.
+    driver: Option<&'a str>,
+    /// Whether the job's ledger is the right one for a call that names this driver. If it is not, that of the driver is.
+    is_for: fn(&JobLedger, Option<&str>) -> bool,
+}
+
+impl<'a> Call<'a> {
+    /// A call that is for the job's own ledger in any case.
+    fn to(job: JobRef<'a>) -> Self {
+        Self::naming(job, None)
+    }
+
+    /// A call that names this driver.
+    fn naming(job: JobRef<'a>, driver: Option<&'a str>) -> Self {
+        Self { job, driver, is_for: JobLedger::belongs_to }
+    }
 }
 
 impl MemoryLedger {
@@ -50,40 +79,64 @@ impl MemoryLedger {
 
     /// Changes a job's ledger, and renews its TTL.
     fn change<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut JobLedger, Millis) -> T) -> T {
-        self.enter(job, |kept, now| {
+        self.enter(Call::to(job), |kept, now| {
             kept.touched = now;
             change(&mut kept.ledger, now)
         })
     }
 
-    /// Calls `change` with a job's ledger. An empty ledger is not kept.
-    fn enter<T>(&self, job: JobRef<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
+    /// Calls `change` with the ledger that the call is for. An empty ledger is not kept.
+    fn enter<T>(&self, call: Call<'_>, change: impl FnOnce(&mut Kept, Millis) -> T) -> T {
         let mut jobs = self.lock();
         let now = (self.clock)();
         if now >= jobs.next_sweep {
             jobs.kept.retain(|_, kept| self.lives(kept, now));
             jobs.next_sweep = now.saturating_add(self.ttl / 8);
         }
-        let mut kept = match jobs.kept.entry(job.to_job_id()) {
+        let job = self.job_for(&jobs, call, now);
+        let Jobs { kept, placed, .. } = &mut *jobs;
+        let mut kept = match kept.entry(job) {
             Entry::Occupied(kept) => kept,
             Entry::Vacant(none) => none.insert_entry(Kept::default()),
         };
         if !self.lives(kept.get(), now) {
             kept.get_mut().ledger = JobLedger::default();
         }
+        let was_placed = kept.get().was_placed;
         let answer = change(kept.get_mut(), now);
+        if kept.get().was_placed && !was_placed {
+            if placed.len() < MAX_PLACED {
+                placed.push(kept.key().clone());
+            } else {
+                kept.get_mut().was_placed = false;
+            }
+        }
         if holds_nothing(&kept.get().ledger) {
             kept.remove();
         }
         answer
     }
 
-    /// Calls `look` with a job's ledger, if there is one.
-    fn look<T>(&self, job: JobRef<'_>, look: impl FnOnce(Option<&JobLedger>) -> T) -> T {
+    /// Calls `read` with the ledger that the call is for, if there is one.
+    fn read<T>(&self, call: Call<'_>, read: impl FnOnce(Option<&JobLedger>, Millis) -> T) -> T {
         let jobs = self.lock();
         let now = (self.clock)();
-        let kept = jobs.kept.get(&job.to_job_id()).filter(|kept| self.lives(kept, now));
-        look(kept.map(|kept| &kept.ledger))
+        read(self.live(&jobs, &self.job_for(&jobs, call, now), now), now)
+    }
+
+    /// The job whose ledger the call is for: see [`Ledger`].
+    fn job_for(&self, jobs: &Jobs, Call { job, driver, is_for }: Call<'_>, now: Millis) -> JobId {
+        let own = job.to_job_id();
+        match driver.filter(|_| job.driver() != driver) {
+            Some(driver) if !self.live(jobs, &own, now).is_none_or(|ledger| is_for(ledger, Some(driver))) => {
+                JobId::of_driver(job, driver)
+            }
+            _ => own,
+        }
+    }
+
+    fn live<'a>(&self, jobs: &'a Jobs, job: &JobId, now: Millis) -> Option<&'a JobLedger> {
+        jobs.kept.get(job).filter(|kept| self.lives(kept, now)).map(|kept| &kept.ledger)
     }
 
     fn lives(&self, kept: &Kept, now: Millis) -> bool {
@@ -113,13 +166,18 @@ impl fmt::Debug for MemoryLedger {
 
 impl Ledger for MemoryLedger {
     async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        Ok(self.change(job, |ledger, now| ledger.place(request, now)))
+        Ok(self.enter(Call::naming(job, request.driver), |kept, now| {
+            kept.touched = now;
+            let outcome = kept.ledger.place(request, now);
+            kept.was_placed |= matches!(outcome, PlaceOutcome::Placed(_));
+            outcome
+        }))
     }
 
     async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        Ok(self.look(job, |ledger| match ledger {
-            Some(ledger) => ledger.peek(request),
-            None => JobLedger::default().peek(request),
+        Ok(self.read(Call::naming(job, request.driver), |ledger, now| match ledger {
+            Some(ledger) => ledger.peek(request, now),
+            None => JobLedger::default().peek(request, now),
         }))
     }
 
@@ -128,24 +186,36 @@ impl Ledger for MemoryLedger {
         job: JobRef<'_>,
         executor: &str,
         uid: Option<&str>,
+        driver: Option<&str>,
     ) -> Result<Option<Capacity>, StoreError> {
-        Ok(self.change(job, |ledger, now| ledger.release(executor, uid, now)))
+        Ok(self.enter(Call::naming(job, driver), |kept, now| {
+            kept.touched = now;
+            kept.ledger.release(executor, uid, now)
+        }))
     }
 
-    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
-        self.change(job, |ledger, _| ledger.learn(policy));
-        Ok(())
+    async fn learn(
+        &self,
+        job: JobRef<'_>,
+        policy: Policy,
+        driver: Option<&str>,
+        may_create: bool,
+    ) -> Result<LearnOutcome, StoreError> {
+        Ok(self.enter(Call { job, driver, is_for: JobLedger::learns_from }, |kept, now| {
+            kept.touched = now;
+            kept.ledger.learn(policy, driver, may_create)
+        }))
     }
 
     async fn reconcile(
         &self,
         job: JobRef<'_>,
         seen: &JobState<'_>,
-        grace: Duration,
+        timing: Timing,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
-        Ok(self.enter(job, |kept, now| {
-            let reconciled = kept.ledger.reconcile(seen, millis(grace), term, now);
+        Ok(self.enter(Call::to(job), |kept, now| {
+            let reconciled = kept.ledger.reconcile(seen, timing, term, now);
             if let ReconcileOutcome::Done(_) = reconciled {
                 kept.touched = now;
             }
@@ -153,8 +223,49 @@ impl Ledger for MemoryLedger {
         }))
     }
 
-    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
-        Ok(self.change(job, |ledger, _| Some(ledger.counts()).filter(|_| !holds_nothing(ledger))))
+    async fn remove_unconfirmed(
+        &self,
+        job: JobRef<'_>,
+        absent: &[Unconfirmed],
+        term: Term,
+    ) -> Result<RemovalOutcome, StoreError> {
+        Ok(self.enter(Call::to(job), |kept, now| {
+            let outcome = kept.ledger.remove_unconfirmed(absent, term);
+            if let RemovalOutcome::Done { .. } = outcome {
+                kept.touched = now;
+            }
+            outcome
+        }))
+    }
+
+    async fn steer(&self, job: JobRef<'_>, steer: Steer<'_>, term: Term) -> Result<SteerOutcome, StoreError> {
+        Ok(self.enter(Call::to(job), |kept, now| {
+            let outcome = kept.ledger.steer(steer, term, now);
+            if outcome == SteerOutcome::Done {
+                kept.touched = now;
+            }
+            outcome
+        }))
+    }
+
+    async fn take_placed(&self) -> Result<Vec<JobId>, StoreError> {
+        let mut jobs = self.lock();
+        let taken = std::mem::take(&mut jobs.placed);
+        for job in &taken {
+            if let Some(kept) = jobs.kept.get_mut(job) {
+                kept.was_placed = false;
+            }
+        }
+        Ok(taken)
+    }
+
+    async fn record(&self, job: JobRef<'_>) -> Result<Option<JobRecord>, StoreError> {
+        let record = |ledger: &mut JobLedger, _| JobRecord {
+            counts: ledger.counts(),
+            policy: ledger.policy(),
+            steering: ledger.steering().clone(),
+        };
+        Ok(Some(self.change(job, record)).filter(|record| record.policy.is_some() || record.counts.total() > 0))
     }
 
     /// All jobs are on one page, because a map has no order in which a next page could begin.
@@ -170,7 +281,7 @@ impl Ledger for MemoryLedger {
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
-        Ok(self.look(job, |ledger| ledger.cloned()))
+        Ok(self.read(Call::to(job), |ledger, _| ledger.cloned()))
     }
 }
 
@@ -179,19 +290,26 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use balancer_core::{LiveExecutor, PolicyOverrides, Ratio};
+    use balancer_core::{LiveExecutor, PolicyOverrides, SpotRatio};
 
     use super::*;
 
     const TTL: Duration = Duration::from_millis(800);
-    const POLICY: Policy = Policy { spot_ratio: Ratio::ONE, ..Policy::DEFAULT };
+    const POLICY: Policy = Policy { spot_ratio: SpotRatio::ONE, ..Policy::DEFAULT };
 
     fn job(id: &str) -> JobRef<'_> {
         JobRef { namespace: "etl", app_id: id }
     }
 
     fn request(executor: &str) -> PlaceRequest<'_> {
-        PlaceRequest { key: executor, required: None, overrides: PolicyOverrides::default(), policy: Some(POLICY) }
+        PlaceRequest {
+            key: executor,
+            required: None,
+            overrides: PolicyOverrides::default(),
+            policy: Some(POLICY),
+            may_create: true,
+            driver: None,
+        }
     }
 
     async fn executors(ledger: &MemoryLedger, id: &str) -> Result<u64, StoreError> {
@@ -210,7 +328,7 @@ mod tests {
         let (ledger, hand) = at_zero();
         ledger.place(job("a"), &request("e1")).await?;
         hand.store(700, Ordering::Relaxed);
-        ledger.release(job("a"), "unknown", None).await?;
+        ledger.release(job("a"), "unknown", None, None).await?;
         hand.store(1_499, Ordering::Relaxed);
         assert!(ledger.get(job("a")).await?.is_some());
         ledger.peek(job("a"), &request("e2")).await?;
@@ -224,19 +342,22 @@ mod tests {
     #[tokio::test]
     async fn reconcile_and_counts_renew_the_ttl_but_a_superseded_reconcile_does_not() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
-        let live = [LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot) }];
+        let live = [LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot), states_ratio: false }];
         let seen = JobState { live: &live, ..JobState::default() };
-        ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?;
+        ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(1)).await?;
         hand.store(700, Ordering::Relaxed);
-        ledger.reconcile(job("a"), &seen, TTL, Term(2)).await?;
+        ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(2)).await?;
         hand.store(1_400, Ordering::Relaxed);
-        assert_eq!(ledger.counts(job("a")).await?.map(Counts::total), Some(1));
+        assert_eq!(ledger.record(job("a")).await?.map(|record| record.counts.total()), Some(1));
         hand.store(2_100, Ordering::Relaxed);
-        assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, ReconcileOutcome::Superseded(Term(2)));
+        assert_eq!(
+            ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(1)).await?,
+            ReconcileOutcome::Superseded(Term(2))
+        );
         assert_eq!(ledger.list_jobs(None).await?.jobs, [job("a").to_job_id()]);
         hand.store(2_200, Ordering::Relaxed);
         assert_eq!(ledger.list_jobs(None).await?, JobPage::default());
-        assert_eq!(ledger.counts(job("a")).await?, None);
+        assert_eq!(ledger.record(job("a")).await?, None);
         Ok(())
     }
 
@@ -247,12 +368,12 @@ mod tests {
             hand.store(now, Ordering::Relaxed);
             ledger.place(job("a"), &request(executor)).await?;
         }
-        let live = [LiveExecutor { key: "e1", uid: "u", capacity: None }];
+        let live = [LiveExecutor { key: "e1", uid: "u", capacity: None, states_ratio: false }];
         let seen = JobState { live: &live, ..JobState::default() };
         let grace = Duration::from_millis(500);
-        let reconciled = ledger.reconcile(job("a"), &seen, grace, Term(1)).await?;
+        let reconciled = ledger.reconcile(job("a"), &seen, Timing::only_grace(grace), Term(1)).await?;
         assert!(
-            matches!(reconciled, ReconcileOutcome::Done(summary) if summary.recheck_after == Some(400)),
+            matches!(&reconciled, ReconcileOutcome::Done(summary) if summary.recheck_after == Some(400)),
             "{reconciled:?}"
         );
         Ok(())
@@ -261,7 +382,7 @@ mod tests {
     #[tokio::test]
     async fn peek_ignores_an_expired_ledger() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
-        ledger.learn(job("a"), POLICY).await?;
+        ledger.learn(job("a"), POLICY, Some("d"), true).await?;
         hand.store(800, Ordering::Relaxed);
         let asking = PlaceRequest { policy: None, ..request("e1") };
         assert_eq!(ledger.peek(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
@@ -285,9 +406,9 @@ mod tests {
         let (ledger, _) = at_zero();
         let asking = PlaceRequest { policy: None, ..request("e1") };
         assert_eq!(ledger.place(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
-        ledger.release(job("b"), "e1", None).await?;
-        ledger.reconcile(job("c"), &JobState::default(), TTL, Term(1)).await?;
-        assert_eq!(ledger.counts(job("d")).await?, None);
+        ledger.release(job("b"), "e1", None, None).await?;
+        ledger.reconcile(job("c"), &JobState::default(), Timing::only_grace(TTL), Term(1)).await?;
+        assert_eq!(ledger.record(job("d")).await?, None);
         assert_eq!(ledger.lock().kept.len(), 0);
         Ok(())
     }

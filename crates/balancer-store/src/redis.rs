@@ -5,6 +5,7 @@ mod connection;
 mod dial;
 #[cfg(test)]
 mod peer;
+mod placed;
 mod reply;
 mod scripts;
 mod single_server;
@@ -13,25 +14,36 @@ mod tls;
 mod transport;
 
 use std::fmt;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use balancer_core::{
-    Capacity, Counts, JobLedger, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides,
-    ReconcileOutcome, Term,
+    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome, PlaceRequest, Policy,
+    PolicyOverrides, ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Timing, Unconfirmed,
 };
-use redis::{Cmd, RedisWrite};
+use redis::{Cmd, RedisWrite, Value};
 
 use self::address::Address;
 pub use self::address::InvalidRedisUrl;
+use self::placed::PlacedJobs;
 use self::scripts::{Script, Scripts};
 use self::single_server::SingleServer;
 use self::transport::Transport;
-use crate::{Cursor, JobPage, Ledger, StoreError};
+use crate::{Cursor, JobPage, JobRecord, Ledger, StoreError};
 
 /// How much longer than other calls a reconcile may take for each live executor. The server needs about 5 µs for each,
 /// and answers nobody meanwhile: 100,000 of them take as long as the usual time limit. This leaves room for a server
 /// or a network that is four times as slow.
 const TIME_PER_LIVE_EXECUTOR: Duration = Duration::from_micros(20);
+
+/// The set of jobs of which executors were placed.
+const PLACED_KEY: &str = "exec-placed";
+/// Jobs in that set at most: nobody may be there to take them.
+const MAX_PLACED: usize = 10_000;
+/// How long jobs are collected before they are sent together.
+const COLLECT_PLACED: Duration = Duration::from_millis(10);
+/// Jobs that are taken from it at once.
+const TAKEN_AT_ONCE: usize = 256;
 
 /// How a [`RedisLedger`] behaves.
 #[derive(Clone, Copy, Debug)]
@@ -47,14 +59,22 @@ pub struct RedisOptions {
 /// One connection carries all calls at once. While there is no connection, or the server has stopped answering on it,
 /// calls fail at once, and a task of this ledger reconnects.
 ///
-/// An ACL user needs the keys `exec-count:*`, `exec-pods:*` and `exec-heartbeat` and the
+/// An ACL user needs the keys `exec-count:*`, `exec-pods:*`, `exec-heartbeat` and `exec-placed` and the
 /// commands `evalsha`, `script|load`, `time`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals`,
-/// `hgetall`, `del`, `scan`, `get` and `set`.
+/// `hgetall`, `del`, `scan`, `get`, `set`, `scard`, `sadd` and `spop`.
 pub struct RedisLedger {
+    shared: Arc<Shared>,
+}
+
+/// What a task in the background needs too.
+struct Shared {
     transport: SingleServer,
     scripts: Scripts,
     /// In milliseconds, as the scripts take it.
     ttl: String,
+    placed: PlacedJobs,
+    /// For one call.
+    timeout: Duration,
 }
 
 impl RedisLedger {
@@ -63,9 +83,22 @@ impl RedisLedger {
     /// Waits for the connection, at most for `options.timeout`, and succeeds without one too: the ledger connects as
     /// soon as the server is up. Only an invalid URL is an error. Must be called on a Tokio runtime.
     pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, InvalidRedisUrl> {
-        let ttl = millis(options.ttl).to_string();
-        let transport = SingleServer::connect(Address::parse(url)?, options.timeout).await;
-        Ok(Self { transport, scripts: Scripts::default(), ttl })
+        Self::connect_with(url, options, || {}).await
+    }
+
+    /// Like [`connect`](Self::connect). `on_panic` is called each time the task that reconnects has panicked, which is a
+    /// defect. The task is then started again, after a second.
+    pub async fn connect_with(
+        url: &str,
+        options: RedisOptions,
+        on_panic: impl Fn() + Send + 'static,
+    ) -> Result<Self, InvalidRedisUrl> {
+        let ttl = options.ttl.as_millis().min(MAX_MILLIS.into()).to_string();
+        let transport = SingleServer::connect(Address::parse(url)?, options.timeout, on_panic).await;
+        let placed = PlacedJobs::new(Instant::now());
+        Ok(Self {
+            shared: Arc::new(Shared { transport, scripts: Scripts::default(), ttl, placed, timeout: options.timeout }),
+        })
     }
 
     /// `EVALSHA` of a script on a job's two keys, with room for this many arguments of this many bytes.
@@ -81,34 +114,93 @@ impl RedisLedger {
         command
     }
 
-    async fn place_with(
+    /// Sends the job to the server, with those that come at about the same time. The admission does not wait for it.
+    fn note_placed(&self, job: JobRef<'_>) {
+        if !self.shared.placed.add(job, Instant::now()) {
+            return;
+        }
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move {
+            tokio::time::sleep(COLLECT_PLACED).await;
+            let Shared { transport, scripts, ttl, placed, .. } = &*shared;
+            let script = &scripts.note_placed;
+            let mut command = redis::cmd("EVALSHA");
+            command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(ttl).arg(MAX_PLACED).arg(placed.take());
+            if transport.run(script, command).await.is_err() {
+                placed.forget_sent();
+            }
+        });
+    }
+
+    /// Runs the command that `command` makes for the job's ledger. If that belongs to another driver, nothing was changed,
+    /// and the command is run for the ledger of this driver, within what is left of the time for one call. Returns that
+    /// ledger's job too, if it was called.
+    async fn run_for_driver(
         &self,
         script: &Script,
         job: JobRef<'_>,
-        request: &PlaceRequest<'_>,
-    ) -> Result<PlaceOutcome, StoreError> {
-        let PlaceRequest { key: executor, required, overrides, policy } = *request;
-        // Eighty bytes hold two policies.
-        let mut command = Self::command(script, job, 5, self.ttl.len() + executor.len() + 80);
-        command.write_arg(self.ttl.as_bytes());
+        driver: Option<&str>,
+        command: impl Fn(JobRef<'_>) -> Cmd,
+    ) -> (Option<JobId>, Result<Value, StoreError>) {
+        let (began, limit) = (Instant::now(), self.shared.timeout);
+        let reply = self.shared.transport.run(script, command(job)).await;
+        match (driver, &reply) {
+            (Some(driver), Ok(answer)) if reply::belongs_to_another_driver(answer) => {
+                let job = JobId::of_driver(job, driver);
+                let repeated = self.shared.transport.run(script, command(job.as_job_ref()));
+                let reply = tokio::time::timeout(limit.saturating_sub(began.elapsed()), repeated).await;
+                (Some(job), reply.unwrap_or(Err(StoreError::TimedOut(limit))))
+            }
+            _ => (None, reply),
+        }
+    }
+
+    /// The call of `place.lua` or `peek.lua`.
+    fn place_command(&self, script: &Script, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Cmd {
+        let PlaceRequest { key: executor, required, overrides, policy, may_create, driver } = *request;
+        // Ninety-six bytes hold two policies.
+        let bytes = self.shared.ttl.len() + executor.len() + driver.map_or(0, str::len) + 80;
+        let mut command = Self::command(script, job, 7, bytes);
+        command.write_arg(self.shared.ttl.as_bytes());
         command.write_arg(executor.as_bytes());
         // Most executors have none of the rest.
-        if required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() {
+        let has_more = required.is_some() || overrides != PolicyOverrides::default() || policy.is_some() || !may_create;
+        if driver.is_some() || has_more {
+            command.write_arg(driver.unwrap_or_default().as_bytes());
+        }
+        if has_more {
             command.write_arg(text(required).as_bytes());
             command.write_arg_fmt(overrides);
-            command.write_arg_fmt(policy.map(PolicyOverrides::from).unwrap_or_default());
+            match policy {
+                Some(policy) => command.write_arg_fmt(policy),
+                None => command.write_arg(b""),
+            }
+            if !may_create {
+                command.write_arg(EXISTING);
+            }
         }
-        reply::placed(&self.transport.run(script, command).await?)
+        command
     }
 }
 
 impl Ledger for RedisLedger {
     async fn place(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        self.place_with(&self.scripts.place, job, request).await
+        let script = &self.shared.scripts.place;
+        let command = |job: JobRef<'_>| self.place_command(script, job, request);
+        let (other, reply) = self.run_for_driver(script, job, request.driver, command).await;
+        let outcome = reply.and_then(|reply| reply::placed(&reply));
+        // A placement that was not answered in time may have taken effect.
+        if matches!(outcome, Ok(PlaceOutcome::Placed(_)) | Err(StoreError::TimedOut(_))) {
+            self.note_placed(other.as_ref().map_or(job, JobId::as_job_ref));
+        }
+        outcome
     }
 
     async fn peek(&self, job: JobRef<'_>, request: &PlaceRequest<'_>) -> Result<PlaceOutcome, StoreError> {
-        self.place_with(&self.scripts.peek, job, request).await
+        let script = &self.shared.scripts.peek;
+        let command = |job: JobRef<'_>| self.place_command(script, job, request);
+        let (_, reply) = self.run_for_driver(script, job, request.driver, command).await;
+        reply::placed(&reply?)
     }
 
     async fn release(
@@ -116,73 +208,153 @@ impl Ledger for RedisLedger {
         job: JobRef<'_>,
         executor: &str,
         uid: Option<&str>,
+        driver: Option<&str>,
     ) -> Result<Option<Capacity>, StoreError> {
-        let script = &self.scripts.release;
-        let bytes = self.ttl.len() + executor.len() + uid.map_or(0, str::len);
-        let mut command = Self::command(script, job, 4, bytes + 2);
-        command.write_arg(self.ttl.as_bytes());
-        command.write_arg(executor.as_bytes());
-        if let Some(uid) = uid {
-            command.write_arg(uid.as_bytes());
-            command.write_arg_fmt(JobLedger::RELEASED_REMEMBERED);
-        }
-        reply::released_capacity(&self.transport.run(script, command).await?)
+        let script = &self.shared.scripts.release;
+        let bytes = executor.len() + driver.map_or(0, str::len) + uid.map_or(0, str::len);
+        let command = |job: JobRef<'_>| {
+            let mut command = Self::command(script, job, 5, self.shared.ttl.len() + bytes + 2);
+            command.write_arg(self.shared.ttl.as_bytes());
+            command.write_arg(executor.as_bytes());
+            if driver.is_some() || uid.is_some() {
+                command.write_arg(driver.unwrap_or_default().as_bytes());
+            }
+            if let Some(uid) = uid {
+                command.write_arg(uid.as_bytes());
+                command.write_arg_fmt(JobLedger::RELEASED_REMEMBERED);
+            }
+            command
+        };
+        let (_, reply) = self.run_for_driver(script, job, driver, command).await;
+        reply::released_capacity(&reply?)
     }
 
-    async fn learn(&self, job: JobRef<'_>, policy: Policy) -> Result<(), StoreError> {
-        let script = &self.scripts.learn;
-        let mut command = Self::command(script, job, 2, self.ttl.len() + 40);
-        command.write_arg(self.ttl.as_bytes());
-        command.write_arg_fmt(policy);
-        self.transport.run(script, command).await.map(drop)
+    async fn learn(
+        &self,
+        job: JobRef<'_>,
+        policy: Policy,
+        driver: Option<&str>,
+        may_create: bool,
+    ) -> Result<LearnOutcome, StoreError> {
+        let script = &self.shared.scripts.learn;
+        let command = |job: JobRef<'_>| {
+            let bytes = self.shared.ttl.len() + driver.map_or(0, str::len) + 48;
+            let mut command = Self::command(script, job, 4, bytes);
+            command.write_arg(self.shared.ttl.as_bytes());
+            command.write_arg_fmt(policy);
+            if driver.is_some() || !may_create {
+                command.write_arg(driver.unwrap_or_default().as_bytes());
+            }
+            if !may_create {
+                command.write_arg(EXISTING);
+            }
+            command
+        };
+        let (_, reply) = self.run_for_driver(script, job, driver, command).await;
+        reply::learned(&reply?)
     }
 
     async fn reconcile(
         &self,
         job: JobRef<'_>,
         state: &JobState<'_>,
-        grace: Duration,
+        timing: Timing,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
-        let script = &self.scripts.reconcile;
-        let JobState { live, overrides, ended } = *state;
-        let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand".len()).sum();
+        let script = &self.shared.scripts.reconcile;
+        let JobState { live, overrides, ended, driver } = *state;
+        let driver = driver.unwrap_or_default();
+        let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand+".len()).sum();
         // Eighty bytes hold the grace, a policy, a term and the rest.
-        let mut command = Self::command(script, job, 6 + 3 * live.len(), self.ttl.len() + 80 + names);
-        command.write_arg(self.ttl.as_bytes());
-        command.write_arg_fmt(millis(grace));
+        let Timing { grace, confirm_after } = timing;
+        let bytes = self.shared.ttl.len() + 96 + driver.len() + names;
+        let mut command = Self::command(script, job, 9 + 3 * live.len(), bytes);
+        command.write_arg(self.shared.ttl.as_bytes());
+        command.write_arg_fmt(grace.min(MAX_MILLIS));
         command.write_arg_fmt(overrides);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
         command.write_arg_fmt(JobLedger::RELEASE_GRACE);
-        for &LiveExecutor { key: executor, uid, capacity } in live {
+        command.write_arg_fmt(confirm_after.min(MAX_MILLIS));
+        command.write_arg_fmt(JobLedger::UNCONFIRMED_REPORTED);
+        command.write_arg(driver.as_bytes());
+        for &LiveExecutor { key: executor, uid, capacity, states_ratio } in live {
             command.write_arg(executor.as_bytes());
             command.write_arg(uid.as_bytes());
-            command.write_arg(text(capacity).as_bytes());
+            match states_ratio {
+                true => command.write_arg_fmt(format_args!("{}+", text(capacity))),
+                false => command.write_arg(text(capacity).as_bytes()),
+            }
         }
         let extra = TIME_PER_LIVE_EXECUTOR.saturating_mul(u32::try_from(live.len()).unwrap_or(u32::MAX));
-        reply::reconciled(&self.transport.run_longer(script, command, extra).await?)
+        reply::reconciled(&self.shared.transport.run_longer(script, command, extra).await?)
     }
 
-    async fn counts(&self, job: JobRef<'_>) -> Result<Option<Counts>, StoreError> {
-        let script = &self.scripts.counts;
-        let mut command = Self::command(script, job, 1, self.ttl.len());
-        command.write_arg(self.ttl.as_bytes());
-        reply::counts(&self.transport.run(script, command).await?)
+    async fn remove_unconfirmed(
+        &self,
+        job: JobRef<'_>,
+        absent: &[Unconfirmed],
+        term: Term,
+    ) -> Result<RemovalOutcome, StoreError> {
+        let script = &self.shared.scripts.remove_unconfirmed;
+        let bytes: usize = absent.iter().map(|placement| placement.key.len() + 20).sum();
+        let mut command = Self::command(script, job, 2 + 2 * absent.len(), self.shared.ttl.len() + 20 + bytes);
+        command.write_arg(self.shared.ttl.as_bytes());
+        command.write_arg_fmt(term);
+        for Unconfirmed { placed_at, key: executor } in absent {
+            command.write_arg_fmt(placed_at);
+            command.write_arg(executor.as_bytes());
+        }
+        reply::removed(&self.shared.transport.run(script, command).await?)
+    }
+
+    async fn steer(&self, job: JobRef<'_>, steer: Steer<'_>, term: Term) -> Result<SteerOutcome, StoreError> {
+        let script = &self.shared.scripts.steer;
+        let mut command = Self::command(script, job, 4, self.shared.ttl.len() + 40);
+        command.write_arg(self.shared.ttl.as_bytes());
+        command.write_arg_fmt(term);
+        match steer {
+            Steer::CloseSpot { retry_after } => {
+                command.write_arg(b"close");
+                command.write_arg_fmt(retry_after.min(MAX_RETRY_AFTER));
+            }
+            Steer::OpenSpot => command.write_arg(b"open"),
+            Steer::Avoid(types) => {
+                command.write_arg(b"avoid");
+                command.write_arg(Steering::avoidable(types).collect::<Vec<_>>().join(" ").as_bytes());
+            }
+        }
+        reply::steered(&self.shared.transport.run(script, command).await?)
+    }
+
+    async fn take_placed(&self) -> Result<Vec<JobId>, StoreError> {
+        let script = &self.shared.scripts.take_placed;
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(TAKEN_AT_ONCE);
+        reply::jobs(&self.shared.transport.run(script, command).await?)
+    }
+
+    async fn record(&self, job: JobRef<'_>) -> Result<Option<JobRecord>, StoreError> {
+        let script = &self.shared.scripts.record;
+        let mut command = Self::command(script, job, 1, self.shared.ttl.len());
+        command.write_arg(self.shared.ttl.as_bytes());
+        reply::record(&self.shared.transport.run(script, command).await?)
     }
 
     async fn list_jobs(&self, cursor: Option<Cursor>) -> Result<JobPage, StoreError> {
-        let page = self.transport.list_keys("exec-count:{*:*}", cursor).await?;
+        let page = self.shared.transport.list_keys("exec-count:{*:*}", cursor).await?;
         Ok(JobPage { jobs: page.keys.iter().filter_map(reply::job).collect(), next: page.next })
     }
 
     async fn heartbeat(&self, heartbeat: u64) -> Result<Option<u64>, StoreError> {
-        reply::heartbeat(&self.transport.heartbeat(&self.scripts.heartbeat, &self.ttl, heartbeat).await?)
+        reply::heartbeat(
+            &self.shared.transport.heartbeat(&self.shared.scripts.heartbeat, &self.shared.ttl, heartbeat).await?,
+        )
     }
 
     async fn get(&self, job: JobRef<'_>) -> Result<Option<JobLedger>, StoreError> {
-        let script = &self.scripts.get;
-        let ledger = reply::ledger(&self.transport.run(script, Self::command(script, job, 0, 0)).await?)?;
+        let script = &self.shared.scripts.get;
+        let ledger = reply::ledger(&self.shared.transport.run(script, Self::command(script, job, 0, 0)).await?)?;
         Ok(Some(ledger).filter(|ledger| ledger.policy().is_some() || !ledger.entries().is_empty()))
     }
 }
@@ -190,17 +362,21 @@ impl Ledger for RedisLedger {
 impl fmt::Debug for RedisLedger {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RedisLedger")
-            .field("transport", &self.transport)
-            .field("ttl", &self.ttl)
+            .field("transport", &self.shared.transport)
+            .field("ttl", &self.shared.ttl)
             .finish_non_exhaustive()
     }
 }
 
-/// As the scripts take it. Redis adds it to the current time, in 64 bits, and a Lua number is exact up to here; three
-/// hundred thousand years are enough.
-fn millis(duration: Duration) -> u128 {
-    duration.as_millis().min(1 << 53)
-}
+/// The argument that forbids to create a ledger.
+const EXISTING: &[u8] = b"existing";
+
+/// The longest time that scripts take, in ms. Redis adds it to the current time, in 64 bits, and a Lua number is exact up
+/// to here. Three hundred thousand years are enough.
+const MAX_MILLIS: u64 = 1 << 53;
+
+/// The longest time until spot is probed again, in ms. With the current time it has 15 digits, which the scripts read.
+const MAX_RETRY_AFTER: u64 = 100_000_000_000_000;
 
 const fn text(capacity: Option<Capacity>) -> &'static str {
     match capacity {

@@ -3,12 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use balancer_core::{JobRef, JobState, PlaceRequest, PolicyOverrides, Term};
+use balancer_core::{JobRef, JobState, PlaceRequest, PolicyOverrides, Term, Timing};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
+const TIMING: Timing = Timing { grace: 5_000, confirm_after: 0 };
 const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "job" };
 
 /// A server with one reply to AUTH, one to PING and one to every other command.
@@ -46,7 +47,14 @@ async fn answering(answer: &'static str) -> Result<RedisLedger> {
 }
 
 async fn failure(ledger: &RedisLedger) -> Result<StoreError> {
-    let request = PlaceRequest { key: "e1", required: None, overrides: PolicyOverrides::default(), policy: None };
+    let request = PlaceRequest {
+        key: "e1",
+        required: None,
+        overrides: PolicyOverrides::default(),
+        policy: None,
+        may_create: true,
+        driver: None,
+    };
     let begin = Instant::now();
     let answer = ledger.place(JOB, &request).await;
     assert!(begin.elapsed() < TIMEOUT, "it took {:?}", begin.elapsed());
@@ -108,11 +116,11 @@ async fn unexpected_replies_to_the_reconciler_are_invalid() -> Result<()> {
     };
     let negative = "*5\r\n:0\r\n:0\r\n:0\r\n:0\r\n:-1\r\n";
     for answer in ["$-1\r\n", ":1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*1\r\n:1\r\n", negative] {
-        let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), TIMEOUT, Term(1)).await;
+        let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), TIMING, Term(1)).await;
         told(reconciled.err(), answer);
     }
     for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n"] {
-        told(answering(answer).await?.counts(JOB).await.err(), answer);
+        told(answering(answer).await?.record(JOB).await.err(), answer);
     }
     for answer in ["$-1\r\n", ":0\r\n", "*1\r\n*0\r\n", "*2\r\n$2\r\n-1\r\n*0\r\n", "*2\r\n$1\r\n0\r\n:0\r\n"] {
         told(answering(answer).await?.list_jobs(None).await.err(), answer);

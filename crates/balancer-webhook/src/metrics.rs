@@ -1,10 +1,9 @@
 //! The webhook's metrics. Labels are enums, so the number of series is fixed when the program is compiled.
 
-use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use balancer_core::{Capacity, IgnoreReason, InvalidField};
+use balancer_core::{Capacity, IgnoreReason, InvalidField, Operation};
 use balancer_runtime::metric_labels::{CapacityLabel, InvalidFieldLabels, StoreErrorLabels};
 use balancer_runtime::{label, label_sets};
 use balancer_store::StoreError;
@@ -15,7 +14,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
 
-use crate::drivers::DriverPolicy;
+use crate::drivers::{DriverPolicy, StatedBy};
 
 label! {
     /// The role of a pod in an AdmissionReview.
@@ -52,12 +51,22 @@ label! {
         PolicyRecorded = "policy_recorded",
         /// The store failed, and the review was answered without it.
         Degraded = "degraded",
+        /// The lookup failed or was refused, and as far as is known the job is opted out: the executor was left unchanged.
+        LookupFailed = "lookup_failed",
+        /// The namespace is over its limit of new jobs, so the job has no ledger.
+        NewJobLimit = "new_job_limit",
         /// A dry run: answered, and nothing was stored.
         DryRun = "dry_run",
         /// There was nothing to do.
         Ignored = "ignored",
         /// The executor or driver has no job id.
         NoJobId = "no_job_id",
+        /// The executor, the driver or the job is opted out: the pod was left unchanged.
+        OptedOut = "opted_out",
+        /// The driver has no name yet, or the job may have another one: the lookup for its first executor finds its policy.
+        PolicyNotRecorded = "policy_not_recorded",
+        /// A defect: the pod was allowed unchanged.
+        Panicked = "panicked",
     }
 }
 
@@ -66,10 +75,16 @@ label! {
     PlacementSource {
         /// The job's ratio and counts, in the ledger.
         Ledger = "ledger",
+        /// The job's ratio would have sent the executor to spot, but spot is closed to the job.
+        SpotClosed = "spot_closed",
+        /// The executor probes spot, which was closed to the job.
+        Probe = "probe",
         /// The ledger already had the executor.
         Existing = "existing",
         /// The store failed: the fallback formula, or the pod itself.
         Fallback = "fallback",
+        /// The namespace is over its limit of new jobs: the fallback formula, or the pod itself.
+        NewJobLimit = "new_job_limit",
         /// The pod itself requires the capacity.
         Required = "required",
     }
@@ -82,11 +97,13 @@ label! {
         Executor = "executor",
         /// The driver's annotation, by a lookup.
         Driver = "driver",
+        /// The annotation of the pod that owns the executor, by a lookup.
+        Owner = "owner",
         /// The ledger.
         Ledger = "ledger",
-        /// The default, because neither has one.
+        /// The default, because none of them has one.
         Default = "default",
-        /// The default, because the driver's annotation is invalid.
+        /// The default, because the annotation of the driver or owner is invalid.
         Invalid = "invalid",
     }
 }
@@ -110,8 +127,12 @@ label! {
     LookupOutcome {
         /// The job has a live driver.
         Found = "found",
-        /// The job has none.
+        /// The job has none, but a live pod owns the executor.
+        Owner = "owner",
+        /// The job has neither.
         NoDriver = "no_driver",
+        /// Too many other lookups run or wait.
+        Busy = "busy",
         /// The Kubernetes API did not answer, or not in time.
         Failed = "failed",
     }
@@ -122,6 +143,8 @@ label! {
     RejectReason {
         /// No such path.
         Path = "path",
+        /// A review without an admission token, or with a wrong one.
+        Token = "token",
         /// Another method.
         Method = "method",
         /// Another content type.
@@ -132,6 +155,18 @@ label! {
         Body = "body",
         /// The body is not a valid AdmissionReview.
         Review = "review",
+    }
+}
+
+label! {
+    /// Why a connection was closed to make room for another.
+    EvictReason {
+        /// No request was complete.
+        NoRequest = "no_request",
+        /// No request was a review that was accepted.
+        NoReview = "no_review",
+        /// It was idle for the longest time.
+        Idle = "idle",
     }
 }
 
@@ -147,30 +182,53 @@ pub struct AdmissionLabels {
 }
 
 impl AdmissionLabels {
+    /// An admission during which the webhook panicked.
+    pub const PANICKED: Self =
+        Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome: OutcomeLabel::Panicked };
+
     /// An admission with nothing to do.
-    pub fn ignored(reason: IgnoreReason) -> Self {
-        let outcome = if reason == IgnoreReason::NoJobId { OutcomeLabel::NoJobId } else { OutcomeLabel::Ignored };
-        Self { role: RoleLabel::Other, operation: OperationLabel::Other, outcome }
+    pub fn ignored(reason: IgnoreReason, operation: Operation) -> Self {
+        let (role, outcome) = match reason {
+            IgnoreReason::NoJobId => (RoleLabel::Executor, OutcomeLabel::NoJobId),
+            IgnoreReason::OptedOut => (RoleLabel::Executor, OutcomeLabel::OptedOut),
+            _ => (RoleLabel::Other, OutcomeLabel::Ignored),
+        };
+        let operation = match (role, operation) {
+            (RoleLabel::Executor, Operation::Create) => OperationLabel::Create,
+            (RoleLabel::Executor, Operation::Delete) => OperationLabel::Delete,
+            _ => OperationLabel::Other,
+        };
+        Self { role, operation, outcome }
     }
 }
 
 /// Every combination of labels that an admission can have.
-const ADMISSIONS: [(RoleLabel, OperationLabel, OutcomeLabel); 12] = {
+const ADMISSIONS: [(RoleLabel, OperationLabel, OutcomeLabel); 22] = {
     use OperationLabel as Operation;
     use OutcomeLabel as Outcome;
     [
         (RoleLabel::Executor, Operation::Create, Outcome::Placed),
         (RoleLabel::Executor, Operation::Create, Outcome::Degraded),
+        (RoleLabel::Executor, Operation::Create, Outcome::LookupFailed),
+        (RoleLabel::Executor, Operation::Create, Outcome::NewJobLimit),
         (RoleLabel::Executor, Operation::Create, Outcome::DryRun),
+        (RoleLabel::Executor, Operation::Create, Outcome::OptedOut),
+        (RoleLabel::Executor, Operation::Create, Outcome::NoJobId),
         (RoleLabel::Executor, Operation::Delete, Outcome::Released),
         (RoleLabel::Executor, Operation::Delete, Outcome::Ignored),
         (RoleLabel::Executor, Operation::Delete, Outcome::Degraded),
         (RoleLabel::Executor, Operation::Delete, Outcome::DryRun),
+        (RoleLabel::Executor, Operation::Delete, Outcome::OptedOut),
+        (RoleLabel::Executor, Operation::Delete, Outcome::NoJobId),
         (RoleLabel::Driver, Operation::Create, Outcome::PolicyRecorded),
         (RoleLabel::Driver, Operation::Create, Outcome::Degraded),
+        (RoleLabel::Driver, Operation::Create, Outcome::NewJobLimit),
         (RoleLabel::Driver, Operation::Create, Outcome::DryRun),
+        (RoleLabel::Driver, Operation::Create, Outcome::OptedOut),
+        (RoleLabel::Driver, Operation::Create, Outcome::PolicyNotRecorded),
+        (RoleLabel::Driver, Operation::Create, Outcome::NoJobId),
         (RoleLabel::Other, Operation::Other, Outcome::Ignored),
-        (RoleLabel::Other, Operation::Other, Outcome::NoJobId),
+        (RoleLabel::Other, Operation::Other, Outcome::Panicked),
     ]
 };
 
@@ -185,6 +243,7 @@ label_sets! {
     StoreLabels { call: StoreCall }
     LookupLabels { outcome: LookupOutcome }
     RejectLabels { reason: RejectReason }
+    EvictLabels { reason: EvictReason }
 }
 
 /// The webhook's metrics.
@@ -200,7 +259,9 @@ pub struct Metrics {
     rejected: Family<RejectLabels, Counter>,
     invalid_annotations: Family<InvalidFieldLabels, Counter>,
     connections: Gauge,
+    evicted: Family<EvictLabels, Counter>,
     certificate: CertificateMetrics,
+    token_reload_failures: Counter,
 }
 
 /// The metrics of the served certificate. Clones share them.
@@ -230,7 +291,9 @@ impl Metrics {
             rejected: Family::default(),
             invalid_annotations: Family::default(),
             connections: Gauge::default(),
+            evicted: Family::default(),
             certificate: CertificateMetrics::default(),
+            token_reload_failures: Counter::default(),
         };
         metrics.create_series();
         metrics.add_to(registry);
@@ -261,6 +324,9 @@ impl Metrics {
         for &reason in RejectReason::ALL {
             drop(self.rejected.get_or_create(&RejectLabels { reason }));
         }
+        for &reason in EvictReason::ALL {
+            drop(self.evicted.get_or_create(&EvictLabels { reason }));
+        }
         for labels in InvalidFieldLabels::all() {
             drop(self.invalid_annotations.get_or_create(&labels));
         }
@@ -278,12 +344,14 @@ impl Metrics {
             rejected,
             invalid_annotations,
             connections,
+            evicted,
             certificate: CertificateMetrics { expiry, reload_failures },
+            token_reload_failures,
         } = self;
         registry.register(
             "admissions",
-            "AdmissionReviews answered; role and operation are other if there was nothing to do, and the release of an \
-             executor that is not in the ledger is ignored",
+            "AdmissionReviews answered; role and operation are other if the pod is neither an executor nor a driver, or the \
+             operation needs nothing; the release of an executor that is not in the ledger is ignored",
             admissions.clone(),
         );
         registry.register_with_unit(
@@ -294,9 +362,10 @@ impl Metrics {
         );
         registry.register(
             "placements",
-            "Executors placed, without dry runs, by what determined the capacity: the job's ratio (ledger), an earlier \
-             placement of the same executor (existing), the pod's own selector or affinity (required), or the fallback \
-             formula because the store failed (fallback)",
+            "Executors placed, without dry runs, by what determined the capacity: the job's ratio (ledger), the job's ratio \
+             although there was no spot capacity and the executor thus goes to on-demand (spot_closed) or tries spot first \
+             (probe), an earlier placement of the same executor (existing), the pod's own selector or affinity (required), or the fallback \
+             formula because the store failed (fallback) or the namespace is over MAX_NEW_JOBS_PER_MINUTE (new_job_limit)",
             placements.clone(),
         );
         registry.register("policies", "New placements by a ratio, by where the ratio comes from", policies.clone());
@@ -304,16 +373,28 @@ impl Metrics {
         registry.register("store_errors", "Calls to the store that failed", store_errors.clone());
         registry.register(
             "driver_lookups",
-            "Admissions that needed the job's driver from the Kubernetes API; concurrent ones of a job share one request",
+            "Admissions that needed the job's driver from the Kubernetes API, or the pod that owns the executor if there is no \
+             driver (owner); concurrent ones of a job share one lookup, and busy means that too many others of the \
+             namespace ran or waited",
             lookups.clone(),
         );
-        registry.register("rejected_requests", "Requests that were not a valid AdmissionReview", rejected.clone());
+        registry.register(
+            "rejected_requests",
+            "Requests that were not a valid AdmissionReview, or a review without an admission token (token)",
+            rejected.clone(),
+        );
         registry.register(
             "invalid_annotations",
             "Annotations with an invalid value; the value was ignored and the submitter warned",
             invalid_annotations.clone(),
         );
         registry.register("connections", "Open connections", connections.clone());
+        registry.register(
+            "connections_evicted",
+            "Connections closed to make room for another when there were too many, by what they had done: no complete \
+             request (no_request), no accepted review (no_review), or nothing for the longest time (idle)",
+            evicted.clone(),
+        );
         registry.register_with_unit(
             "certificate_expiry_timestamp",
             "When the served certificate expires, as a Unix time",
@@ -325,11 +406,21 @@ impl Metrics {
             "Failed attempts to load a changed certificate, one every five seconds; the previous one stays in use",
             reload_failures.clone(),
         );
+        registry.register(
+            "admission_token_reload_failures",
+            "Failed attempts to load changed admission tokens, one every five seconds; the previous ones stay in use",
+            token_reload_failures.clone(),
+        );
     }
 
     /// The metrics of the certificate, for the code that loads it.
     pub fn certificate(&self) -> CertificateMetrics {
         self.certificate.clone()
+    }
+
+    /// Counts failures to load changed admission tokens, for the code that loads them.
+    pub fn token_reload_failures(&self) -> Counter {
+        self.token_reload_failures.clone()
     }
 
     pub(crate) fn admitted(&self, labels: AdmissionLabels, took: Duration) {
@@ -347,8 +438,10 @@ impl Metrics {
 
     pub(crate) fn looked_up(&self, policy: &DriverPolicy) {
         let outcome = match policy {
-            DriverPolicy::Found { .. } => LookupOutcome::Found,
+            DriverPolicy::Found { by: StatedBy::Driver, .. } => LookupOutcome::Found,
+            DriverPolicy::Found { by: StatedBy::Owner, .. } => LookupOutcome::Owner,
             DriverPolicy::NoDriver => LookupOutcome::NoDriver,
+            DriverPolicy::Busy => LookupOutcome::Busy,
             DriverPolicy::Failed(_) => LookupOutcome::Failed,
         };
         self.lookups.get_or_create(&LookupLabels { outcome }).inc();
@@ -362,21 +455,41 @@ impl Metrics {
         self.rejected.get_or_create(&RejectLabels { reason }).inc();
     }
 
-    /// Times a call to the store, and counts and logs its error.
-    pub(crate) async fn timed<T>(
-        &self,
-        call: StoreCall,
-        answer: impl Future<Output = Result<T, StoreError>>,
-    ) -> Result<T, StoreError> {
-        let started = Instant::now();
-        let answer = answer.await;
+    pub(crate) fn evicted(&self, reason: EvictReason) {
+        self.evicted.get_or_create(&EvictLabels { reason }).inc();
+    }
+
+    /// Measures a call to the store that began at `started`, and counts and logs its error.
+    ///
+    /// It does not take the call's future: an async function would keep that twice, and hyper moves all of it with every
+    /// request.
+    pub(crate) fn called<T>(&self, call: StoreCall, started: Instant, answer: &Result<T, StoreError>) {
         self.store_seconds.get_or_create(&StoreLabels { call }).observe(started.elapsed().as_secs_f64());
-        if let Err(error) = &answer {
+        if let Err(error) = answer {
             self.store_errors.get_or_create(&StoreErrorLabels { kind: error.kind() }).inc();
             // The line of the decision warns the operator; this line has the first of two failed calls, too.
             tracing::debug!(call = call.as_str(), kind = error.kind(), %error, "the store failed");
         }
-        answer
+    }
+
+    #[cfg(test)]
+    pub(crate) fn placements(&self, capacity: Capacity, source: PlacementSource) -> u64 {
+        self.placements.get_or_create(&PlacementLabels { capacity: capacity.into(), source }).get()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn policies(&self, source: PolicySource) -> u64 {
+        self.policies.get_or_create(&PolicyLabels { source }).get()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn lookups(&self, outcome: LookupOutcome) -> u64 {
+        self.lookups.get_or_create(&LookupLabels { outcome }).get()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn admissions(&self, labels: AdmissionLabels) -> u64 {
+        self.admissions.get_or_create(&labels).get()
     }
 
     /// Counts a connection until the returned guard is dropped.

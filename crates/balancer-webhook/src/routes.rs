@@ -1,43 +1,67 @@
 //! HTTP: paths, methods, content types, bodies and statuses.
 
-use std::error::Error;
 use std::sync::Arc;
-use std::time::Duration;
 
 use balancer_core::ReviewError;
 use balancer_store::Ledger;
 use bytes::Bytes;
 use http::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use http_body_util::Full;
 use hyper::body::{Body, Incoming};
-use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::admit::{Admission, Hook};
+use crate::body::{BodyError, BodyMemory, MAX_BODY, Reservation};
 use crate::metrics::{Metrics, RejectReason};
+use crate::tokens::Tokens;
 
-/// The largest body. The apiserver accepts objects of up to 3 MiB, and a review adds little to one.
-pub const MAX_BODY: usize = 4 << 20;
-/// Memory for all bodies together, in KiB. The review of an executor has 8.5 KB.
-const MAX_ALL_BODIES_KIB: usize = 64 << 10;
-/// From the end of a request's head to the end of its body.
-const BODY_LIMIT: Duration = Duration::from_secs(10);
+const NO_SUCH_PATH: &str = "no such path; accepted: /mutate, /validate and /health\n";
+const NO_SUCH_PATH_WITH_TOKENS: &str =
+    "no such path; accepted: /mutate/ and /validate/, each with the admission token, and /health\n";
 
-/// Memory that is reserved for a body.
-type Reservation<'a> = Option<SemaphorePermit<'a>>;
+/// Where a path leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Review(Hook),
+    Health,
+    Nowhere(RejectReason),
+}
+
+impl Target {
+    /// `path` is as it was sent: a token is not percent-decoded.
+    fn of(path: &str, tokens: Option<&Tokens>) -> Self {
+        if path == "/health" {
+            return Self::Health;
+        }
+        let (hook, rest) = match (path.strip_prefix("/mutate"), path.strip_prefix("/validate")) {
+            (Some(rest), _) => (Hook::Mutate, rest),
+            (_, Some(rest)) => (Hook::Validate, rest),
+            _ => return Self::Nowhere(RejectReason::Path),
+        };
+        match (tokens, rest.strip_prefix('/')) {
+            (None, None) if rest.is_empty() => Self::Review(hook),
+            (Some(tokens), Some(token)) if tokens.accept(token) => Self::Review(hook),
+            (Some(_), Some(_)) => Self::Nowhere(RejectReason::Token),
+            (Some(_), None) if rest.is_empty() => Self::Nowhere(RejectReason::Token),
+            _ => Self::Nowhere(RejectReason::Path),
+        }
+    }
+}
 
 /// Answers HTTP requests.
 #[derive(Debug)]
 pub struct Router<L> {
     admission: Arc<Admission<L>>,
+    tokens: Option<Arc<Tokens>>,
     metrics: Arc<Metrics>,
-    body_memory: Arc<Semaphore>,
+    body_memory: Arc<BodyMemory>,
 }
 
 impl<L> Clone for Router<L> {
     fn clone(&self) -> Self {
         Self {
             admission: Arc::clone(&self.admission),
+            tokens: self.tokens.clone(),
             metrics: Arc::clone(&self.metrics),
             body_memory: Arc::clone(&self.body_memory),
         }
@@ -45,13 +69,23 @@ impl<L> Clone for Router<L> {
 }
 
 impl<L: Ledger> Router<L> {
-    /// A router that passes reviews to `admission`.
-    pub fn new(admission: Arc<Admission<L>>, metrics: Arc<Metrics>) -> Self {
-        Self { admission, metrics, body_memory: Arc::new(Semaphore::new(MAX_ALL_BODIES_KIB)) }
+    /// A router that passes reviews to `admission`, only those that have one of the tokens if there are any.
+    pub fn new(admission: Arc<Admission<L>>, tokens: Option<Arc<Tokens>>, metrics: Arc<Metrics>) -> Self {
+        Self { admission, tokens, metrics, body_memory: Arc::default() }
     }
 
     pub(crate) fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// The router for another connection, with memory of its own for small bodies.
+    pub(crate) fn for_connection(&self) -> Self {
+        Self { body_memory: Arc::new(self.body_memory.another_connection()), ..self.clone() }
+    }
+
+    /// The memory for the bodies of its connection.
+    pub(crate) fn body_memory(&self) -> &Arc<BodyMemory> {
+        &self.body_memory
     }
 
     /// Answers one request. Every request gets an answer.
@@ -66,13 +100,14 @@ impl<L: Ledger> Router<L> {
     }
 
     async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        let (accepted, hook) = match request.uri().path() {
-            "/mutate" => (Method::POST, Some(Hook::Mutate)),
-            "/validate" => (Method::POST, Some(Hook::Validate)),
-            "/health" => (Method::GET, None),
-            _ => {
-                let text = "no such path; accepted: /mutate, /validate and /health\n";
-                return self.reject(RejectReason::Path, StatusCode::NOT_FOUND, text);
+        let tokens = self.tokens.as_deref();
+        let (accepted, hook) = match Target::of(request.uri().path(), tokens) {
+            Target::Review(hook) => (Method::POST, Some(hook)),
+            Target::Health => (Method::GET, None),
+            // A wrong token gets the same answer as any other path.
+            Target::Nowhere(reason) => {
+                let text = if tokens.is_some() { NO_SUCH_PATH_WITH_TOKENS } else { NO_SUCH_PATH };
+                return self.reject(reason, StatusCode::NOT_FOUND, text);
             }
         };
         if *request.method() != accepted {
@@ -106,35 +141,23 @@ impl<L: Ledger> Router<L> {
             ));
         }
         let body = request.into_body();
-        let too_large = || {
-            let mut answer = self.reject(
-                RejectReason::TooLarge,
-                StatusCode::PAYLOAD_TOO_LARGE,
-                format!("the body is too large; accepted: at most {MAX_BODY} bytes\n"),
-            );
-            // The rest of the body is not read.
-            answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-            answer
-        };
         if body.size_hint().lower() > MAX_BODY as u64 {
-            return Err(too_large());
+            return Err(self.reject_body(&BodyError::TooLarge));
         }
-        let size = usize::try_from(body.size_hint().upper().unwrap_or(u64::MAX)).unwrap_or(MAX_BODY).min(MAX_BODY);
-        let read = async {
-            let reservation = self.body_memory.acquire_many((size / 1024 + 1) as u32).await.ok();
-            let body = Limited::new(body, MAX_BODY).collect().await?.to_bytes();
-            Ok::<_, Box<dyn Error + Send + Sync>>((body, reservation))
+        self.body_memory.read(body).await.map_err(|error| self.reject_body(&error))
+    }
+
+    fn reject_body(&self, error: &BodyError) -> Response<Full<Bytes>> {
+        let (reason, status) = match error {
+            BodyError::TooLarge => (RejectReason::TooLarge, StatusCode::PAYLOAD_TOO_LARGE),
+            BodyError::Incomplete(_) => (RejectReason::Body, StatusCode::BAD_REQUEST),
+            BodyError::TooSlow => (RejectReason::Body, StatusCode::REQUEST_TIMEOUT),
+            BodyError::NoMemory => (RejectReason::Body, StatusCode::SERVICE_UNAVAILABLE),
         };
-        match tokio::time::timeout(BODY_LIMIT, read).await {
-            Ok(Ok(body)) => Ok(body),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large()),
-            Ok(Err(_)) => Err(self.reject(RejectReason::Body, StatusCode::BAD_REQUEST, "the body is incomplete\n")),
-            Err(_) => Err(self.reject(
-                RejectReason::Body,
-                StatusCode::REQUEST_TIMEOUT,
-                format!("the body was not complete within {} s\n", BODY_LIMIT.as_secs()),
-            )),
-        }
+        let mut answer = self.reject(reason, status, format!("{error}\n"));
+        // The rest of the body is not read.
+        answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        answer
     }
 
     fn reject_review(&self, error: &ReviewError) -> Response<Full<Bytes>> {
@@ -155,4 +178,78 @@ fn json(body: Bytes) -> Response<Full<Bytes>> {
     let mut answer = Response::new(Full::new(body));
     answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use http::Uri;
+    use prometheus_client::metrics::counter::Counter;
+
+    const CURRENT: &str = "0123456789abcdef";
+    const NEXT: &str = "fedcba9876543210";
+
+    fn target(uri: &str, tokens: Option<&Tokens>) -> Target {
+        let uri: Uri = uri.parse().expect("a URI");
+        Target::of(uri.path(), tokens)
+    }
+
+    fn tokens() -> Tokens {
+        let file = std::env::temp_dir().join(format!("spot-balancer-routes-{}", std::process::id()));
+        std::fs::write(&file, format!("{CURRENT}\n{NEXT}\n")).expect("the file can be written");
+        Tokens::load(file, Counter::default()).expect("two tokens")
+    }
+
+    #[test]
+    fn without_tokens_reviews_are_accepted_at_the_plain_paths_only() {
+        for (uri, expected) in [
+            ("/mutate", Target::Review(Hook::Mutate)),
+            ("/mutate?timeout=3s", Target::Review(Hook::Mutate)),
+            ("/validate", Target::Review(Hook::Validate)),
+            ("/health", Target::Health),
+            ("/mutate/", Target::Nowhere(RejectReason::Path)),
+            ("/mutate/0123456789abcdef", Target::Nowhere(RejectReason::Path)),
+            ("/mutates", Target::Nowhere(RejectReason::Path)),
+            ("/", Target::Nowhere(RejectReason::Path)),
+        ] {
+            assert_eq!(target(uri, None), expected, "{uri}");
+        }
+    }
+
+    #[test]
+    fn with_tokens_reviews_need_one_of_them_and_health_needs_none() {
+        let tokens = tokens();
+        for (uri, expected) in [
+            ("/mutate/0123456789abcdef", Target::Review(Hook::Mutate)),
+            ("/mutate/fedcba9876543210?timeout=3s", Target::Review(Hook::Mutate)),
+            ("/validate/0123456789abcdef?", Target::Review(Hook::Validate)),
+            ("https://webhook.svc:443/validate/fedcba9876543210", Target::Review(Hook::Validate)),
+            ("/health", Target::Health),
+        ] {
+            assert_eq!(target(uri, Some(&tokens)), expected, "{uri}");
+        }
+        for uri in [
+            "/mutate",
+            "/validate",
+            "/mutate?token=0123456789abcdef",
+            "/mutate/",
+            "/mutate/0123456789abcde",
+            "/mutate/0123456789abcdeg",
+            "/mutate/0123456789abcdef0",
+            "/mutate/0123456789abcdef/",
+            "/mutate//0123456789abcdef",
+            "/mutate/0123456789ABCDEF",
+            "/mutate/%30123456789abcdef",
+            "/mutate/0123456789abcde%66",
+            "/mutate/../mutate/0123456789abcdef",
+            "/mutate/0123456789abcdef%3Ftimeout=3s",
+            "/mutate/0123456789abcdeffedcba9876543210",
+        ] {
+            assert_eq!(target(uri, Some(&tokens)), Target::Nowhere(RejectReason::Token), "{uri}");
+        }
+        for uri in ["/0123456789abcdef", "/Mutate/0123456789abcdef", "/mutates", "//mutate/0123456789abcdef"] {
+            assert_eq!(target(uri, Some(&tokens)), Target::Nowhere(RejectReason::Path), "{uri}");
+        }
+    }
 }

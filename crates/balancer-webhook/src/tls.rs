@@ -1,25 +1,22 @@
-//! The certificate that the webhook serves: loaded before the port is bound, and reloaded when it changes, so that
-//! cert-manager can rotate it without a restart.
+//! The certificate that the webhook serves, and the CAs whose clients it accepts: loaded before the port is bound, and
+//! reloaded when they change, so that cert-manager can rotate them without a restart.
 
-use std::convert::Infallible;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
-use rustls::ServerConfig;
+use prometheus_client::metrics::counter::Counter;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::{RootCertStore, ServerConfig};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use crate::metrics::CertificateMetrics;
-
-/// The kubelet replaces a whole folder by a symbolic link, which file watches miss. So the files are read and compared.
-const POLL_INTERVAL: Duration = Duration::from_secs(5);
-/// A chain and a key have a few KiB; a wrong path may lead to a file of any size.
-const MAX_BYTES: u64 = 1 << 20;
+use crate::reload::{Reload, read};
 
 /// Where the certificate comes from.
 #[derive(Clone, Debug)]
@@ -35,10 +32,19 @@ pub enum CertificateSource {
     SelfSigned,
 }
 
+/// What a connection's TLS depends on.
+#[derive(Clone, Debug)]
+pub struct TlsSettings {
+    /// Where the certificate comes from.
+    pub certificate: CertificateSource,
+    /// `CLIENT_CA_PATH`: the CAs in PEM. If set, a client needs a certificate of one of them.
+    pub client_ca: Option<PathBuf>,
+}
+
 /// The certificate in use.
 #[derive(Debug)]
 pub struct Certificate {
-    source: CertificateSource,
+    settings: TlsSettings,
     config: ArcSwap<ServerConfig>,
     /// The source of `config`.
     pem: Mutex<Pem>,
@@ -49,6 +55,7 @@ pub struct Certificate {
 struct Pem {
     certificate: Vec<u8>,
     key: Vec<u8>,
+    client_ca: Option<Vec<u8>>,
 }
 
 impl std::fmt::Debug for Pem {
@@ -57,42 +64,40 @@ impl std::fmt::Debug for Pem {
     }
 }
 
-impl CertificateSource {
-    /// Reads and checks the certificate.
+impl TlsSettings {
+    /// Reads and checks the certificate and the CAs of clients.
     ///
     /// # Errors
-    /// The certificate cannot be served. The error names the setting.
+    /// The certificate cannot be served, or there is no CA. The error names the setting.
     pub fn load(self, metrics: CertificateMetrics) -> anyhow::Result<Certificate> {
         let pem = self.read()?;
         let (config, expires) = self.configure(&pem)?;
         metrics.expiry.set(expires);
-        Ok(Certificate { source: self, config: ArcSwap::from_pointee(config), pem: Mutex::new(pem), metrics })
+        Ok(Certificate { settings: self, config: ArcSwap::from_pointee(config), pem: Mutex::new(pem), metrics })
     }
 
     fn read(&self) -> anyhow::Result<Pem> {
-        match self {
-            Self::Files { certificate, key } => {
-                Ok(Pem { certificate: read(certificate, "TLS_CERT_PATH")?, key: read(key, "TLS_KEY_PATH")? })
+        let (certificate, key) = match &self.certificate {
+            CertificateSource::Files { certificate, key } => {
+                (read(certificate, "TLS_CERT_PATH")?, read(key, "TLS_KEY_PATH")?)
             }
-            Self::SelfSigned => {
+            CertificateSource::SelfSigned => {
                 let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), "127.0.0.1".to_owned()])?;
-                Ok(Pem {
-                    certificate: made.cert.pem().into_bytes(),
-                    key: made.signing_key.serialize_pem().into_bytes(),
-                })
+                (made.cert.pem().into_bytes(), made.signing_key.serialize_pem().into_bytes())
             }
-        }
+        };
+        let client_ca = self.client_ca.as_deref().map(|path| read(path, "CLIENT_CA_PATH")).transpose()?;
+        Ok(Pem { certificate, key, client_ca })
     }
 
     fn configure(&self, pem: &Pem) -> anyhow::Result<(ServerConfig, i64)> {
-        let (chain_name, key_name) = match self {
-            Self::Files { certificate, key } => {
+        let (chain_name, key_name) = match &self.certificate {
+            CertificateSource::Files { certificate, key } => {
                 (format!("TLS_CERT_PATH {}", certificate.display()), format!("TLS_KEY_PATH {}", key.display()))
             }
-            Self::SelfSigned => ("the certificate".to_owned(), "the key".to_owned()),
+            CertificateSource::SelfSigned => ("the certificate".to_owned(), "the key".to_owned()),
         };
-        let chain = CertificateDer::pem_slice_iter(&pem.certificate)
-            .collect::<Result<Vec<_>, _>>()
+        let chain = certificates(&pem.certificate)
             .with_context(|| format!("{chain_name} is not PEM; accepted: a PEM certificate chain"))?;
         let Some(leaf) = chain.first() else {
             bail!("{chain_name} contains no certificate; accepted: a PEM certificate chain");
@@ -102,9 +107,13 @@ impl CertificateSource {
         let expires = parsed.validity().not_after.timestamp();
         let key = PrivateKeyDer::from_pem_slice(&pem.key)
             .with_context(|| format!("{key_name} contains no private key; accepted: a private key in PEM"))?;
-        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_no_client_auth()
+        let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?;
+        let config = match (&self.client_ca, &pem.client_ca) {
+            (Some(path), Some(pem)) => config.with_client_cert_verifier(client_verifier(path, pem)?),
+            _ => config.with_no_client_auth(),
+        };
+        let mut config = config
             .with_single_cert(chain, key)
             .with_context(|| format!("{chain_name} and {key_name} do not belong together"))?;
         config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
@@ -112,63 +121,56 @@ impl CertificateSource {
     }
 }
 
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, rustls::pki_types::pem::Error> {
+    CertificateDer::pem_slice_iter(pem).collect()
+}
+
+/// Verifies that a client has a certificate of one of these CAs.
+fn client_verifier(path: &Path, pem: &[u8]) -> anyhow::Result<Arc<dyn ClientCertVerifier>> {
+    let name = format!("CLIENT_CA_PATH {}", path.display());
+    let mut roots = RootCertStore::empty();
+    for ca in certificates(pem).with_context(|| format!("{name} is not PEM; accepted: CA certificates in PEM"))? {
+        roots.add(ca).with_context(|| format!("{name} contains an invalid CA certificate"))?;
+    }
+    if roots.is_empty() {
+        bail!("{name} contains no certificate; accepted: CA certificates in PEM");
+    }
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::new(ring::default_provider()));
+    verifier.build().with_context(|| name)
+}
+
 impl Certificate {
     /// The configuration for the next connection.
     pub fn config(&self) -> Arc<ServerConfig> {
         self.config.load_full()
     }
+}
 
-    /// Polls the files. A changed certificate is used for new connections. If it is invalid, the failure is logged and
-    /// counted, and the previous certificate stays in use.
-    pub async fn keep_fresh(self: Arc<Self>) -> Infallible {
-        let mut logged = None;
-        loop {
-            tokio::time::sleep(POLL_INTERVAL).await;
-            let this = Arc::clone(&self);
-            let refreshed = tokio::task::spawn_blocking(move || this.refresh()).await;
-            let problem = match refreshed {
-                Ok(Ok(changed)) => {
-                    if changed {
-                        tracing::info!(expires = self.metrics.expiry.get(), "certificate reloaded");
-                    }
-                    None
-                }
-                Ok(Err(error)) => Some(format!("{error:#}")),
-                Err(error) => Some(error.to_string()),
-            };
-            // Counted at every poll, so that an alert lasts as long as the problem: a rotation may be half-written at one
-            // poll. Logged once.
-            self.metrics.reload_failures.inc_by(problem.is_some().into());
-            if problem != logged {
-                if let Some(error) = &problem {
-                    tracing::error!(error, "cannot load the changed certificate; the previous one stays in use");
-                }
-                logged = problem;
-            }
-        }
-    }
-
-    fn refresh(&self) -> anyhow::Result<bool> {
-        let CertificateSource::Files { .. } = self.source else { return Ok(false) };
-        let pem = self.source.read()?;
+/// A changed certificate is used for new connections.
+impl Reload for Certificate {
+    fn reload(&self) -> anyhow::Result<bool> {
+        let CertificateSource::Files { .. } = self.settings.certificate else { return Ok(false) };
+        let pem = self.settings.read()?;
         let mut current = self.pem.lock().unwrap_or_else(PoisonError::into_inner);
         if *current == pem {
             return Ok(false);
         }
-        let (config, expires) = self.source.configure(&pem)?;
+        let (config, expires) = self.settings.configure(&pem)?;
         self.config.store(Arc::new(config));
         self.metrics.expiry.set(expires);
         *current = pem;
         Ok(true)
     }
-}
 
-fn read(path: &PathBuf, setting: &str) -> anyhow::Result<Vec<u8>> {
-    use std::io::Read;
-    let file = std::fs::File::open(path).with_context(|| format!("{setting}: cannot open {}", path.display()))?;
-    let mut bytes = Vec::new();
-    file.take(MAX_BYTES)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("{setting}: cannot read {}", path.display()))?;
-    Ok(bytes)
+    fn failures(&self) -> &Counter {
+        &self.metrics.reload_failures
+    }
+
+    fn log_change(&self) {
+        tracing::info!(expires = self.metrics.expiry.get(), "certificate reloaded");
+    }
+
+    fn log_failure(&self, error: &str) {
+        tracing::error!(error, "cannot load the changed certificate; the previous one stays in use");
+    }
 }

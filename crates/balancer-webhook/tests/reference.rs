@@ -8,14 +8,17 @@ use std::fmt::Write;
 use std::path::Path;
 
 use balancer_runtime::admin;
+use balancer_runtime::tasks::Tasks;
 use clap::{Arg, ArgAction, Command, CommandFactory};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 /// Chart values that are not `settings.` followed by the variable in camelCase. Empty: the chart has no value for it, or
 /// derives it from others.
-const CHART_VALUES: [(&str, &str); 11] = [
+const CHART_VALUES: [(&str, &str); 14] = [
     ("ADMIN_PORT", "webhook.adminPort, reconciler.adminPort"),
+    ("ADMISSION_TOKEN_PATH", "admissionToken.enabled"),
+    ("CLIENT_CA_PATH", "clientCertificates.caSecret"),
     ("PORT", "webhook.port"),
     ("RECONCILE_ENABLED", "reconciler.mode"),
     ("RECONCILE_LEASE", ""),
@@ -26,6 +29,7 @@ const CHART_VALUES: [(&str, &str); 11] = [
     ("TLS_KEY_PATH", "certificates.mountPath, certificates.privateKeyKey"),
     ("WATCH_NAMESPACES", "namespaces.names"),
     ("dev", ""),
+    ("test_admission", ""),
 ];
 
 const CONFIGURATION_HEAD: &str = "\
@@ -36,6 +40,8 @@ arguments, and run: SPOT_BALANCER_UPDATE=1 cargo test -p balancer-webhook --test
 
 Every setting is an environment variable and a flag; the flag wins. A variable that is set to an empty text is set. An
 invalid value stops the program at its start, with an error that names the setting, the value and what is accepted.
+
+\"In any case\" is for variables and flags. As values of the chart, write names exactly as they are here.
 
 Give the webhook and the reconciler the same values. The reconciler has the settings whose program is \"both\", and runs with
 `STORE=redis` only.
@@ -192,8 +198,10 @@ fn metrics_table(registry: &Registry) -> String {
 
 fn metrics_page() -> String {
     let mut webhook = admin::registry("0");
+    Tasks::register(&mut webhook);
     balancer_webhook::metrics::Metrics::register(&mut webhook);
     let mut reconciler = admin::registry("0");
+    Tasks::register(&mut reconciler);
     balancer_reconcile::Metrics::register(&mut reconciler);
     let (webhook, reconciler) = (metrics_table(&webhook), metrics_table(&reconciler));
     format!("{METRICS_HEAD}\n## Webhook\n\n{webhook}\n## Reconciler\n\n{reconciler}")

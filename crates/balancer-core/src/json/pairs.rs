@@ -10,7 +10,7 @@ use crate::text::{IntoOwned, Text};
 /// The pairs in the order of the JSON text. A pod has few labels, so a linear search is faster than building
 /// a map.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Pairs<'a>(pub(super) Vec<(Text<'a>, Text<'a>)>);
+pub(crate) struct Pairs<'a>(pub(crate) Vec<(Text<'a>, Text<'a>)>);
 
 impl Pairs<'_> {
     /// The value of a key; the last value if the key occurs twice.

@@ -48,11 +48,11 @@ impl<'a> Scanner<'a> {
         Self { bytes, at: 0 }
     }
 
-    /// Reads the next value, which must be an object or `null`. `member` is called with each key and must read
-    /// or skip its value. Keys are not unescaped. Returns `false` for `null`.
+    /// Reads the next value, which must be an object or `null`. `member` is called with each key, and
+    /// whether the key has escapes, and must read or skip its value. Keys are not unescaped. Returns `false` for `null`.
     pub(crate) fn members(
         &mut self,
-        mut member: impl FnMut(&mut Self, &'a [u8]) -> Result<(), JsonError>,
+        mut member: impl FnMut(&mut Self, &'a [u8], bool) -> Result<(), JsonError>,
     ) -> Result<bool, JsonError> {
         if self.peek() == Some(b'n') {
             self.literal("null")?;
@@ -65,9 +65,9 @@ impl<'a> Scanner<'a> {
         }
         loop {
             self.expect(b'"', "a key")?;
-            let key = self.rest_of_string()?;
+            let (key, has_escapes) = self.rest_of_string()?;
             self.expect(b':', "a colon")?;
-            member(self, key)?;
+            member(self, key, has_escapes)?;
             match self.peek() {
                 Some(b',') => self.at += 1,
                 _ => break,
@@ -77,13 +77,49 @@ impl<'a> Scanner<'a> {
         Ok(true)
     }
 
+    /// Reads the next value, which must be an array or `null`. `element` is called before each value and must read
+    /// or skip it. Returns `false` for `null`.
+    pub(crate) fn elements(
+        &mut self,
+        mut element: impl FnMut(&mut Self) -> Result<(), JsonError>,
+    ) -> Result<bool, JsonError> {
+        if self.peek() == Some(b'n') {
+            self.literal("null")?;
+            return Ok(false);
+        }
+        self.expect(b'[', "an array")?;
+        if self.peek() == Some(b']') {
+            self.at += 1;
+            return Ok(true);
+        }
+        loop {
+            element(self)?;
+            match self.peek() {
+                Some(b',') => self.at += 1,
+                _ => break,
+            }
+        }
+        self.expect(b']', "a comma or the end of the array")?;
+        Ok(true)
+    }
+
     /// Reads the next value with `serde_json`.
     pub(crate) fn deserialize<T: Deserialize<'a>>(&mut self, expected: &'static str) -> Result<T, JsonError> {
         self.peek();
+        let at = self.at;
+        serde_json::from_slice(self.text()?).map_err(|_| JsonError { at, expected })
+    }
+
+    /// The text of the next value, which is only checked to be complete; `None` for `null`.
+    pub(crate) fn raw(&mut self) -> Result<Option<&'a [u8]>, JsonError> {
+        self.text().map(|text| Some(text).filter(|text| *text != b"null"))
+    }
+
+    fn text(&mut self) -> Result<&'a [u8], JsonError> {
+        self.peek();
         let start = self.at;
         self.skip()?;
-        let value = self.bytes.get(start..self.at).unwrap_or_default();
-        serde_json::from_slice(value).map_err(|_| JsonError { at: start, expected })
+        Ok(self.bytes.get(start..self.at).unwrap_or_default())
     }
 
     /// Skips the next value.
@@ -125,13 +161,14 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// The string whose opening quote was already read, not unescaped. Reads its closing quote too.
-    fn rest_of_string(&mut self) -> Result<&'a [u8], JsonError> {
+    /// The string whose opening quote was already read, not unescaped, and whether it has escapes. Reads its closing quote
+    /// too.
+    fn rest_of_string(&mut self) -> Result<(&'a [u8], bool), JsonError> {
         let start = self.at;
         match end_of_string(self.bytes, start) {
-            Some(end) => {
+            Some((end, has_escapes)) => {
                 self.at = end + 1;
-                Ok(self.bytes.get(start..end).unwrap_or_default())
+                Ok((self.bytes.get(start..end).unwrap_or_default(), has_escapes))
             }
             None => {
                 self.at = self.bytes.len();
@@ -179,26 +216,41 @@ impl<'a> Scan<'a> for Option<Text<'a>> {
         }
         scanner.expect(b'"', "a string")?;
         let start = scanner.at;
-        let raw = scanner.rest_of_string()?;
-        unescape(raw, start).map(Some)
+        let (raw, has_escapes) = scanner.rest_of_string()?;
+        unescape(raw, has_escapes, start).map(Some)
     }
 }
 
 impl<'a> Scan<'a> for Text<'a> {
     fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
-        Ok(Option::scan(scanner)?.unwrap_or_default())
+        Ok(Option::<Self>::scan(scanner)?.unwrap_or_default())
     }
 }
 
 impl<'a> Scan<'a> for Option<Pairs<'a>> {
     fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
         let mut pairs = Vec::new();
-        let present = scanner.members(|scanner, key| {
-            let key = unescape(key, scanner.at)?;
+        let present = scanner.members(|scanner, key, has_escapes| {
+            let key = unescape(key, has_escapes, scanner.at)?;
             pairs.push((key, Text::scan(scanner)?));
             Ok(())
         })?;
         Ok(present.then_some(Pairs(pairs)))
+    }
+}
+
+/// `null` in a list is a value without any fields, as Kubernetes decodes it.
+impl<'a, T: Default> Scan<'a> for Option<Vec<T>>
+where
+    Option<T>: Scan<'a>,
+{
+    fn scan(scanner: &mut Scanner<'a>) -> Result<Self, JsonError> {
+        let mut list = Vec::new();
+        let present = scanner.elements(|scanner| {
+            list.push(Option::<T>::scan(scanner)?.unwrap_or_default());
+            Ok(())
+        })?;
+        Ok(present.then_some(list))
     }
 }
 
@@ -213,17 +265,19 @@ impl<'a> Scan<'a> for bool {
     }
 }
 
-/// The offset of the quote that closes the string which continues at `at`; `None` if the string does not end.
+/// The offset of the quote that closes the string which continues at `at`, and whether there is an escape before it; `None`
+/// if the string does not end.
 ///
 /// Looks at eight bytes at a time: for a byte `x`, `(x - 1) & !x & 0x80` is not 0 if `x` is 0. A borrow can set
 /// further bits, but only above the first byte that is 0.
 #[inline]
-fn end_of_string(bytes: &[u8], mut at: usize) -> Option<usize> {
+fn end_of_string(bytes: &[u8], mut at: usize) -> Option<(usize, bool)> {
     const ONES: u64 = u64::from_ne_bytes([0x01; 8]);
     const HIGHS: u64 = u64::from_ne_bytes([0x80; 8]);
     const QUOTES: u64 = u64::from_ne_bytes([b'"'; 8]);
     const BACKSLASHES: u64 = u64::from_ne_bytes([b'\\'; 8]);
     let zeros = |word: u64| word.wrapping_sub(ONES) & !word & HIGHS;
+    let mut has_escapes = false;
     loop {
         if let Some(word) = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
             let word = u64::from_le_bytes(*word);
@@ -235,18 +289,18 @@ fn end_of_string(bytes: &[u8], mut at: usize) -> Option<usize> {
             at += found.trailing_zeros() as usize / 8;
         }
         match bytes.get(at)? {
-            b'"' => return Some(at),
+            b'"' => return Some((at, has_escapes)),
             // The first byte after a backslash never ends the string.
-            b'\\' => at += 2,
+            b'\\' => (at, has_escapes) = (at + 2, true),
             _ => at += 1,
         }
     }
 }
 
 /// The string that the bytes between two quotes stand for.
-fn unescape(raw: &[u8], at: usize) -> Result<Text<'_>, JsonError> {
+fn unescape(raw: &[u8], has_escapes: bool, at: usize) -> Result<Text<'_>, JsonError> {
     let error = JsonError { at, expected: "a string in UTF-8" };
-    if !raw.contains(&b'\\') {
+    if !has_escapes {
         return std::str::from_utf8(raw).map(Text::from).map_err(|_| error);
     }
     let quoted = [b"\"", raw, b"\""].concat();

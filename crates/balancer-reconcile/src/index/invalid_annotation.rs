@@ -1,20 +1,20 @@
 //! The invalid annotations of drivers, each reported once.
 
 use std::collections::BTreeMap;
-use std::mem;
+use std::iter;
 use std::sync::Arc;
 
 use balancer_core::{InvalidField, JobId, PolicyOverrides};
 
+use super::job::DriverRef;
+
 /// A driver with invalid annotations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct InvalidAnnotation {
-    /// Its job.
-    pub job: Arc<JobId>,
-    /// The driver's name.
-    pub driver: Arc<str>,
-    /// The driver's uid.
-    pub uid: Box<str>,
+    /// Its job; `None` for a driver of many jobs.
+    pub job: Option<Arc<JobId>>,
+    /// The driver.
+    pub driver: DriverRef,
     /// The invalid values that were not reported yet.
     pub invalid: Vec<InvalidField>,
     /// What is used instead, as far as it is known here.
@@ -29,15 +29,18 @@ impl InvalidAnnotation {
     }
 }
 
-/// The invalid annotations that were not taken yet, by job and driver.
+/// The invalid annotations that were not taken yet, by namespace and driver.
 #[derive(Debug, Default)]
-pub(super) struct InvalidAnnotations(BTreeMap<(Arc<JobId>, Arc<str>), InvalidAnnotation>);
+pub(super) struct InvalidAnnotations(BTreeMap<(String, String), InvalidAnnotation>);
 
 impl InvalidAnnotations {
     /// Updates what is to be reported of a driver. `annotation` has the values that became invalid, `now` all that are
     /// invalid.
     pub(super) fn update(&mut self, annotation: InvalidAnnotation, now: &[InvalidField]) {
-        let key = (Arc::clone(&annotation.job), Arc::clone(&annotation.driver));
+        if now.is_empty() && self.0.is_empty() {
+            return;
+        }
+        let key = (annotation.driver.namespace.clone(), annotation.driver.name.clone());
         let mut invalid = self.0.remove(&key).map(|earlier| earlier.invalid).unwrap_or_default();
         // Values that were not taken yet may have been corrected meanwhile.
         invalid.retain(|earlier| now.contains(earlier));
@@ -47,12 +50,14 @@ impl InvalidAnnotations {
         }
     }
 
-    pub(super) fn remove(&mut self, job: &Arc<JobId>, driver: Arc<str>) {
-        self.0.remove(&(Arc::clone(job), driver));
+    pub(super) fn remove(&mut self, namespace: &str, driver: &str) {
+        if !self.0.is_empty() {
+            self.0.remove(&(namespace.to_owned(), driver.to_owned()));
+        }
     }
 
-    pub(super) fn take(&mut self) -> Vec<InvalidAnnotation> {
-        mem::take(&mut self.0).into_values().collect()
+    pub(super) fn take(&mut self, most: usize) -> Vec<InvalidAnnotation> {
+        iter::from_fn(|| self.0.pop_first()).map(|(_, annotation)| annotation).take(most).collect()
     }
 
     #[cfg(test)]

@@ -1,15 +1,38 @@
-//! The live pods of one job, and what its ledger should contain.
+//! The live pods of one job id, and what the ledger of a job should contain.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use balancer_core::{Capacity, InvalidField, JobState, LiveExecutor, PolicyOverrides};
+use balancer_core::{Capacity, InvalidField, JobId, JobState, LiveExecutor, Policy, PolicyOverrides};
 
-/// The live pods of one job, by their names.
+/// All live pods with one job id. Usually they are one job: a driver and its executors. Several drivers with one job id
+/// are several jobs.
 #[derive(Debug, Default)]
-pub(super) struct JobPods {
+pub(super) struct Group {
+    /// The live drivers, by creation time and name: the first is the oldest, the last the newest.
+    pub(super) drivers: BTreeSet<(Box<str>, Arc<str>)>,
+    /// Those of them that own live executors.
+    pub(super) busy: BTreeSet<(Box<str>, Arc<str>)>,
+    /// The teams, by their owners.
+    pub(super) teams: HashMap<Option<Arc<str>>, Arc<JobId>>,
+    /// The owner whose team is the job of the job id itself. Every other owner's team is a job of its own.
+    pub(super) primary: Option<Arc<str>>,
+}
+
+/// The live executors with one job id and one owner, by their names. A driver has a team from its start.
+#[derive(Debug)]
+pub(super) struct Team {
+    /// The job of the group's job id.
+    pub(super) group: Arc<JobId>,
+    pub(super) owner: Option<Arc<str>>,
+    /// The owner's uid, as the executor that was reported last states it.
+    pub(super) owner_uid: Box<str>,
     pub(super) executors: HashMap<Arc<str>, Executor>,
-    pub(super) drivers: HashMap<Arc<str>, Driver>,
+    /// Whether the owner is a live driver with the same job id.
+    pub(super) has_driver: bool,
+    /// Whether it was reported that the job's ratio has no effect.
+    pub(super) is_reported: bool,
 }
 
 #[derive(Debug)]
@@ -19,38 +42,66 @@ pub(super) struct Executor {
     pub(super) uid: Box<str>,
     pub(super) node: Option<Arc<str>>,
     pub(super) asked: Option<Capacity>,
+    pub(super) fixed: Option<Capacity>,
+    pub(super) states_ratio: bool,
     /// In which list, or after which, it was reported last.
     pub(super) generation: u32,
+}
+
+impl Executor {
+    /// Whether it was sent to spot, and has no node yet.
+    pub(super) fn waits_for_spot(&self) -> bool {
+        self.node.is_none() && self.asked == Some(Capacity::Spot)
+    }
 }
 
 #[derive(Debug)]
 pub(super) struct Driver {
     pub(super) uid: Box<str>,
     pub(super) created: Box<str>,
+    /// The job of its job id; `None` for a driver of many jobs.
+    pub(super) job: Option<Arc<JobId>>,
     /// Each field: the last valid value, or the default if the driver states none; `None` if no valid value was seen.
     pub(super) overrides: PolicyOverrides,
+    /// Whether the driver itself states a valid ratio.
+    pub(super) states_ratio: bool,
     pub(super) invalid: Vec<InvalidField>,
     /// In which list, or after which, it was reported last.
     pub(super) generation: u32,
 }
 
-impl JobPods {
-    pub(super) fn is_empty(&self) -> bool {
-        self.executors.is_empty() && self.drivers.is_empty()
+impl Group {
+    /// The owner whose team should be the job of the job id: the oldest driver that owns executors. If none does, it is the
+    /// newest driver, whose policy executors without an owner get. Without a driver it is the owner that was it before, so
+    /// that the ledgers of a group stay where they are. Without such an owner, or if it is not to be kept, it is the owner
+    /// of the most executors.
+    pub(super) fn elect(&self, keep: bool, teams: &HashMap<Arc<JobId>, Team>) -> Option<Arc<str>> {
+        if let Some((_, driver)) = self.busy.first().or(self.drivers.last()) {
+            return Some(Arc::clone(driver));
+        }
+        if keep && self.primary.is_some() && self.teams.contains_key(&self.primary) {
+            return self.primary.clone();
+        }
+        let owners = self.teams.iter().filter_map(|(owner, team)| Some((owner.as_ref()?, teams.get(team)?)));
+        let (owner, _) = owners.max_by_key(|(owner, team)| (team.executors.len(), Reverse(*owner)))?;
+        Some(Arc::clone(owner))
     }
 
-    /// The names of the pods that a list of this generation did not contain.
-    pub(super) fn missing_from(&self, generation: u32) -> impl Iterator<Item = &Arc<str>> {
-        let executors = self.executors.iter().map(|(name, executor)| (name, executor.generation));
-        let drivers = self.drivers.iter().map(|(name, driver)| (name, driver.generation));
-        executors.chain(drivers).filter(move |(_, reported)| *reported != generation).map(|(name, _)| name)
+    /// Whether the team of this owner is the job of the job id itself, or a part of it.
+    pub(super) fn is_primary(&self, owner: Option<&Arc<str>>) -> bool {
+        owner.is_none() || owner == self.primary.as_ref()
     }
+}
 
-    /// The policy of the newest driver: there are several while an earlier attempt of the job still runs.
-    pub(super) fn overrides(&self) -> PolicyOverrides {
-        let newest = self.drivers.values().max_by_key(|driver| (&driver.created, &driver.uid));
-        newest.map(|driver| driver.overrides).unwrap_or_default()
-    }
+/// A pod that drives jobs. Events are about it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct DriverRef {
+    /// The namespace.
+    pub namespace: String,
+    /// The name.
+    pub name: String,
+    /// The uid.
+    pub uid: String,
 }
 
 /// What the ledger of a job should contain, according to the cluster.
@@ -59,16 +110,100 @@ pub struct DesiredState<'a> {
     pub(super) live: Vec<LiveExecutor<'a>>,
     pub(super) overrides: PolicyOverrides,
     pub(super) ended: bool,
+    pub(super) driver: Option<&'a str>,
+    pub(super) fixed: Option<FixedCapacity>,
 }
 
 impl DesiredState<'_> {
+    /// With the fields of this policy that no driver states: whatever the ledger has instead comes from elsewhere.
+    pub(crate) fn or_policy(mut self, policy: Option<Policy>) -> Self {
+        if let Some(policy) = policy {
+            self.overrides = self.overrides.or_overrides(policy.into());
+        }
+        self
+    }
+
+    /// The name of the pod that drives the job, if it is known.
+    pub(crate) fn driver(&self) -> Option<&str> {
+        self.driver
+    }
+
     /// How many executors are live.
     pub(crate) fn executors(&self) -> u32 {
         u32::try_from(self.live.len()).unwrap_or(u32::MAX)
     }
 
+    /// The capacity that all live executors require by themselves, if they require the same one.
+    pub(crate) fn fixed(&self) -> Option<FixedCapacity> {
+        self.fixed
+    }
+
     /// The same, as a ledger accepts it.
     pub fn job_state(&self) -> JobState<'_> {
-        JobState { live: &self.live, overrides: self.overrides, ended: self.ended }
+        JobState { live: &self.live, overrides: self.overrides, ended: self.ended, driver: self.driver }
+    }
+}
+
+/// The capacity that all live executors of a job require by themselves, whatever the job's ratio is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FixedCapacity {
+    pub(crate) capacity: Capacity,
+    /// Whether the job's driver states a ratio; `None` if the driver is not watched.
+    pub(super) states_ratio: Option<bool>,
+}
+
+impl FixedCapacity {
+    /// Fewer executors than this are no reason to warn of a ratio.
+    pub(super) const ENOUGH: usize = 3;
+
+    /// Whether somebody has stated a ratio, and the executors' own capacity leaves it without effect. `policy` is what
+    /// the ledger has.
+    pub(crate) fn contradicts(self, policy: Policy, defaults: Policy) -> bool {
+        // Nobody is told that a default has no effect.
+        if !self.states_ratio.unwrap_or(policy.spot_ratio != defaults.spot_ratio) {
+            return false;
+        }
+        let Some(ratio) = policy.spot_ratio.share() else { return false };
+        match self.capacity {
+            Capacity::Spot => ratio != balancer_core::Ratio::ONE || policy.on_demand_base > 0,
+            Capacity::OnDemand => ratio != balancer_core::Ratio::ZERO,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use balancer_core::Ratio;
+
+    #[test]
+    fn a_stated_ratio_is_without_effect_unless_it_is_what_all_executors_require() {
+        let contradicts = |capacity, states_ratio, percent: Option<u32>, base| {
+            let share = percent.map(|percent| Ratio::from_billionths(percent * 10_000_000).expect("a ratio").into());
+            let spot_ratio = share.unwrap_or(balancer_core::SpotRatio::Off);
+            let policy = Policy { on_demand_base: base, ..Policy { spot_ratio, ..Policy::DEFAULT } };
+            FixedCapacity { capacity, states_ratio }.contradicts(policy, Policy::DEFAULT)
+        };
+        use Capacity::{OnDemand, Spot};
+        for (capacity, percent, base, without_effect) in [
+            (Spot, Some(70), 0, true),
+            (Spot, Some(100), 0, false),
+            (Spot, Some(100), 1, true),
+            (Spot, Some(0), 0, true),
+            (OnDemand, Some(0), 0, false),
+            (OnDemand, Some(0), 3, false),
+            (OnDemand, Some(70), 0, true),
+            (Spot, None, 0, false),
+            (OnDemand, None, 0, false),
+        ] {
+            assert_eq!(
+                contradicts(capacity, Some(true), percent, base),
+                without_effect,
+                "{capacity} {percent:?} {base}"
+            );
+            assert!(!contradicts(capacity, Some(false), percent, base), "nobody has stated a ratio");
+        }
+        assert!(contradicts(Spot, None, Some(70), 0), "an owner that is not watched has stated it");
+        assert!(!contradicts(Spot, None, Some(50), 0), "it may be the default");
     }
 }

@@ -3,37 +3,67 @@
 mod invalid_annotation;
 mod job;
 mod nodes;
+mod shares;
 
 use std::collections::HashMap;
+use std::iter::once;
 use std::mem;
 use std::sync::Arc;
 
 use balancer_core::{
-    Capacity, Conventions, DriverPod, ExecutorPod, JobId, JobPod, LiveExecutor, Pod, Policy, PolicyOverrides,
+    Capacity, CapacityProfile, Conventions, DriverPod, ExecutorPod, JobId, JobPod, JobRef, LiveExecutor, Pod, Policy,
+    PolicyOverrides, SpotRatio,
 };
 
 pub use invalid_annotation::InvalidAnnotation;
 use invalid_annotation::InvalidAnnotations;
-pub use job::DesiredState;
-use job::{Driver, Executor, JobPods};
+pub(crate) use job::FixedCapacity;
+pub use job::{DesiredState, DriverRef};
+use job::{Driver, Executor, Group, Team};
 use nodes::NodeIndex;
+pub use shares::{Pool, Shares};
 
 /// All live executors and drivers by their jobs, and the capacities of the nodes.
 ///
-/// It keeps of each executor its name, its uid, and three words more. It keeps a node while the node exists, or an
-/// executor is bound to it.
+/// Executors with one job id and one owner are a team. The team of the primary owner, which is the oldest driver of the
+/// job id that owns executors, and the executors without an owner are the job of the job id itself. Every other team is a
+/// job of its own, see [`JobId::of_driver`].
+///
+/// It keeps of each executor its name, its uid, and six words more; the owner once for the team. It keeps a node while
+/// the node exists, or an executor is bound to it.
 #[derive(Debug)]
 pub struct ClusterIndex {
     conventions: Arc<Conventions>,
     defaults: Policy,
-    jobs: HashMap<Arc<JobId>, JobPods>,
-    /// The job of each pod: namespace → pod → job.
-    pods: HashMap<Box<str>, HashMap<Arc<str>, Arc<JobId>>>,
+    /// By the job of the job id.
+    groups: HashMap<Arc<JobId>, Group>,
+    /// A team's key is the job that it would be by itself.
+    teams: HashMap<Arc<JobId>, Team>,
+    namespaces: HashMap<Box<str>, Namespace>,
     nodes: NodeIndex,
-    /// How many lists of each namespace's pods were started; `None` stands for all namespaces.
-    generations: HashMap<Option<Arc<str>>, u32>,
+    /// The lists of each namespace's pods; `None` stands for all namespaces.
+    lists: HashMap<Option<Arc<str>>, Lists>,
     changed: HashMap<Arc<JobId>, Change>,
     invalid_annotations: InvalidAnnotations,
+}
+
+/// The lists of a scope.
+#[derive(Debug, Default)]
+struct Lists {
+    /// How many were started.
+    started: u32,
+    /// Whether one was completed.
+    is_listed: bool,
+}
+
+/// The pods of a namespace, by their names.
+#[derive(Debug, Default)]
+struct Namespace {
+    /// The team of each executor.
+    executors: HashMap<Arc<str>, Arc<JobId>>,
+    drivers: HashMap<Arc<str>, Driver>,
+    /// The teams of each owner. An owner may have executors with several job ids.
+    teams: HashMap<Arc<str>, Vec<Arc<JobId>>>,
 }
 
 /// What has changed in a job.
@@ -45,7 +75,7 @@ pub enum Change {
     Loss,
 }
 
-/// The number of live jobs and executors, for the gauges.
+/// The number of live jobs and executors, for the gauges. Jobs that have opted out are not counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Jobs with a live pod.
@@ -64,16 +94,26 @@ fn add_change(changed: &mut HashMap<Arc<JobId>, Change>, job: Arc<JobId>, change
     *known = change.max(*known);
 }
 
+/// Whether an executor with the job's label value and this owner belongs to the job, if `primary` is the primary owner.
+pub(crate) fn is_of_job(job: JobRef<'_>, owner: Option<&str>, primary: Option<&str>) -> bool {
+    match job.driver() {
+        Some(driver) => owner == Some(driver) && primary != Some(driver),
+        // Without a primary owner the first one that the index gets to know will be it.
+        None => owner.is_none() || primary.is_none() || owner == primary,
+    }
+}
+
 impl ClusterIndex {
     /// The index of a cluster of which nothing is known yet.
     pub fn new(conventions: Arc<Conventions>, defaults: Policy) -> Self {
         Self {
             conventions,
             defaults,
-            jobs: HashMap::new(),
-            pods: HashMap::new(),
+            groups: HashMap::new(),
+            teams: HashMap::new(),
+            namespaces: HashMap::new(),
             nodes: NodeIndex::default(),
-            generations: HashMap::new(),
+            lists: HashMap::new(),
             changed: HashMap::new(),
             invalid_annotations: InvalidAnnotations::default(),
         }
@@ -81,21 +121,35 @@ impl ClusterIndex {
 
     /// A list of pods starts. `scope` is the namespace that is listed, or `None` for all.
     pub fn init_pods(&mut self, scope: Option<&Arc<str>>) {
-        let generation = self.generations.entry(scope.cloned()).or_default();
-        *generation = generation.wrapping_add(1);
+        let lists = self.lists.entry(scope.cloned()).or_default();
+        lists.started = lists.started.wrapping_add(1);
     }
 
     /// The list is complete: pods that it did not contain are gone.
     pub fn init_pods_done(&mut self, scope: Option<&Arc<str>>) {
         let generation = self.generation(scope);
+        let is_listed = |namespace: &str| scope.is_none_or(|scope| **scope == *namespace);
         let mut gone = Vec::new();
-        for (job, pods) in &self.jobs {
-            if scope.is_none_or(|scope| **scope == *job.namespace) {
-                gone.extend(pods.missing_from(generation).map(|name| (Arc::clone(job), Arc::clone(name))));
-            }
+        for (id, team) in self.teams.iter().filter(|(id, _)| is_listed(&id.namespace)) {
+            let missing = team.executors.iter().filter(|(_, executor)| executor.generation != generation);
+            gone.extend(missing.map(|(name, _)| (id.namespace.clone(), Arc::clone(name))));
         }
-        for (job, name) in gone {
-            self.delete_pod(&job.namespace, &name);
+        for (namespace, pods) in self.namespaces.iter().filter(|(namespace, _)| is_listed(namespace)) {
+            let missing = pods.drivers.iter().filter(|(_, driver)| driver.generation != generation);
+            gone.extend(missing.map(|(name, _)| (namespace.to_string(), Arc::clone(name))));
+        }
+        for (namespace, name) in gone {
+            self.delete_pod(&namespace, &name);
+        }
+        // Later lists change nothing: the ledgers of a group stay where they are.
+        if self.lists.get_mut(&scope.cloned()).is_none_or(|lists| mem::replace(&mut lists.is_listed, true)) {
+            return;
+        }
+        // The order of a list is no reason to prefer an owner.
+        let is_open = |group: &Group| group.drivers.is_empty() && group.teams.len() > 1;
+        let open = self.groups.iter().filter(|(id, group)| is_listed(&id.namespace) && is_open(group));
+        for id in open.map(|(id, _)| Arc::clone(id)).collect::<Vec<_>>() {
+            self.elect(&id, false);
         }
     }
 
@@ -114,23 +168,8 @@ impl ClusterIndex {
 
     /// A pod is gone.
     pub fn delete_pod(&mut self, namespace: &str, name: &str) {
-        let Some(pods) = self.pods.get_mut(namespace) else { return };
-        let Some((name, id)) = pods.remove_entry(name) else { return };
-        if pods.is_empty() {
-            self.pods.remove(namespace);
-        }
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let executor = job.executors.remove(&name);
-        job.drivers.remove(&name);
-        if job.is_empty() {
-            self.jobs.remove(&id);
-        }
-        let change = if executor.is_some() { Change::Loss } else { Change::Other };
-        if let Some(node) = executor.and_then(|executor| executor.node) {
-            self.nodes.unbind(&node, &id);
-        }
-        self.invalid_annotations.remove(&id, name);
-        add_change(&mut self.changed, id, change);
+        self.delete_executor(namespace, name);
+        self.delete_driver(namespace, name);
     }
 
     /// A list of the nodes starts.
@@ -145,9 +184,32 @@ impl ClusterIndex {
 
     /// A node was listed, added or changed.
     pub fn apply_node(&mut self, name: &str, capacity: Option<Capacity>) {
-        for job in self.nodes.apply(name, capacity) {
-            add_change(&mut self.changed, Arc::clone(job), Change::Other);
+        let Self { groups, teams, nodes, changed, .. } = self;
+        for team in nodes.apply(name, capacity) {
+            if let Some(job) = job_of(groups, teams, team) {
+                add_change(changed, job, Change::Other);
+            }
         }
+    }
+
+    /// A node that was applied is of this pool.
+    pub fn set_pool(&mut self, name: &str, pool: Option<Pool>) {
+        let Self { groups, teams, nodes, changed, .. } = self;
+        for team in nodes.set_pool(name, pool) {
+            if let Some(job) = job_of(groups, teams, team) {
+                add_change(changed, job, Change::Other);
+            }
+        }
+    }
+
+    /// Another platform than the configured one shows that this node is spot.
+    pub fn set_other_platform(&mut self, name: &str, platform: Option<CapacityProfile>) {
+        self.nodes.set_other_platform(name, platform);
+    }
+
+    /// A platform whose labels the spot nodes have, if none has those of the configured one.
+    pub fn likely_platform(&self) -> Option<CapacityProfile> {
+        self.nodes.likely_platform()
     }
 
     /// A node is gone. Its capacity is remembered for the executors that are still bound to it.
@@ -160,40 +222,131 @@ impl ClusterIndex {
         mem::take(&mut self.changed)
     }
 
-    /// The annotations that became invalid since the last call.
-    pub fn take_invalid_annotations(&mut self) -> Vec<InvalidAnnotation> {
-        self.invalid_annotations.take()
+    /// The annotations that became invalid and were not taken yet, of at most so many drivers.
+    pub fn take_invalid_annotations(&mut self, most: usize) -> Vec<InvalidAnnotation> {
+        self.invalid_annotations.take(most)
     }
 
     /// All jobs with a live pod.
     pub fn jobs(&self) -> impl Iterator<Item = &Arc<JobId>> {
-        self.jobs.keys()
+        self.groups.iter().flat_map(|(id, group)| {
+            let others = group.teams.iter().filter(|(owner, _)| !group.is_primary(owner.as_ref()));
+            once(id).chain(others.map(|(_, team)| team))
+        })
     }
 
     /// Whether the job has a live pod.
     pub fn contains(&self, job: &JobId) -> bool {
-        self.jobs.contains_key(job)
+        self.teams_of(job).next().is_some()
+    }
+
+    /// Whether the job has a live executor of this key.
+    pub(crate) fn has_executor(&self, job: &JobId, key: &str) -> bool {
+        let is_generated = |executor: &Executor| executor.key.as_deref() == Some(key);
+        self.teams_of(job).any(|team| team.executors.contains_key(key) || team.executors.values().any(is_generated))
+    }
+
+    /// The job of a live executor, by the name of its pod.
+    pub(crate) fn job_of_executor(&self, namespace: &str, name: &str) -> Option<Arc<JobId>> {
+        job_of(&self.groups, &self.teams, self.namespaces.get(namespace)?.executors.get(name)?)
+    }
+
+    /// How many live executors the job has.
+    pub(crate) fn executors(&self, job: &JobId) -> usize {
+        self.teams_of(job).map(|team| team.executors.len()).sum()
+    }
+
+    /// The capacity of the node of the job's executor of this key; `None` if it has no node.
+    pub(crate) fn bound_capacity(&self, job: &JobId, key: &str) -> Option<Capacity> {
+        let is_generated = |executor: &&Executor| executor.key.as_deref() == Some(key);
+        let executor = self
+            .teams_of(job)
+            .find_map(|team| team.executors.get(key).or_else(|| team.executors.values().find(is_generated)))?;
+        executor.node.as_ref()?;
+        self.capacity(executor)
+    }
+
+    /// Whether a pod is a live executor.
+    pub(crate) fn is_executor(&self, namespace: &str, name: &str) -> bool {
+        self.namespaces.get(namespace).is_some_and(|pods| pods.executors.contains_key(name))
+    }
+
+    /// The primary owner of the executors with the job's job id.
+    pub(crate) fn primary(&self, job: JobRef<'_>) -> Option<&Arc<str>> {
+        self.groups.get(&group_of(job))?.primary.as_ref()
+    }
+
+    /// The pod that drives the job, if it is known.
+    pub(crate) fn driver(&self, job: &JobId) -> Option<DriverRef> {
+        let name = self.driver_name(job)?;
+        let driver = self.driver_pod(&job.namespace, name).map(|driver| &driver.uid);
+        let team = || self.teams.get(&JobId::of_driver(group_of(job.as_job_ref()).as_job_ref(), name));
+        let uid = driver.or_else(|| team().map(|team| &team.owner_uid))?.to_string();
+        Some(DriverRef { namespace: job.namespace.clone(), name: name.to_string(), uid })
+    }
+
+    /// Stores that something about the job was reported. Returns whether it is for the first time.
+    pub(crate) fn report_once(&mut self, job: &JobId) -> bool {
+        let owner = self.driver_name(job).cloned();
+        let group = self.groups.get(&group_of(job.as_job_ref()));
+        let Some(team) = group.and_then(|group| group.teams.get(&owner)) else { return false };
+        self.teams.get_mut(team).is_some_and(|team| !mem::replace(&mut team.is_reported, true))
+    }
+
+    /// The driver that the job's ledger should name.
+    pub(crate) fn desired_driver(&self, job: &JobId) -> Option<&str> {
+        self.teams_of(job).find_map(|team| team.owner.as_deref())
+    }
+
+    /// The job in which the executors of this job's driver count, if that is the job of the job id: the driver has become
+    /// the primary owner.
+    pub(crate) fn moved_to(&self, job: &JobId) -> Option<&Arc<JobId>> {
+        let job = job.as_job_ref();
+        let driver = job.driver()?;
+        let (id, group) = self.groups.get_key_value(&group_of(job))?;
+        (group.primary.as_deref() == Some(driver)).then_some(id)
     }
 
     /// What the job's ledger should contain.
     pub fn desired(&self, job: &JobId) -> DesiredState<'_> {
-        let Some(job) = self.jobs.get(job) else { return DesiredState { ended: true, ..DesiredState::default() } };
-        let live = job.executors.iter().map(|(name, executor)| LiveExecutor {
-            key: executor.key.as_deref().unwrap_or(name),
-            uid: &executor.uid,
-            capacity: self.capacity(executor),
-        });
-        DesiredState { live: live.collect(), overrides: job.overrides(), ended: false }
+        let (mut live, mut fixed, mut contains) = (Vec::new(), None, false);
+        for team in self.teams_of(job) {
+            contains = true;
+            live.reserve_exact(team.executors.len());
+            for (name, executor) in &team.executors {
+                let key = executor.key.as_deref().unwrap_or(name);
+                let states_ratio = executor.states_ratio;
+                live.push(LiveExecutor { key, uid: &executor.uid, capacity: self.capacity(executor), states_ratio });
+                let known = *fixed.get_or_insert(executor.fixed);
+                fixed = Some(executor.fixed.filter(|_| known == executor.fixed));
+            }
+        }
+        if !contains {
+            return DesiredState { ended: true, ..DesiredState::default() };
+        }
+        let driver = self.desired_driver(job);
+        let states_ratio = self.stated(job).map(|driver| driver.states_ratio);
+        // During a migration some may be of the original, which left no mark on those that it has placed.
+        let fixed = fixed.flatten().filter(|_| live.len() >= FixedCapacity::ENOUGH);
+        let fixed = fixed.map(|capacity| FixedCapacity { capacity, states_ratio });
+        DesiredState { live, overrides: self.overrides(job), ended: false, driver, fixed }
     }
 
-    /// Counts everything that is live.
-    pub fn totals(&self) -> Totals {
-        let mut totals = Totals { jobs: self.jobs.len() as u64, ..Totals::default() };
-        for executor in self.jobs.values().flat_map(|job| job.executors.values()) {
-            match self.capacity(executor) {
-                Some(Capacity::Spot) => totals.spot += 1,
-                Some(Capacity::OnDemand) => totals.on_demand += 1,
-                None => totals.unknown += 1,
+    /// Counts everything that is live. `policy` returns what a job's ledger has, for those whose driver is not watched.
+    pub fn totals(&self, policy: impl Fn(&JobId) -> Option<Policy>) -> Totals {
+        let mut totals = Totals::default();
+        for job in self.jobs() {
+            let ratio = self.overrides(job).spot_ratio.or_else(|| policy(job).map(|policy| policy.spot_ratio));
+            if ratio == Some(SpotRatio::Off) {
+                continue;
+            }
+            totals.jobs += 1;
+            for executor in self.teams_of(job).flat_map(|team| team.executors.values()) {
+                match self.capacity(executor) {
+                    Some(Capacity::Spot) => totals.spot += 1,
+                    Some(Capacity::OnDemand) => totals.on_demand += 1,
+                    None => totals.unknown += 1,
+                }
             }
         }
         totals
@@ -205,15 +358,61 @@ impl ClusterIndex {
         of_node.or(executor.asked)
     }
 
+    /// The teams whose executors are the job's: none if the job has no live pod, and the primary one first.
+    fn teams_of(&self, job: &JobId) -> impl Iterator<Item = &Team> {
+        let (primary, other) = match job.as_job_ref().driver() {
+            Some(_) => {
+                let is_primary = |team: &Team| {
+                    self.groups.get(&team.group).is_some_and(|group| group.is_primary(team.owner.as_ref()))
+                };
+                (None, self.teams.get(job).filter(|team| !is_primary(team)))
+            }
+            None => {
+                let group = self.groups.get(job);
+                let team = |owner: &Option<Arc<str>>| self.teams.get(group?.teams.get(owner)?);
+                let primary = group.map(|group| &group.primary).filter(|primary| primary.is_some());
+                (primary.and_then(team), team(&None))
+            }
+        };
+        primary.into_iter().chain(other)
+    }
+
+    /// The name of the pod that drives the job.
+    fn driver_name(&self, job: &JobId) -> Option<&Arc<str>> {
+        match job.as_job_ref().driver() {
+            Some(_) => self.teams.get(job)?.owner.as_ref(),
+            None => self.groups.get(job)?.primary.as_ref(),
+        }
+    }
+
+    fn driver_pod(&self, namespace: &str, name: &str) -> Option<&Driver> {
+        self.namespaces.get(namespace)?.drivers.get(name)
+    }
+
+    /// The driver whose annotations are the job's policy, if it is watched.
+    fn stated(&self, job: &JobId) -> Option<&Driver> {
+        self.driver_pod(&job.namespace, self.driver_name(job)?)
+    }
+
+    /// The policy fields that the job's driver states, if it is watched.
+    fn overrides(&self, job: &JobId) -> PolicyOverrides {
+        self.stated(job).map(|driver| driver.overrides).unwrap_or_default()
+    }
+
     fn apply_executor(&mut self, name: &str, executor: ExecutorPod<'_>, generation: u32) {
-        let ExecutorPod { job, key, uid, node, asked } = executor;
-        let (name, id) = self.enter(name, job.to_job_id());
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let was_driver = job.drivers.remove(&name).is_some();
-        let before = job.executors.remove(&name);
-        let is_same = before
-            .as_ref()
-            .is_some_and(|before| *before.uid == *uid && before.asked == asked && before.node.as_deref() == node);
+        let ExecutorPod { job, key, uid, driver: owner, driver_uid, node, asked, fixed, states_ratio } = executor;
+        let was_driver = self.delete_driver(job.namespace, name);
+        let (name, id) = self.enter(name, job, owner);
+        let Some(team) = self.teams.get_mut(&id) else { return };
+        if let Some(owner_uid) = driver_uid.filter(|owner_uid| **owner_uid != *team.owner_uid) {
+            team.owner_uid = owner_uid.into();
+        }
+        let before = team.executors.remove(&name);
+        let is_same = before.as_ref().is_some_and(|before| {
+            let is_same_pod = *before.uid == *uid && before.states_ratio == states_ratio;
+            is_same_pod && before.asked == asked && before.node.as_deref() == node
+        });
+        let waited = before.as_ref().is_some_and(Executor::waits_for_spot);
         let mut bound = before.and_then(|before| before.node);
         if bound.as_deref() != node {
             if let Some(node) = bound.take() {
@@ -222,271 +421,263 @@ impl ClusterIndex {
             bound = node.map(|node| self.nodes.bind(node, &id));
         }
         let key = (key != &*name).then(|| key.into());
-        job.executors.insert(name, Executor { key, uid: uid.into(), node: bound, asked, generation });
+        let uid = uid.into();
+        let executor = Executor { key, uid, node: bound, asked, fixed, states_ratio, generation };
+        self.nodes.set_waiting(&id, waited, executor.waits_for_spot());
+        team.executors.insert(name, executor);
+        let is_first = team.executors.len() == 1;
+        if is_first {
+            self.note_busy(&id);
+        }
         if !is_same || was_driver {
-            add_change(&mut self.changed, id, Change::Other);
+            self.change(&id, Change::Other);
         }
     }
 
+    /// Stores to which team the executor belongs; one that belonged to another team leaves that one.
+    fn enter(&mut self, name: &str, job: JobRef<'_>, owner: Option<&str>) -> (Arc<str>, Arc<JobId>) {
+        let known = self.namespaces.get(job.namespace).and_then(|pods| pods.executors.get_key_value(name));
+        if let Some((name, team)) = known {
+            let of_team = team.as_job_ref();
+            if (of_team.label_value(), of_team.driver()) == (job.app_id, owner) {
+                return (Arc::clone(name), Arc::clone(team));
+            }
+            self.delete_executor(job.namespace, name.to_string().as_str());
+        }
+        let id = self.team(job, owner);
+        let name: Arc<str> = name.into();
+        self.namespace(job.namespace).executors.insert(Arc::clone(&name), Arc::clone(&id));
+        (name, id)
+    }
+
+    fn delete_executor(&mut self, namespace: &str, name: &str) {
+        let Some(pods) = self.namespaces.get_mut(namespace) else { return };
+        let Some((name, id)) = pods.executors.remove_entry(name) else { return };
+        let executor = self.teams.get_mut(&id).and_then(|team| team.executors.remove(&name));
+        self.nodes.set_waiting(&id, executor.as_ref().is_some_and(Executor::waits_for_spot), false);
+        if let Some(node) = executor.and_then(|executor| executor.node) {
+            self.nodes.unbind(&node, &id);
+        }
+        self.change(&id, Change::Loss);
+        self.note_busy(&id);
+        self.leave(&id);
+        self.forget_namespace(namespace);
+    }
+
     fn apply_driver(&mut self, name: &str, driver: DriverPod<'_>, generation: u32) {
-        let DriverPod { job, uid, created, overrides, invalid } = driver;
-        let (name, id) = self.enter(name, job.to_job_id());
-        let Some(job) = self.jobs.get_mut(&id) else { return };
-        let as_executor = job.executors.remove(&name);
-        let before = job.drivers.remove(&name).filter(|before| *before.uid == *uid);
+        let DriverPod { namespace, job, uid, created, overrides, invalid } = driver;
+        self.delete_executor(namespace, name);
+        let is_same_pod = |before: &Driver| {
+            let job_before = before.job.as_ref().map(|job| job.as_job_ref());
+            *before.uid == *uid && *before.created == *created && job_before == job
+        };
+        if self.driver_pod(namespace, name).is_some_and(|before| !is_same_pod(before)) {
+            self.delete_driver(namespace, name);
+        }
+        let known = self.namespace(namespace).drivers.remove_entry(name);
+        let (name, before) = known.map_or_else(|| (Arc::from(name), None), |(name, before)| (name, Some(before)));
         // The last valid value stays in use instead of an invalid one, the default instead of an absent one.
         let last = before.as_ref().map(|before| before.overrides).unwrap_or_default();
+        let states_ratio = overrides.spot_ratio.is_some();
         let is_invalid = |field| invalid.iter().any(|invalid| invalid.field == field);
         let overrides = overrides
             .or_overrides(last.filter(is_invalid))
             .or_overrides(PolicyOverrides::from(self.defaults).filter(|field| !is_invalid(field)));
+        let team = job.map(|job| self.team(job, Some(&name)));
+        let job = team.as_ref().and_then(|team| self.teams.get(team)).map(|team| Arc::clone(&team.group));
         let reported = before.as_ref().map(|before| before.invalid.as_slice()).unwrap_or_default();
         let annotation = InvalidAnnotation {
-            job: Arc::clone(&id),
-            driver: Arc::clone(&name),
-            uid: uid.into(),
+            job: job.clone(),
+            driver: DriverRef { namespace: namespace.to_owned(), name: name.to_string(), uid: uid.to_owned() },
             invalid: invalid.iter().filter(|invalid| !reported.contains(invalid)).cloned().collect(),
             in_use: overrides,
         };
         self.invalid_annotations.update(annotation, &invalid);
         let is_same = before.is_some_and(|before| before.overrides == overrides);
-        job.drivers.insert(name, Driver { uid: uid.into(), created: created.into(), overrides, invalid, generation });
-        if let Some(executor) = as_executor {
-            add_change(&mut self.changed, Arc::clone(&id), Change::Loss);
-            if let Some(node) = executor.node {
-                self.nodes.unbind(&node, &id);
+        let driver = Driver {
+            uid: uid.into(),
+            created: created.into(),
+            job: job.clone(),
+            overrides,
+            states_ratio,
+            invalid,
+            generation,
+        };
+        self.namespace(namespace).drivers.insert(Arc::clone(&name), driver);
+        if let (Some(job), Some(team)) = (job, team.and_then(|team| self.teams.get_mut(&team)))
+            && !mem::replace(&mut team.has_driver, true)
+        {
+            let has_executors = !team.executors.is_empty();
+            if let Some(group) = self.groups.get_mut(&job) {
+                group.drivers.insert((created.into(), Arc::clone(&name)));
+                if has_executors {
+                    group.busy.insert((created.into(), Arc::clone(&name)));
+                }
             }
+            self.elect(&job, true);
         }
         if !is_same {
-            add_change(&mut self.changed, id, Change::Other);
+            self.change_owned(namespace, &name);
         }
     }
 
-    /// Stores to which job the pod belongs; a pod that belonged to another job leaves that one.
-    fn enter(&mut self, name: &str, job: JobId) -> (Arc<str>, Arc<JobId>) {
-        let known = self.pods.get(job.namespace.as_str()).and_then(|pods| pods.get_key_value(name));
-        if let Some((name, known)) = known
-            && **known == job
-        {
-            return (Arc::clone(name), Arc::clone(known));
-        }
-        if known.is_some() {
-            self.delete_pod(&job.namespace, name);
-        }
-        let job = match self.jobs.get_key_value(&job) {
-            Some((known, _)) => Arc::clone(known),
-            None => {
-                let job = Arc::new(job);
-                self.jobs.insert(Arc::clone(&job), JobPods::default());
-                job
+    /// Returns whether there was such a driver.
+    fn delete_driver(&mut self, namespace: &str, name: &str) -> bool {
+        let Some(pods) = self.namespaces.get_mut(namespace) else { return false };
+        let Some((name, driver)) = pods.drivers.remove_entry(name) else { return false };
+        self.invalid_annotations.remove(namespace, &name);
+        self.change_owned(namespace, &name);
+        if let Some(job) = driver.job {
+            if let Some(group) = self.groups.get_mut(&job) {
+                let driver = (driver.created, Arc::clone(&name));
+                group.drivers.remove(&driver);
+                group.busy.remove(&driver);
             }
+            let team = JobId::of_driver(job.as_job_ref(), &name);
+            if let Some(team) = self.teams.get_mut(&team) {
+                team.has_driver = false;
+            }
+            self.leave(&team);
+            self.elect(&job, true);
+        }
+        self.forget_namespace(namespace);
+        true
+    }
+
+    /// The team with this job id and owner. A new one may change which owner is the primary one.
+    fn team(&mut self, job: JobRef<'_>, owner: Option<&str>) -> Arc<JobId> {
+        let group = job.to_job_id();
+        let id = owner.map_or_else(|| group.clone(), |owner| JobId::of_driver(job, owner));
+        if let Some((id, _)) = self.teams.get_key_value(&id) {
+            return Arc::clone(id);
+        }
+        let id = Arc::new(id);
+        let group = match self.groups.get_key_value(&group) {
+            Some((known, _)) => Arc::clone(known),
+            // The team of no owner has the same key.
+            None if owner.is_none() => Arc::clone(&id),
+            None => Arc::new(group),
         };
-        let name: Arc<str> = name.into();
-        let pods = match self.pods.get_mut(job.namespace.as_str()) {
-            Some(pods) => pods,
-            None => self.pods.entry(job.namespace.as_str().into()).or_default(),
+        let owner: Option<Arc<str>> = owner.map(Into::into);
+        if let Some(owner) = &owner {
+            self.namespace(job.namespace).teams.entry(Arc::clone(owner)).or_default().push(Arc::clone(&id));
+        }
+        self.groups.entry(Arc::clone(&group)).or_default().teams.insert(owner.clone(), Arc::clone(&id));
+        let team = Team {
+            group: Arc::clone(&group),
+            owner,
+            owner_uid: Box::default(),
+            executors: HashMap::new(),
+            has_driver: false,
+            is_reported: false,
         };
-        pods.insert(Arc::clone(&name), Arc::clone(&job));
-        (name, job)
+        self.teams.insert(Arc::clone(&id), team);
+        self.elect(&group, true);
+        id
+    }
+
+    /// Removes a team that has no pod left.
+    fn leave(&mut self, id: &JobId) {
+        if self.teams.get(id).is_none_or(|team| team.has_driver || !team.executors.is_empty()) {
+            return;
+        }
+        let Some(Team { group: job, owner, .. }) = self.teams.remove(id) else { return };
+        if let Some(owner) = &owner
+            && let Some(pods) = self.namespaces.get_mut(id.namespace.as_str())
+            && let Some(teams) = pods.teams.get_mut(owner)
+        {
+            teams.retain(|team| **team != *id);
+            if teams.is_empty() {
+                pods.teams.remove(owner);
+            }
+        }
+        let Some(group) = self.groups.get_mut(&job) else { return };
+        group.teams.remove(&owner);
+        if group.teams.is_empty() {
+            self.groups.remove(&job);
+        } else if owner == group.primary {
+            self.elect(&job, true);
+        }
+    }
+
+    /// The team has got its first executor, or lost one. If its owner is a driver, the primary owner may be another one.
+    fn note_busy(&mut self, id: &JobId) {
+        let Some(team) = self.teams.get(id).filter(|team| team.has_driver) else { return };
+        let (job, has_executors) = (Arc::clone(&team.group), !team.executors.is_empty());
+        let Some(name) = team.owner.clone() else { return };
+        let Some(driver) = self.driver_pod(&id.namespace, &name) else { return };
+        let driver = (driver.created.clone(), name);
+        let Some(group) = self.groups.get_mut(&job) else { return };
+        let is_changed = if has_executors { group.busy.insert(driver) } else { group.busy.remove(&driver) };
+        if is_changed {
+            self.elect(&job, true);
+        }
+    }
+
+    /// Chooses the primary owner of a group again. If it is another one, executors belong to other jobs.
+    fn elect(&mut self, id: &JobId, keep: bool) {
+        let Some((id, group)) = self.groups.get_key_value(id) else { return };
+        let primary = group.elect(keep, &self.teams);
+        if primary == group.primary {
+            return;
+        }
+        let id = Arc::clone(id);
+        let Some(group) = self.groups.get_mut(&id) else { return };
+        let before = mem::replace(&mut group.primary, primary.clone());
+        // Without a primary owner before, no team was a job of its own.
+        if before.is_some() {
+            let owners = [before, primary].into_iter().filter(Option::is_some);
+            for team in owners.filter_map(|owner| group.teams.get(&owner)) {
+                add_change(&mut self.changed, Arc::clone(team), Change::Other);
+            }
+        }
+        add_change(&mut self.changed, id, Change::Other);
+    }
+
+    /// The job to which the team belongs has changed.
+    fn change(&mut self, team: &JobId, change: Change) {
+        if let Some(job) = job_of(&self.groups, &self.teams, team) {
+            add_change(&mut self.changed, job, change);
+        }
+    }
+
+    /// The policy of the jobs whose executors this pod owns may have changed.
+    fn change_owned(&mut self, namespace: &str, owner: &str) {
+        let teams = self.namespaces.get(namespace).and_then(|pods| pods.teams.get(owner));
+        for team in teams.into_iter().flatten() {
+            if let Some(job) = job_of(&self.groups, &self.teams, team) {
+                add_change(&mut self.changed, job, Change::Other);
+            }
+        }
+    }
+
+    fn namespace(&mut self, name: &str) -> &mut Namespace {
+        self.namespaces.entry(name.into()).or_default()
+    }
+
+    fn forget_namespace(&mut self, name: &str) {
+        let is_empty = |pods: &Namespace| pods.executors.is_empty() && pods.drivers.is_empty() && pods.teams.is_empty();
+        if self.namespaces.get(name).is_some_and(is_empty) {
+            self.namespaces.remove(name);
+        }
     }
 
     fn generation(&self, scope: Option<&Arc<str>>) -> u32 {
-        self.generations.get(&scope.cloned()).copied().unwrap_or_default()
+        self.lists.get(&scope.cloned()).map(|lists| lists.started).unwrap_or_default()
     }
+}
+
+/// The job of the job id.
+fn group_of(job: JobRef<'_>) -> JobId {
+    JobRef { app_id: job.label_value(), ..job }.to_job_id()
+}
+
+/// The job to which the team belongs.
+fn job_of(groups: &HashMap<Arc<JobId>, Group>, teams: &HashMap<Arc<JobId>, Team>, team: &JobId) -> Option<Arc<JobId>> {
+    let (id, team) = teams.get_key_value(team)?;
+    let is_primary = groups.get(&team.group)?.is_primary(team.owner.as_ref());
+    Some(Arc::clone(if is_primary { &team.group } else { id }))
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::{Value, json};
-
-    use super::*;
-    use balancer_core::{InvalidField, PolicyField};
-
-    fn index() -> ClusterIndex {
-        ClusterIndex::new(Arc::new(Conventions::default()), Policy::default())
-    }
-
-    fn job() -> JobId {
-        JobId { namespace: "etl".into(), app_id: "j".into() }
-    }
-
-    fn apply(index: &mut ClusterIndex, name: &str, role: &str, change: impl FnOnce(&mut Value)) {
-        index.apply_pod(&pod(name, role, change), None);
-    }
-
-    fn pod(name: &str, role: &str, change: impl FnOnce(&mut Value)) -> Pod<'static> {
-        let mut pod = json!({
-            "metadata": {
-                "name": name, "namespace": "etl", "uid": format!("uid of {name}"),
-                "creationTimestamp": "2026-01-01T00:00:00Z",
-                "labels": {"spark-role": role, "spark-app-selector": "j"},
-            },
-            "spec": {},
-        });
-        change(&mut pod);
-        serde_json::from_str::<Pod<'_>>(&pod.to_string()).expect("a pod").into_owned()
-    }
-
-    fn apply_driver(index: &mut ClusterIndex, name: &str, annotations: Value) {
-        apply(index, name, "driver", |pod| pod["metadata"]["annotations"] = annotations);
-    }
-
-    fn capacities(index: &ClusterIndex) -> Vec<Option<Capacity>> {
-        index.desired(&job()).live.iter().map(|live| live.capacity).collect()
-    }
-
-    fn policy(index: &ClusterIndex) -> Option<(String, u32)> {
-        let policy = index.desired(&job()).overrides.or(None)?;
-        Some((policy.spot_ratio.to_string(), policy.on_demand_base))
-    }
-
-    #[test]
-    fn a_deleted_node_keeps_its_capacity_for_the_executors_bound_to_it() {
-        let mut index = index();
-        index.apply_node("n", Some(Capacity::OnDemand));
-        apply(&mut index, "e", "executor", |pod| {
-            pod["spec"]["nodeName"] = json!("n");
-            pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
-        });
-        index.delete_node("n");
-        assert_eq!(capacities(&index), [Some(Capacity::OnDemand)]);
-        index.init_nodes();
-        index.init_nodes_done();
-        assert_eq!(capacities(&index), [Some(Capacity::OnDemand)]);
-        index.delete_pod("etl", "e");
-        assert!(index.nodes.len() == 0, "{:?}", index.nodes);
-    }
-
-    #[test]
-    fn nodes_without_executors_are_kept_while_they_exist() {
-        let mut index = index();
-        for node in ["a", "b", "c"] {
-            index.apply_node(node, Some(Capacity::Spot));
-        }
-        index.delete_node("a");
-        index.init_nodes();
-        index.apply_node("b", Some(Capacity::Spot));
-        index.init_nodes_done();
-        assert_eq!(index.nodes.len(), 1);
-    }
-
-    #[test]
-    fn deleted_pods_leave_nothing_in_the_index() {
-        let mut index = index();
-        for round in 0..3 {
-            index.init_pods(None);
-            for id in 0..10 {
-                apply(&mut index, &format!("e{round}-{id}"), "executor", |pod| pod["spec"]["nodeName"] = json!("n"));
-            }
-            apply_driver(&mut index, "d", json!({"workload/spot-ratio": "x"}));
-            index.init_pods_done(None);
-            assert_eq!(index.desired(&job()).live.len(), 10);
-        }
-        index.init_pods(None);
-        index.init_pods_done(None);
-        assert_eq!(index.totals(), Totals::default());
-        assert!(
-            index.jobs.is_empty()
-                && index.pods.is_empty()
-                && index.nodes.len() == 0
-                && index.invalid_annotations.is_empty()
-        );
-    }
-
-    #[test]
-    fn a_list_of_one_namespace_does_not_affect_another() {
-        let (mut index, etl) = (index(), Arc::<str>::from("etl"));
-        index.init_pods(Some(&etl));
-        index.apply_pod(&pod("e", "executor", |_| {}), Some(&etl));
-        index.init_pods_done(Some(&etl));
-        let ml = Arc::<str>::from("ml");
-        index.init_pods(Some(&ml));
-        index.init_pods_done(Some(&ml));
-        assert!(index.contains(&job()));
-    }
-
-    #[test]
-    fn the_newest_driver_sets_the_policy_and_absent_fields_are_the_default() {
-        let mut index = index();
-        assert_eq!(policy(&index), None);
-        apply_driver(&mut index, "old", json!({"workload/spot-ratio": "0.1", "workload/on-demand-base": "3"}));
-        assert_eq!(policy(&index), Some(("0.1".into(), 3)));
-        apply(&mut index, "new", "driver", |pod| pod["metadata"]["creationTimestamp"] = json!("2026-01-02T00:00:00Z"));
-        assert_eq!(policy(&index), Some(("0.5".into(), 0)));
-        index.delete_pod("etl", "new");
-        assert_eq!(policy(&index), Some(("0.1".into(), 3)));
-    }
-
-    #[test]
-    fn an_invalid_field_keeps_the_last_valid_value_and_is_reported_once() {
-        let mut index = index();
-        apply_driver(&mut index, "d", json!({"workload/spot-ratio": "0.7", "workload/on-demand-base": "2"}));
-        assert!(index.take_invalid_annotations().is_empty());
-        for _ in 0..3 {
-            apply_driver(&mut index, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "4"}));
-        }
-        assert_eq!(policy(&index), Some(("0.7".into(), 4)));
-        apply_driver(&mut index, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "5"}));
-        let reported = index.take_invalid_annotations();
-        let [annotation] = reported.as_slice() else { panic!("{reported:?}") };
-        assert_eq!(annotation.fallback(&annotation.invalid[0]), "still using 0.7");
-        apply_driver(&mut index, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "x"}));
-        let reported = index.take_invalid_annotations();
-        assert!(
-            matches!(reported.as_slice(), [InvalidAnnotation { invalid, .. }] if matches!(invalid.as_slice(), [InvalidField { field: PolicyField::OnDemandBase, .. }])),
-            "{reported:?}"
-        );
-        apply_driver(&mut index, "d", json!({"workload/on-demand-base": "4"}));
-        assert_eq!(policy(&index), Some(("0.5".into(), 4)));
-    }
-
-    #[test]
-    fn a_field_that_was_never_valid_is_left_to_the_ledger() {
-        let mut index = index();
-        apply_driver(&mut index, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "4"}));
-        assert_eq!(
-            index.desired(&job()).overrides,
-            PolicyOverrides {
-                spot_ratio: None,
-                ..PolicyOverrides::from(Policy { on_demand_base: 4, ..Policy::DEFAULT })
-            }
-        );
-        let reported = index.take_invalid_annotations();
-        assert_eq!(reported[0].fallback(&reported[0].invalid[0]), "still using the previous value");
-    }
-
-    fn changed(index: &mut ClusterIndex) -> Vec<Change> {
-        index.take_changed().into_values().collect()
-    }
-
-    #[test]
-    fn only_real_changes_are_reported_and_a_loss_is_the_most_urgent() {
-        let mut index = index();
-        apply(&mut index, "e", "executor", |_| {});
-        assert_eq!(changed(&mut index), [Change::Other]);
-        apply(&mut index, "e", "executor", |_| {});
-        assert_eq!(changed(&mut index), []);
-        apply(&mut index, "e", "executor", |pod| pod["spec"]["nodeName"] = json!("n"));
-        assert_eq!(changed(&mut index), [Change::Other]);
-        index.apply_node("n", Some(Capacity::Spot));
-        assert_eq!(changed(&mut index), [Change::Other]);
-        index.delete_pod("etl", "e");
-        apply(&mut index, "e2", "executor", |_| {});
-        assert_eq!(changed(&mut index), [Change::Loss]);
-        apply(&mut index, "e2", "driver", |_| {});
-        assert_eq!(changed(&mut index), [Change::Loss], "a pod that is no executor any more");
-        apply(&mut index, "e2", "executor", |_| {});
-        assert_eq!(changed(&mut index), [Change::Other]);
-    }
-
-    #[test]
-    fn a_pod_that_moves_to_another_job_or_node_leaves_the_former_one() {
-        let mut index = index();
-        index.apply_node("n2", Some(Capacity::Spot));
-        apply(&mut index, "e", "executor", |pod| pod["spec"]["nodeName"] = json!("n"));
-        apply(&mut index, "e", "executor", |pod| pod["spec"]["nodeName"] = json!("n2"));
-        assert_eq!((capacities(&index), index.nodes.len()), (vec![Some(Capacity::Spot)], 1));
-        apply(&mut index, "e", "executor", |pod| pod["metadata"]["labels"]["spark-app-selector"] = json!("k"));
-        assert!(!index.contains(&job()) && index.jobs().count() == 1);
-    }
-}
+mod tests;

@@ -1,14 +1,20 @@
-//! The capacity of each node, and which jobs' executors are bound to it.
+//! The capacity and the pool of each node, and which jobs' executors are bound to it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use balancer_core::{Capacity, JobId};
+use balancer_core::{Capacity, CapacityProfile, JobId};
+
+use super::shares::{Pool, TeamShares};
 
 /// The nodes that exist, or to which an executor is bound.
 #[derive(Debug, Default)]
 pub(super) struct NodeIndex {
     nodes: HashMap<Arc<str>, Node>,
+    /// How the executors of each team are spread over them.
+    teams: HashMap<Arc<JobId>, TeamShares>,
+    /// The pools of the nodes, each once.
+    pools: HashSet<Arc<Pool>>,
     /// How many lists were started.
     generation: u32,
 }
@@ -17,6 +23,10 @@ pub(super) struct NodeIndex {
 struct Node {
     /// Remembered after the node is gone, for the executors that are still bound to it.
     capacity: Option<Capacity>,
+    /// Its pool, remembered likewise.
+    pool: Option<Arc<Pool>>,
+    /// The platform that shows that the node is spot, if it is not the configured one.
+    other_platform: Option<CapacityProfile>,
     exists: bool,
     /// The jobs with executors bound to the node, and how many.
     jobs: Vec<(Arc<JobId>, u32)>,
@@ -34,15 +44,50 @@ impl NodeIndex {
             node.exists = false;
         }
         self.nodes.retain(|_, node| node.exists || !node.jobs.is_empty());
+        self.pools.retain(|pool| Arc::strong_count(pool) > 1);
     }
 
     /// Stores the capacity of a node. Returns the jobs whose executors are affected by a change.
     pub(super) fn apply(&mut self, name: &str, capacity: Option<Capacity>) -> impl Iterator<Item = &Arc<JobId>> {
         let generation = self.generation;
-        let node = self.node(name);
+        let (node, teams) = self.node(name);
         let has_changed = node.capacity != capacity;
-        (node.capacity, node.exists, node.generation) = (capacity, true, generation);
+        if has_changed {
+            node.change(teams, |node| node.capacity = capacity);
+        }
+        (node.exists, node.generation) = (true, generation);
         node.jobs.iter().filter(move |_| has_changed).map(|(job, _)| job)
+    }
+
+    /// Stores the pool of a node. Returns the jobs whose executors are affected by a change.
+    pub(super) fn set_pool(&mut self, name: &str, pool: Option<Pool>) -> impl Iterator<Item = &Arc<JobId>> {
+        let Self { nodes, teams, pools, .. } = self;
+        let node = nodes.get_mut(name).filter(|node| node.pool.as_deref() != pool.as_ref());
+        let node = node.map(|node| {
+            let pool = pool.map(|pool| {
+                let pool = pools.get(&pool).cloned().unwrap_or_else(|| Arc::new(pool));
+                pools.insert(Arc::clone(&pool));
+                pool
+            });
+            node.change(teams, |node| node.pool = pool);
+            &*node
+        });
+        node.into_iter().flat_map(|node| node.jobs.iter().map(|(job, _)| job))
+    }
+
+    /// Stores that another platform than the configured one shows that the node is spot.
+    pub(super) fn set_other_platform(&mut self, name: &str, platform: Option<CapacityProfile>) {
+        if let Some(node) = self.nodes.get_mut(name) {
+            node.other_platform = platform;
+        }
+    }
+
+    /// A platform whose labels spot nodes have, while no spot node has those of the configured one: its nodes are probably
+    /// not those of the configured profile.
+    pub(super) fn likely_platform(&self) -> Option<CapacityProfile> {
+        let mut spot = self.nodes.values().filter(|node| node.exists && node.capacity == Some(Capacity::Spot));
+        let first = spot.next()?.other_platform?;
+        spot.all(|node| node.other_platform.is_some()).then_some(first)
     }
 
     pub(super) fn delete(&mut self, name: &str) {
@@ -58,13 +103,40 @@ impl NodeIndex {
         self.nodes.get(name)?.capacity
     }
 
+    #[cfg(test)]
+    pub(super) fn pool(&self, name: &str) -> Option<&Arc<Pool>> {
+        self.nodes.get(name)?.pool.as_ref()
+    }
+
+    /// How the executors of the team are spread, if it has any.
+    pub(super) fn shares(&self, team: &JobId) -> Option<&TeamShares> {
+        self.teams.get(team)
+    }
+
+    /// An executor of the team starts, or ceases, to wait for a spot node.
+    pub(super) fn set_waiting(&mut self, team: &Arc<JobId>, before: bool, now: bool) {
+        if before != now {
+            shares_of(&mut self.teams, team).wait(now);
+            forget_if_empty(&mut self.teams, team);
+        }
+    }
+
     /// Counts one more executor of the job on the node. Returns the node's own copy of its name.
     pub(super) fn bind(&mut self, name: &str, job: &Arc<JobId>) -> Arc<str> {
-        let node = self.node(name);
-        match node.jobs.iter_mut().find(|(bound, _)| bound == job) {
-            Some((_, executors)) => *executors += 1,
-            None => node.jobs.push((Arc::clone(job), 1)),
-        }
+        let (node, teams) = self.node(name);
+        let executors = match node.jobs.iter_mut().find(|(bound, _)| bound == job) {
+            Some((_, executors)) => {
+                *executors += 1;
+                *executors
+            }
+            None => {
+                node.jobs.push((Arc::clone(job), 1));
+                1
+            }
+        };
+        let shares = shares_of(teams, job);
+        shares.bind(executors);
+        shares.add(node.capacity, node.pool.as_ref(), 1);
         self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name))
     }
 
@@ -74,6 +146,11 @@ impl NodeIndex {
         if let Some(at) = node.jobs.iter().position(|(bound, _)| bound == job)
             && let Some((_, executors)) = node.jobs.get_mut(at)
         {
+            if let Some(shares) = self.teams.get_mut(job) {
+                shares.unbind(*executors);
+                shares.remove(node.capacity, node.pool.as_ref(), 1);
+            }
+            forget_if_empty(&mut self.teams, job);
             *executors -= 1;
             if *executors == 0 {
                 node.jobs.swap_remove(at);
@@ -84,14 +161,46 @@ impl NodeIndex {
         }
     }
 
-    fn node(&mut self, name: &str) -> &mut Node {
+    fn node(&mut self, name: &str) -> (&mut Node, &mut HashMap<Arc<JobId>, TeamShares>) {
         let new = Node { generation: self.generation, ..Node::default() };
-        self.nodes.entry(name.into()).or_insert(new)
+        (self.nodes.entry(name.into()).or_insert(new), &mut self.teams)
     }
 
     #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         self.nodes.len()
+    }
+
+    #[cfg(test)]
+    pub(super) fn teams(&self) -> usize {
+        self.teams.len()
+    }
+}
+
+impl Node {
+    /// Changes its capacity or its pool, and with it what is kept of the executors that are bound to it.
+    fn change(&mut self, teams: &mut HashMap<Arc<JobId>, TeamShares>, change: impl FnOnce(&mut Self)) {
+        for (team, executors) in &self.jobs {
+            if let Some(shares) = teams.get_mut(team) {
+                shares.remove(self.capacity, self.pool.as_ref(), *executors);
+            }
+        }
+        change(self);
+        for (team, executors) in &self.jobs {
+            if let Some(shares) = teams.get_mut(team) {
+                shares.add(self.capacity, self.pool.as_ref(), *executors);
+            }
+        }
+    }
+}
+
+fn shares_of<'a>(teams: &'a mut HashMap<Arc<JobId>, TeamShares>, team: &Arc<JobId>) -> &'a mut TeamShares {
+    teams.entry(Arc::clone(team)).or_default()
+}
+
+fn forget_if_empty(teams: &mut HashMap<Arc<JobId>, TeamShares>, team: &JobId) {
+    if teams.get(team).is_some_and(TeamShares::is_empty) {
+        teams.remove(team);
     }
 }
 
@@ -135,6 +244,20 @@ mod tests {
         assert_eq!(nodes.capacity("n"), Some(OnDemand));
         nodes.unbind("n", &job("a"));
         assert_eq!(nodes.len(), 0);
+    }
+
+    #[test]
+    fn another_platform_is_likely_only_if_all_spot_nodes_have_its_labels() {
+        let mut nodes = NodeIndex::default();
+        nodes.apply("on-demand", Some(OnDemand)).for_each(drop);
+        assert_eq!(nodes.likely_platform(), None);
+        nodes.apply("spot", Some(Spot)).for_each(drop);
+        nodes.set_other_platform("spot", Some(CapacityProfile::Gke));
+        assert_eq!(nodes.likely_platform(), Some(CapacityProfile::Gke));
+        nodes.apply("own", Some(Spot)).for_each(drop);
+        assert_eq!(nodes.likely_platform(), None);
+        nodes.delete("own");
+        assert_eq!(nodes.likely_platform(), Some(CapacityProfile::Gke));
     }
 
     #[test]

@@ -3,9 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::Node;
-use kube::api::PartialObjectMeta;
-
+use super::node::WatchedNode;
 use super::pod::WatchedPod;
 use crate::metrics::WatchedLabel;
 
@@ -32,7 +30,7 @@ pub(crate) enum Event<K> {
 pub(crate) enum ClusterEvent {
     /// Of the pods of a namespace; of all namespaces if `None`.
     Pods(Option<Arc<str>>, Event<WatchedPod>),
-    Nodes(Event<PartialObjectMeta<Node>>),
+    Nodes(Event<WatchedNode>),
 }
 
 /// A set of objects that is listed and watched.

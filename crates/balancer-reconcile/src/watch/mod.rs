@@ -5,6 +5,7 @@
 //! be removed because of an index that is out of sync.
 
 mod event;
+mod node;
 mod pod;
 mod resource;
 mod sync;
@@ -13,8 +14,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use balancer_core::Conventions;
-use k8s_openapi::api::core::v1::Node;
-use kube::api::PartialObjectMeta;
 use kube::{Api, Client};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -23,9 +22,10 @@ use crate::arguments::ReconcileSettings;
 use crate::metrics::{Metrics, WatchedLabel};
 
 pub(crate) use event::{ClusterEvent, Event, Source};
+pub(crate) use node::WatchedNode;
 pub(crate) use pod::WatchedPod;
 use resource::ResourceWatch;
-pub(crate) use sync::{LOG_EVERY, SyncStatus};
+pub(crate) use sync::SyncStatus;
 
 /// No answer of the API takes so long without sending anything: neither a watch nor a page lasts longer than a minute.
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(75);
@@ -46,12 +46,12 @@ impl WatchSet {
         settings: &ReconcileSettings,
         metrics: &Arc<Metrics>,
     ) -> (Self, SyncStatus) {
-        let Conventions { workload_role_label, driver_role_value, executor_role_value, .. } = conventions;
+        let Conventions { workload_role_label, driver_role_values, executor_role_value, .. } = conventions;
         let seconds = watch_seconds(settings.grace);
         let (sender, events) = mpsc::channel(MAX_WAITING);
         let mut tasks = JoinSet::new();
         let nodes = ResourceWatch {
-            api: Api::<PartialObjectMeta<Node>>::all(client.clone()),
+            api: Api::<WatchedNode>::all(client.clone()),
             selector: None,
             seconds,
             events: sender.clone(),
@@ -67,7 +67,10 @@ impl WatchSet {
             };
             let pods = ResourceWatch {
                 api,
-                selector: Some(format!("{workload_role_label} in ({driver_role_value},{executor_role_value})")),
+                selector: Some(format!(
+                    "{workload_role_label} in ({},{executor_role_value})",
+                    driver_role_values.join(",")
+                )),
                 seconds,
                 events: sender.clone(),
                 wrap: Box::new(move |event| ClusterEvent::Pods(namespace.clone(), event)),

@@ -8,14 +8,13 @@ use balancer_runtime::cluster;
 use tokio::time::Instant;
 
 use super::event::{Event, Source, WatchError};
+use crate::log_limit::LogLimit;
 
 /// A resumed watch first reports what happened meanwhile, which takes at most so long.
 const CATCH_UP: Duration = Duration::from_secs(1);
 /// How long lists that fail are retried while others succeed. A namespace that does not exist, or is forbidden, is no
 /// reason to ignore the others.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// How often an outage is logged while it lasts.
-pub(crate) const LOG_EVERY: Duration = Duration::from_secs(30);
 
 /// Which sources are in sync: their list was complete, and their watch reports every change.
 #[derive(Debug)]
@@ -32,7 +31,7 @@ pub(crate) struct SyncStatus {
 struct Outage {
     /// When a resumed watch has caught up; `None` while the watch is disconnected.
     caught_up_at: Option<Instant>,
-    logged_at: Instant,
+    logged: LogLimit,
 }
 
 impl SyncStatus {
@@ -72,16 +71,15 @@ impl SyncStatus {
     }
 
     fn disconnected(&mut self, source: &Source, why: &WatchError, now: Instant) {
-        let logged_at = self.outages.get(source).filter(|outage| outage.caught_up_at.is_none());
-        let logged_at = logged_at.map(|outage| outage.logged_at);
-        let logged_recently = logged_at.filter(|logged_at| now.duration_since(*logged_at) < LOG_EVERY);
-        let (resource, namespace) = source.names();
+        let known = self.outages.get(source).filter(|outage| outage.caught_up_at.is_none());
+        let mut logged = known.map(|outage| outage.logged).unwrap_or_default();
+        let (is_due, (resource, namespace)) = (logged.is_due(now), source.names());
         if matches!(why, WatchError::Expired) {
             tracing::info!(resource, namespace, "{why}; listing everything again");
-        } else if logged_recently.is_none() {
+        } else if is_due {
             tracing::warn!(resource, namespace, error = cluster::chain(why), "watch disconnected; retrying");
         }
-        let outage = Outage { caught_up_at: None, logged_at: logged_recently.unwrap_or(now) };
+        let outage = Outage { caught_up_at: None, logged };
         self.outages.insert(source.clone(), outage);
     }
 

@@ -13,6 +13,8 @@ use tokio::time::timeout;
 use super::scripts::Script;
 use crate::{StoreError, coalesce_wakeups};
 
+/// The error code of a server that has reached its `maxmemory`.
+const FULL: &str = "OOM";
 /// The error code of a read-only replica.
 pub(super) const READ_ONLY: &str = "READONLY";
 
@@ -47,10 +49,7 @@ impl Connection {
     /// Sends a command.
     pub(super) async fn send(&self, command: &Cmd) -> Result<Value, StoreError> {
         match self.redis.clone().send_packed_command(command).await {
-            Ok(Value::ServerError(refusal)) => Err(StoreError::Refused {
-                code: refusal.code().to_owned(),
-                detail: refusal.details().unwrap_or_default().to_owned(),
-            }),
+            Ok(Value::ServerError(refusal)) => Err(refused(refusal.code(), refusal.details().unwrap_or_default())),
             Ok(reply) => Ok(reply),
             Err(error) => Err(store_error(&error)),
         }
@@ -99,7 +98,7 @@ impl Connection {
     /// Whether the server answers at all. An error is an answer too.
     pub(super) async fn still_answers(&self, usual: Duration) -> bool {
         match timeout(self.time_in_flight(usual), self.send(&redis::cmd("PING"))).await {
-            Ok(Ok(_) | Err(StoreError::Refused { .. })) => true,
+            Ok(Ok(_) | Err(StoreError::Refused { .. } | StoreError::Full(_))) => true,
             Ok(Err(_)) | Err(_) => false,
         }
     }
@@ -141,7 +140,45 @@ fn store_error(error: &RedisError) -> StoreError {
     }
 }
 
+/// What a server's error means.
+fn refused(code: &str, detail: &str) -> StoreError {
+    if has_code(code, detail, FULL) {
+        StoreError::Full(detail.to_owned())
+    } else {
+        StoreError::Refused { code: code.to_owned(), detail: detail.to_owned() }
+    }
+}
+
 fn is_read_only(error: &StoreError) -> bool {
-    // Up to Redis 6, the error of a command in a script is quoted in an ERR.
-    matches!(error, StoreError::Refused { code, detail } if code == READ_ONLY || detail.contains("-READONLY "))
+    matches!(error, StoreError::Refused { code, detail } if has_code(code, detail, READ_ONLY))
+}
+
+/// Whether an error has the code `expected`. Up to Redis 6, the error of a command in a script is quoted in an `ERR`.
+fn has_code(code: &str, detail: &str, expected: &str) -> bool {
+    let quoted = || detail.split(" -").skip(1).any(|rest| rest.split(' ').next() == Some(expected));
+    code == expected || code == "ERR" && quoted()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_server_is_recognised_in_the_words_of_redis_6_and_7() {
+        let detail = "command not allowed when used memory > 'maxmemory'.";
+        assert_eq!(refused("OOM", detail), StoreError::Full(detail.to_owned()));
+        let quoted = format!("Error running script (call to f_0): @user_script:9: @user_script: 9: -OOM {detail}");
+        assert_eq!(refused("ERR", &quoted), StoreError::Full(quoted));
+        for (code, detail) in [("WRONGTYPE", "of a key -OOM "), ("ERR", "OOM"), ("ERR", "the key -OOMPH "), ("ERR", "")]
+        {
+            assert_eq!(refused(code, detail).kind(), "refused", "{code} {detail}");
+        }
+    }
+
+    #[test]
+    fn a_read_only_replica_is_recognised_in_the_words_of_redis_6_and_7() {
+        let quoted = "Error running script (call to f_0): @user_script: 57: -READONLY You can't write";
+        assert!(is_read_only(&refused("READONLY", "You can't write")) && is_read_only(&refused("ERR", quoted)));
+        assert!(!is_read_only(&refused("ERR", "READONLY")) && !is_read_only(&refused("OOM", "no memory")));
+    }
 }

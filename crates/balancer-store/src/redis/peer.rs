@@ -31,6 +31,7 @@ pub(super) struct Peer(Arc<State>);
 struct State {
     script: Mutex<Script>,
     is_up: AtomicBool,
+    panics_next: AtomicBool,
     dialled: Mutex<Vec<Instant>>,
     received: Mutex<Vec<String>>,
     close: Notify,
@@ -42,6 +43,7 @@ impl Peer {
         Self(Arc::new(State {
             script: Mutex::new(Box::new(script)),
             is_up: AtomicBool::new(true),
+            panics_next: AtomicBool::new(false),
             dialled: Mutex::default(),
             received: Mutex::default(),
             close: Notify::new(),
@@ -62,6 +64,11 @@ impl Peer {
     pub(super) fn set_up(&self, is_up: bool) {
         self.0.is_up.store(is_up, Ordering::Relaxed);
         self.0.close.notify_waiters();
+    }
+
+    /// Makes the next attempt to connect panic in the task that connects.
+    pub(super) fn panic_next(&self) {
+        self.0.panics_next.store(true, Ordering::Relaxed);
     }
 
     /// Closes the open connections.
@@ -138,6 +145,7 @@ fn number(buffer: &[u8], at: usize) -> Option<(usize, usize)> {
 impl Dial for Peer {
     async fn dial(&self) -> Result<(Connection, IoTask), StoreError> {
         self.0.dialled.lock().unwrap().push(Instant::now());
+        assert!(!self.0.panics_next.swap(false, Ordering::Relaxed), "a panic of the test's own");
         if !self.0.is_up.load(Ordering::Relaxed) {
             return Err(StoreError::NoConnection(format!("{self}: refused")));
         }

@@ -3,20 +3,31 @@
 use std::collections::HashMap;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, Millis, PlaceOutcome, Placed, Policy, ReconcileOutcome,
-    ReconcileSummary, Term,
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, LearnOutcome, LedgerFault, Millis, PlaceOutcome, Placed,
+    Policy, ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, SpotState, Spread, SteerOutcome, Steering,
+    Term, Unconfirmed,
 };
 use redis::Value;
 
 use super::transport::KeyPage;
-use crate::{Cursor, StoreError};
+use crate::{Cursor, JobRecord, StoreError};
+
+/// Whether a script has changed nothing, because the ledger belongs to another driver than the one that the call names.
+pub(super) fn belongs_to_another_driver(reply: &Value) -> bool {
+    text(reply) == Some("other")
+}
 
 /// The reply of `place.lua` and `peek.lua`.
 pub(super) fn placed(reply: &Value) -> Result<PlaceOutcome, StoreError> {
     if *reply == Value::Nil {
         return Ok(PlaceOutcome::NeedPolicy);
     }
-    text(reply).and_then(read_placed).map(PlaceOutcome::Placed).ok_or_else(|| invalid(reply))
+    match text(reply) {
+        Some("none") => Ok(PlaceOutcome::NoLedger),
+        Some("off") => Ok(PlaceOutcome::OptedOut { is_new_job: false }),
+        Some("off new") => Ok(PlaceOutcome::OptedOut { is_new_job: true }),
+        words => words.and_then(read_placed).map(PlaceOutcome::Placed).ok_or_else(|| invalid(reply)),
+    }
 }
 
 /// The words of `decide.lua`. A newer version may append more.
@@ -29,7 +40,71 @@ fn read_placed(text: &str) -> Option<Placed> {
         _ => return None,
     };
     let counts = Counts { spot: words.next()?.parse().ok()?, on_demand: words.next()?.parse().ok()? };
-    Some(Placed { capacity, is_new, counts })
+    let (mut spot, mut spread, mut is_new_job) = (SpotAnswer::default(), Spread::default(), false);
+    if capacity == Capacity::Spot {
+        spread.max_executors_per_node = Some(0);
+    }
+    for word in words {
+        match word.split_once('=').unwrap_or((word, "")) {
+            ("new", _) => is_new_job = true,
+            ("closed", _) => spot = SpotAnswer::Closed,
+            ("probe", _) => spot = SpotAnswer::Probe,
+            ("unknown", _) => spread.max_executors_per_node = None,
+            ("cap", cap) => spread.max_executors_per_node = Some(cap.parse().ok()?),
+            ("avoid", types) => spread.avoid = avoided(types, ','),
+            _ => {}
+        }
+    }
+    Some(Placed { capacity, spot, spread, is_new, is_new_job, counts })
+}
+
+/// Instance types with a separator between them; none if they are not as a script wrote them.
+fn avoided(types: &str, separator: char) -> Vec<String> {
+    let types: Vec<String> = types.split(separator).map(str::to_owned).collect();
+    if Steering::avoidable(&types).eq(&types) { types } else { Vec::new() }
+}
+
+/// The state of spot and the instance types to avoid. What no script wrote counts as open and as none.
+fn steering_of(spot_state: Option<&Value>, avoid: Option<&Value>) -> Steering {
+    let spot = spot_state.and_then(text).and_then(read_spot_state).unwrap_or_default();
+    let avoid = avoid.and_then(text).map(|types| avoided(types, ' ')).unwrap_or_default();
+    Steering { spot, avoid }
+}
+
+/// As `read_spot_state` of the scripts reads it.
+fn read_spot_state(text: &str) -> Option<SpotState> {
+    let mut parts = text.splitn(3, ' ');
+    let (state, since, rest) = (parts.next()?, whole(parts.next()?)?, parts.next()?);
+    match state {
+        "starved" => Some(SpotState::Starved { since, retry_at: whole(rest)? }),
+        "probing" if !rest.is_empty() => Some(SpotState::Probing { since, executor: rest.to_owned() }),
+        _ => None,
+    }
+}
+
+/// A whole number, as the scripts read it.
+fn whole(text: &str) -> Option<u64> {
+    let is_whole = text.len() <= 15 && text.bytes().all(|byte| byte.is_ascii_digit());
+    text.parse().ok().filter(|_| is_whole)
+}
+
+/// The reply of `steer.lua`.
+pub(super) fn steered(reply: &Value) -> Result<SteerOutcome, StoreError> {
+    match reply {
+        Value::Nil => Ok(SteerOutcome::NoLedger),
+        Value::Int(1) => Ok(SteerOutcome::Done),
+        _ => later_term(reply).map(SteerOutcome::Superseded).ok_or_else(|| invalid(reply)),
+    }
+}
+
+/// The reply of `learn.lua`.
+pub(super) fn learned(reply: &Value) -> Result<LearnOutcome, StoreError> {
+    match reply {
+        Value::Nil => Ok(LearnOutcome::NoLedger),
+        Value::Int(is_new_job @ 0..=1) => Ok(LearnOutcome::Stored { is_new_job: *is_new_job == 1 }),
+        _ if text(reply) == Some("unstored") => Ok(LearnOutcome::NotStored),
+        _ => Err(invalid(reply)),
+    }
 }
 
 /// The reply of `release.lua`.
@@ -45,26 +120,68 @@ pub(super) fn released_capacity(reply: &Value) -> Result<Option<Capacity>, Store
 /// The reply of `reconcile.lua`.
 pub(super) fn reconciled(reply: &Value) -> Result<ReconcileOutcome, StoreError> {
     let read = || {
-        if let Some(later) = text(reply) {
-            return Some(ReconcileOutcome::Superseded(Term(later.parse().ok()?)));
+        if let Some(later) = later_term(reply) {
+            return Some(ReconcileOutcome::Superseded(later));
         }
-        let ([missing, stale, wrong_capacity, spot, on_demand], recheck_after) = match numbers(reply) {
-            Some([a, b, c, d, e, recheck_after]) => ([a, b, c, d, e], Some(recheck_after)),
-            None => (numbers(reply)?, None),
+        let [missing, stale, wrong_capacity, spot, on_demand] = numbers(reply)?;
+        let Value::Array(parts) = reply else { return None };
+        let [recheck_after, policy, fault, Value::Array(unconfirmed), ..] = parts.get(5..)? else { return None };
+        let fault = match text(fault)? {
+            "" => None,
+            "term" => Some(LedgerFault::Term),
+            "type" => Some(LedgerFault::Type),
+            _ => return None,
         };
-        let drift = Drift { missing, stale, wrong_capacity };
-        Some(ReconcileOutcome::Done(ReconcileSummary { drift, counts: Counts { spot, on_demand }, recheck_after }))
+        let Value::Int(recheck_after) = recheck_after else { return None };
+        let unconfirmed = unconfirmed.chunks_exact(2).map(|placement| {
+            let [placed_at, executor] = placement else { return None };
+            Some(Unconfirmed { placed_at: text(placed_at)?.parse().ok()?, key: text(executor)?.to_owned() })
+        });
+        Some(ReconcileOutcome::Done(ReconcileSummary {
+            drift: Drift { missing, stale, wrong_capacity },
+            counts: Counts { spot, on_demand },
+            policy: policy_of(policy),
+            recheck_after: u64::try_from(*recheck_after).ok(),
+            unconfirmed: unconfirmed.collect::<Option<_>>()?,
+            fault,
+            steering: steering_of(parts.get(9), parts.get(10)),
+        }))
     };
     read().ok_or_else(|| invalid(reply))
 }
 
-/// The reply of `counts.lua`.
-pub(super) fn counts(reply: &Value) -> Result<Option<Counts>, StoreError> {
+/// The reply of `remove_unconfirmed.lua`.
+pub(super) fn removed(reply: &Value) -> Result<RemovalOutcome, StoreError> {
+    if let Some(later) = later_term(reply) {
+        return Ok(RemovalOutcome::Superseded(later));
+    }
+    let [removed, spot, on_demand] = numbers(reply).ok_or_else(|| invalid(reply))?;
+    Ok(RemovalOutcome::Done { removed, counts: Counts { spot, on_demand } })
+}
+
+/// The later term that a script returned instead of changing the ledger.
+fn later_term(reply: &Value) -> Option<Term> {
+    text(reply)?.parse().ok().map(Term)
+}
+
+/// The reply of `take_placed.lua`.
+pub(super) fn jobs(reply: &Value) -> Result<Vec<JobId>, StoreError> {
+    let Value::Array(jobs) = reply else { return Err(invalid(reply)) };
+    Ok(jobs.iter().filter_map(text).filter_map(job_of).collect())
+}
+
+/// The reply of `record.lua`.
+pub(super) fn record(reply: &Value) -> Result<Option<JobRecord>, StoreError> {
     if *reply == Value::Nil {
         return Ok(None);
     }
     let [spot, on_demand] = numbers(reply).ok_or_else(|| invalid(reply))?;
-    Ok(Some(Counts { spot, on_demand }))
+    let Value::Array(parts) = reply else { return Err(invalid(reply)) };
+    Ok(Some(JobRecord {
+        counts: Counts { spot, on_demand },
+        policy: parts.get(2).and_then(policy_of),
+        steering: steering_of(parts.get(3), parts.get(4)),
+    }))
 }
 
 /// The reply of `heartbeat.lua`.
@@ -77,31 +194,28 @@ pub(super) fn heartbeat(reply: &Value) -> Result<Option<u64>, StoreError> {
 }
 
 /// The reply to `SCAN`: the cursor of the next page, 0 after the last one, and some keys.
-pub(super) fn key_page(reply: Value) -> Result<KeyPage, StoreError> {
-    let next = |reply: &Value| match reply {
-        Value::Array(parts) => match parts.as_slice() {
-            [next, Value::Array(_)] => text(next)?.parse::<u64>().ok(),
-            _ => None,
-        },
-        _ => None,
-    };
-    let Some(next) = next(&reply) else { return Err(invalid(&reply)) };
-    let keys = match reply {
-        Value::Array(mut parts) => match parts.pop() {
-            Some(Value::Array(keys)) => keys,
-            _ => Vec::new(),
-        },
-        _ => Vec::new(),
-    };
-    Ok(KeyPage { keys, next: (next != 0).then(|| Cursor::new(next.to_string())) })
+pub(super) fn key_page(reply: &Value) -> Result<KeyPage, StoreError> {
+    let Value::Array(parts) = reply else { return Err(invalid(reply)) };
+    let [next, Value::Array(keys)] = parts.as_slice() else { return Err(invalid(reply)) };
+    let Some(next) = text(next).and_then(|next| next.parse::<u64>().ok()) else { return Err(invalid(reply)) };
+    Ok(KeyPage { keys: keys.clone(), next: (next != 0).then(|| Cursor::new(next.to_string())) })
 }
 
 /// The job of a key `exec-count:{<namespace>:<job id>}`; `None` for any other key. A namespace contains no colon, a
 /// job id may.
 pub(super) fn job(key: &Value) -> Option<JobId> {
-    let job = text(key)?.strip_prefix("exec-count:{")?.strip_suffix('}')?;
-    let (namespace, app_id) = job.split_once(':')?;
+    job_of(text(key)?.strip_prefix("exec-count:{")?.strip_suffix('}')?)
+}
+
+/// The job that a script names by `<namespace>:<job id>`.
+fn job_of(text: &str) -> Option<JobId> {
+    let (namespace, app_id) = text.split_once(':')?;
     Some(JobRef { namespace, app_id }.to_job_id())
+}
+
+/// A policy in a reply. A text that is not a policy counts as none, as it does for the scripts.
+fn policy_of(reply: &Value) -> Option<Policy> {
+    Policy::decode(text(reply)?).ok()
 }
 
 /// The reply of `get.lua`.
@@ -111,16 +225,17 @@ pub(super) fn ledger(reply: &Value) -> Result<JobLedger, StoreError> {
 
 fn read_ledger(reply: &Value) -> Option<JobLedger> {
     let Value::Array(parts) = reply else { return None };
-    let [policy, released, term, Value::Array(pods), ..] = parts.as_slice() else { return None };
-    // A text that is not a policy counts as none, as it does for the scripts.
-    let policy = text(policy).and_then(|policy| Policy::decode(policy).ok());
+    let [policy, driver, released, term, Value::Array(pods), more @ ..] = parts.as_slice() else { return None };
+    let (policy, driver) = (policy_of(policy), text(driver).map(str::to_owned));
     let mut entries = HashMap::with_capacity(pods.len() / 2);
     for pod in pods.chunks_exact(2) {
         let [executor, entry] = pod else { return None };
         entries.insert(text(executor)?.to_owned(), read_entry(text(entry)?)?);
     }
-    let term = Term(text(term).map_or(Some(0), |term| term.parse().ok())?);
-    Some(JobLedger::from_parts(policy, entries, read_released(released)?, term))
+    // A term that is not a number counts as none, as it does for the scripts.
+    let term = Term(text(term).and_then(|term| term.parse().ok()).unwrap_or_default());
+    let steering = steering_of(more.first(), more.get(1));
+    Some(JobLedger::from_parts(policy, driver, entries, read_released(released)?, term, steering))
 }
 
 fn read_entry(entry: &str) -> Option<Entry> {

@@ -31,8 +31,12 @@ pub(super) struct Scripts {
     pub(super) release: Script,
     pub(super) learn: Script,
     pub(super) reconcile: Script,
-    pub(super) counts: Script,
+    pub(super) remove_unconfirmed: Script,
+    pub(super) steer: Script,
+    pub(super) record: Script,
     pub(super) heartbeat: Script,
+    pub(super) note_placed: Script,
+    pub(super) take_placed: Script,
     pub(super) get: Script,
 }
 
@@ -44,9 +48,29 @@ impl Default for Scripts {
             release: script!("shared.lua", "release.lua"),
             learn: script!("shared.lua", "learn.lua"),
             reconcile: script!("shared.lua", "reconcile.lua"),
-            counts: script!("shared.lua", "counts.lua"),
+            remove_unconfirmed: script!("shared.lua", "remove_unconfirmed.lua"),
+            steer: script!("shared.lua", "steer.lua"),
+            record: script!("shared.lua", "record.lua"),
             heartbeat: script!("heartbeat.lua"),
+            note_placed: script!("note_placed.lua"),
+            take_placed: script!("take_placed.lua"),
             get: script!("get.lua"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use balancer_core::{Policy, PolicyField, PolicyOverrides};
+
+    #[test]
+    fn the_scripts_drop_the_words_of_exactly_the_default_policy() {
+        let defaults = PolicyOverrides::from(Policy::DEFAULT);
+        let optional = PolicyField::ALL.iter().filter(|field| !PolicyField::DECIDING.contains(field));
+        let words = optional.map(|field| format!("{}={}", field.key(), defaults.value(*field).unwrap_or_default()));
+        let script = include_str!("shared.lua");
+        let list = script.split_once("is_default = {").and_then(|(_, rest)| rest.split_once('}')).expect("the list").0;
+        let listed = list.split(',').map(str::trim).filter(|entry| !entry.is_empty());
+        assert!(listed.eq(words.map(|word| format!("['{word}'] = true"))), "{list}");
     }
 }

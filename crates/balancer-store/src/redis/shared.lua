@@ -4,9 +4,14 @@
 --            v          the format of the record, 1
 --            spot       the number of executors on spot
 --            on-demand  the number of executors on on-demand
---            policy     words with a space between them, each "<key>=<value>": spot-ratio and on-demand-base
+--            policy     words with a space between them, each "<key>=<value>": spot-ratio, a decimal or "off" for a job
+--                       that is opted out, and on-demand-base; and others, unless they say their default
+--            driver     the name of the pod that drives the job, if it is known
 --            released   the last releases, the newest first, each "<at, ms> <uid>" after its length and a colon
 --            term       the term of the last reconcile
+--            spot-state whether spot is open to the job: not there if it is; "starved <since, ms> <retry at, ms>" if it
+--                       is closed; "probing <since, ms> <executor>" if one executor probes it
+--            avoid      the instance types that new spot executors should avoid, with a space between them
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
 -- ARGV[1]  of every script except peek and get: how long both keys are kept after this call, in ms
 --
@@ -32,8 +37,13 @@ local function now()
   return time[1] .. string.sub('00000' .. time[2], -6, -4)
 end
 
--- The spot ratio, in billionths, and the on-demand base in a policy; nil for one that is missing or invalid. Up to
--- nine decimal places, the nearest whole number is exact. All numbers from here on are whole and, up to nine million
+-- The whole number in a text; nil if it is none, or so large that a Lua number would not be exact.
+local function whole(text)
+  return text and #text <= 15 and string.match(text, '^%d+$') and tonumber(text) or nil
+end
+
+-- The spot ratio, in billionths or 'off', and the on-demand base in a policy; nil for one that is missing or invalid. Up
+-- to nine decimal places, the nearest whole number is exact. All numbers from here on are whole and, up to nine million
 -- executors in a job, below 2^53, up to which a Lua number is exact.
 local function read_policy(policy)
   if not policy or policy == '' then return nil, nil end
@@ -43,9 +53,12 @@ local function read_policy(policy)
     ratio = string.match(' ' .. policy, ' spot%-ratio=(%S+)')
     base = string.match(' ' .. policy, ' on%-demand%-base=(%S+)')
   end
-  ratio, base = tonumber(ratio), tonumber(base)
+  base = whole(base)
+  base = base and base <= 1000000 and base or nil
+  if ratio == 'off' then return ratio, base end
+  ratio = tonumber(ratio)
   ratio = ratio and math.floor(ratio * ONE + 0.5)
-  return ratio and ratio >= 0 and ratio <= ONE and ratio or nil, base and base >= 0 and base or nil
+  return ratio and ratio >= 0 and ratio <= ONE and ratio or nil, base
 end
 
 -- Whether a text is a policy that can be applied.
@@ -55,27 +68,63 @@ local function is_policy(text)
 end
 
 -- A stored policy with the words of another one in place of its own. Words with other keys stay, because a newer
--- version may need them; what is not a word is dropped.
+-- version may need them; what is not a word is dropped, and so are defaults, which keeps the text of most jobs short.
 local function merge_policies(stored, words)
   local merged, new, word_and_key = {}, {}, '(([^%s=]+)=%S*)'
+  -- In here, because most calls of the scripts merge nothing.
+  local is_default = {
+    ['max-executors-per-node=0'] = true,
+    ['max-pool-share=1'] = true,
+    ['spot-fallback-seconds=0'] = true,
+    ['spot-retry-seconds=300'] = true,
+  }
+  local function add(word)
+    if not is_default[word] then merged[#merged + 1] = word end
+  end
   for word, key in string.gmatch(words, word_and_key) do new[key] = word end
   for word, key in string.gmatch(stored or '', word_and_key) do
-    if new[key] ~= 'merged' then merged[#merged + 1] = new[key] or word end
+    if new[key] ~= 'merged' then add(new[key] or word) end
     if new[key] then new[key] = 'merged' end
   end
   for word, key in string.gmatch(words, word_and_key) do
-    if new[key] ~= 'merged' then merged[#merged + 1] = word end
+    if new[key] ~= 'merged' then add(word) end
   end
   return table.concat(merged, ' ')
 end
 
--- The record: spot, on-demand, the policy's text, its format, and whether the counts had to be taken anew. The
--- stored counts are right as long as both are there and their sum is the number of entries. It is not if a key was
--- evicted or edited by hand; then they are counted from the entries, the only step whose cost grows with the job.
-local function read_record()
-  local record = call('HMGET', KEYS[1], 'spot', 'on-demand', 'policy', 'v')
-  local spot, on_demand = tonumber(record[1]) or 0, tonumber(record[2]) or 0
-  local right = spot + on_demand == call('HLEN', KEYS[2]) and record[1] and record[2]
+-- The record, in this order: spot, on-demand, the policy's text, its format, the driver, and the fields in `more`.
+local function read_record(...)
+  return call('HMGET', KEYS[1], 'spot', 'on-demand', 'policy', 'v', 'driver', ...)
+end
+
+-- The state of spot: nil if it is open, else 'starved' and when it was closed and when the next executor may probe it, or
+-- 'probing' and when it was closed and the executor. A text that no script wrote counts as open.
+local function read_spot_state(text)
+  local state, since, rest = string.match(text or '', '^(%l+) (%d+) (.+)$')
+  if not whole(since) then return nil end
+  if state == 'starved' then
+    local retry_at = whole(rest)
+    if retry_at then return state, since, retry_at end
+  elseif state == 'probing' then
+    return state, since, rest
+  end
+end
+
+-- Whether a call that names this driver, or nothing, is for another ledger, because this one belongs to another driver.
+-- The ledger whose job id ends with a slash and the driver's name is this driver's in any case.
+local function belongs_to_another(record, driver)
+  local owner = record[5]
+  if not owner or owner == driver or not driver or driver == '' then return false end
+  local own = '/' .. driver .. '}'
+  return string.sub(KEYS[1], -#own) ~= own
+end
+
+-- The number on spot, on on-demand, and whether they had to be taken anew. The stored counts are right as long as both
+-- are there and their sum is the number of entries. It is not if a key was evicted or edited by hand; then they are
+-- counted from the entries, the only step whose cost grows with the job.
+local function counts_of(record)
+  local spot, on_demand = whole(record[1]), whole(record[2])
+  local right = spot and on_demand and spot + on_demand == call('HLEN', KEYS[2])
   if not right then
     local entries = call('HVALS', KEYS[2])
     spot = 0
@@ -84,7 +133,7 @@ local function read_record()
     end
     on_demand = #entries - spot
   end
-  return spot, on_demand, record[3], record[4], not right
+  return spot, on_demand, not right
 end
 
 -- Stores both counts, with the format of the record, which is never lowered.
@@ -92,10 +141,11 @@ local function write_counts(spot, on_demand, format)
   call('HSET', KEYS[1], 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot)
 end
 
--- Calls `visit` with the uid, the time and the text of each stored release. Each is stored after its length, because
--- a uid may be any text.
-local function each_release(visit)
-  local released, at = call('HGET', KEYS[1], 'released') or '', 1
+-- Calls `visit` with the uid, the time and the text of each release in the record's field. Each is stored after its
+-- length, because a uid may be any text.
+local function each_release(released, visit)
+  released = released or ''
+  local at = 1
   while true do
     local length, first = string.match(released, '^(%d+):()', at)
     if not length then return end
@@ -104,6 +154,21 @@ local function each_release(visit)
     local time, uid = string.match(release, '^(%d+) (.*)$')
     if time then visit(uid, tonumber(time), release) end
   end
+end
+
+-- Whether one number is larger than another, both as texts of digits without leading zeros: a Lua number is exact up to
+-- 2^53 only.
+local function is_later(term, other) return #term > #other or #term == #other and term > other end
+
+-- The term of the last reconcile, as text without leading zeros; '0' for one that no reconciler wrote: it is no number,
+-- later than the largest that a Lease can reach, or too far ahead of the caller's. And whether it was such a one.
+local MAX_TERM, MAX_AHEAD = '1000000000', 1000000
+local function stored_term(callers)
+  local stored = call('HGET', KEYS[1], 'term')
+  if not stored then return '0', false end
+  local term = string.match(stored, '^0*(%d+)$')
+  if not term or is_later(term, MAX_TERM) or tonumber(term) - tonumber(callers) > MAX_AHEAD then return '0', true end
+  return term, false
 end
 
 -- Both keys are kept equally long: one without the other would mean nothing.

@@ -11,7 +11,7 @@ use super::address::Address;
 use super::dial::Dial;
 use super::reply;
 use super::scripts::Script;
-use super::supervisor::{Status, supervise};
+use super::supervisor::{Status, keep_supervising};
 use super::transport::{KeyPage, Transport};
 use crate::{Cursor, StoreError};
 
@@ -28,13 +28,14 @@ pub(super) struct SingleServer<D = Address> {
 }
 
 impl<D: Dial> SingleServer<D> {
-    /// Starts the task that connects, and waits for its first attempt, at most for `timeout`.
-    pub(super) async fn connect(server: D, timeout: Duration) -> Self {
+    /// Starts the task that connects, and waits for its first attempt, at most for `timeout`. `on_panic` is called each
+    /// time the task has panicked.
+    pub(super) async fn connect(server: D, timeout: Duration, on_panic: impl Fn() + Send + 'static) -> Self {
         let server = Arc::new(server);
         let connecting = StoreError::NoConnection(format!("still connecting to {server}"));
         let (sender, mut status) = watch::channel(Err(connecting));
         let reconnect_now = Arc::new(Notify::new());
-        tokio::spawn(supervise(Arc::clone(&server), timeout, Arc::clone(&reconnect_now), sender));
+        tokio::spawn(keep_supervising(Arc::clone(&server), timeout, Arc::clone(&reconnect_now), sender, on_panic));
         // The transport is usable in any case.
         let _ = tokio::time::timeout(timeout, status.changed()).await;
         Self { server, timeout, status, reconnect_now }
@@ -67,7 +68,7 @@ impl<D: Dial + fmt::Debug> Transport for SingleServer<D> {
         command.arg(cursor.as_ref().map_or("0", Cursor::as_str));
         command.arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_PAGE).arg("TYPE").arg("hash");
         let reply = self.connection()?.call(None, &command, self.timeout).await?;
-        reply::key_page(reply)
+        reply::key_page(&reply)
     }
 }
 

@@ -24,6 +24,8 @@ const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
     .without_max_times();
 /// A call that finds no connection ends the pause, but not earlier than this after the pause began.
 const PAUSE_WHEN_CALLED: Duration = Duration::from_millis(250);
+/// Before the task that keeps the connection is started again after a panic.
+const PAUSE_AFTER_PANIC: Duration = Duration::from_secs(1);
 /// How often an idle connection is probed. Networks drop idle connections silently, and a call should not be the
 /// first to find out.
 const PROBE_INTERVAL: Duration = Duration::from_secs(10);
@@ -157,8 +159,31 @@ impl Live {
     }
 }
 
+/// Keeps a connection to `server`, also after a panic, which it reports by `on_panic`. Ends after the last receiver of
+/// the status.
+pub(super) async fn keep_supervising<D: Dial>(
+    server: Arc<D>,
+    call_timeout: Duration,
+    reconnect_now: Arc<Notify>,
+    status: watch::Sender<Status>,
+    on_panic: impl Fn() + Send + 'static,
+) {
+    loop {
+        // In a task of its own, because a panic ends the task in which it happens.
+        let supervising = supervise(Arc::clone(&server), call_timeout, Arc::clone(&reconnect_now), status.clone());
+        if !tokio::spawn(supervising).await.is_err_and(|error| error.is_panic()) {
+            return;
+        }
+        on_panic();
+        drop(
+            status.send_replace(Err(StoreError::NoConnection(format!("the connection to {server} is started again")))),
+        );
+        sleep(PAUSE_AFTER_PANIC).await;
+    }
+}
+
 /// Keeps a connection to `server`, and publishes it or why there is none. Ends after the last receiver of the status.
-pub(super) async fn supervise<D: Dial>(
+async fn supervise<D: Dial>(
     server: Arc<D>,
     call_timeout: Duration,
     reconnect_now: Arc<Notify>,

@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::fmt::Display;
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use balancer_runtime::coalesce_wakeups;
 use bytes::Bytes;
 use http::header::{CONNECTION, HeaderValue};
-use http::{Request, Response, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::server::conn::{http1, http2};
@@ -28,9 +29,19 @@ use tokio_rustls::TlsAcceptor;
 
 use super::Phase;
 use super::deadlines::{Deadlines, Verdict};
+use super::turns::Turns;
 
 /// Concurrent requests on one HTTP/2 connection; more wait.
 const MAX_STREAMS: u32 = 128;
+/// What a client may send ahead of the code that reads a body: the reviews of three executors. A larger body takes some
+/// more round trips.
+const STREAM_WINDOW: u32 = 32 << 10;
+/// The same for all bodies of a connection, so that four bodies that wait for memory do not stop the others.
+const CONNECTION_WINDOW: u32 = 160 << 10;
+/// Answers that wait for the client to read them, for each stream. An answer has a few hundred bytes.
+const SEND_BUFFER: usize = 16 << 10;
+/// The largest head over HTTP/1.1, and what is read ahead of the code that reads a body.
+const HTTP1_BUFFER: usize = 32 << 10;
 /// Size of one read. It holds the review of an executor; TLS alone would read 4 KiB.
 const READ_BUFFER: usize = 16 << 10;
 /// From the connection to the end of the TLS handshake.
@@ -43,8 +54,9 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(1);
 /// Serves a client until it closes, a deadline passes, or the server has shut down.
 pub(super) async fn serve_tls<F>(
     stream: TcpStream,
-    config: Arc<ServerConfig>,
+    handshake: Handshake,
     phase: watch::Receiver<Phase>,
+    deadlines: SharedDeadlines,
     answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
@@ -52,37 +64,49 @@ pub(super) async fn serve_tls<F>(
     // Small answers must not wait for more data to send.
     let _ = stream.set_nodelay(true);
     let stream = BufReader::with_capacity(READ_BUFFER, stream);
-    match timeout(HANDSHAKE_LIMIT, TlsAcceptor::from(config).accept(stream)).await {
+    let Handshake { source, config, turns } = handshake;
+    match timeout(HANDSHAKE_LIMIT, turns.run(source, TlsAcceptor::from(config).accept(stream))).await {
         Ok(Ok(stream)) => {
+            drop(turns);
             let is_http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-            serve(stream, is_http2, phase, answer).await;
+            deadlines.lock().handshake_done(is_http2, Instant::now());
+            serve(stream, is_http2, phase, deadlines, answer).await;
         }
         Ok(Err(error)) => tracing::debug!(%error, "TLS handshake failed"),
         Err(_) => tracing::debug!("TLS handshake timed out"),
     }
 }
 
+/// What a connection needs for its handshake.
+pub(super) struct Handshake {
+    pub(super) source: IpAddr,
+    pub(super) config: Arc<ServerConfig>,
+    pub(super) turns: Turns,
+}
+
 async fn serve<F>(
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
     is_http2: bool,
     phase: watch::Receiver<Phase>,
+    deadlines: SharedDeadlines,
     answer: impl Fn(Request<Incoming>) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = Response<Full<Bytes>>> + Send + 'static,
 {
-    let deadlines = SharedDeadlines(Arc::new(Mutex::new(Deadlines::new(is_http2, Instant::now()))));
     let io = TokioIo::new(MonitoredStream { stream, is_http2, deadlines: deadlines.clone(), close_timeout: None });
     let service = {
         let (deadlines, phase) = (deadlines.clone(), phase.clone());
         service_fn(move |request: Request<Incoming>| {
             let in_flight = InFlight::start(&deadlines);
             let (answer, phase, version) = (answer.clone(), phase.clone(), request.version());
+            // Only a review is posted and answered with 200.
+            let is_post = request.method() == Method::POST;
             // The answer's future begins in here: as a captured variable it would double the size of this one, and hyper
             // moves that several times.
             async move {
-                let _in_flight = in_flight;
                 let mut answer = answer(request).await;
-                if version <= Version::HTTP_11 && *phase.borrow() > Phase::Serving {
+                let is_retired = in_flight.answered(is_post && answer.status() == StatusCode::OK);
+                if version <= Version::HTTP_11 && (is_retired || *phase.borrow() > Phase::Serving) {
                     answer.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
                 }
                 Ok::<_, Infallible>(answer)
@@ -93,6 +117,9 @@ async fn serve<F>(
         let connection = http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
             .max_concurrent_streams(MAX_STREAMS)
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(16 << 10)
             .serve_connection(io, service);
         // A GOAWAY frame tells the client to reconnect, so HTTP/2 need not wait for Phase::Closing. Answers that are
@@ -103,6 +130,7 @@ async fn serve<F>(
             // hyper's timeout does not distinguish an idle client from a slow one; Deadlines does.
             .header_read_timeout(None)
             .max_headers(64)
+            .max_buf_size(HTTP1_BUFFER)
             .serve_connection(io, service);
         drive(pin!(connection), phase, Phase::Closing, &deadlines).await;
     }
@@ -127,7 +155,7 @@ async fn drive<C: GracefulConnection<Error: Display>>(
             }
             _ = phase.wait_for(|phase| *phase >= last), if !is_shutting_down => {
                 is_shutting_down = true;
-                deadlines.lock().shut_down();
+                deadlines.lock().leave();
             }
             _ = ticks.tick() => {}
         }
@@ -140,29 +168,45 @@ async fn drive<C: GracefulConnection<Error: Display>>(
     }
 }
 
-/// Shared by the connection and its requests.
+/// The deadlines, shared by the connection, its requests and the table of connections.
 #[derive(Clone, Debug)]
-struct SharedDeadlines(Arc<Mutex<Deadlines>>);
+pub(super) struct SharedDeadlines(Arc<Mutex<Deadlines>>);
 
 impl SharedDeadlines {
-    fn lock(&self) -> MutexGuard<'_, Deadlines> {
+    /// A connection that was accepted now, and is to be closed at the age of `max_age`.
+    pub(super) fn new(max_age: Duration) -> Self {
+        Self(Arc::new(Mutex::new(Deadlines::new(max_age, Instant::now()))))
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Deadlines> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A request in flight. It counts as answered when it is dropped.
-struct InFlight(SharedDeadlines);
+/// A request in flight. Dropped before it is answered, it counts as cancelled.
+struct InFlight {
+    deadlines: SharedDeadlines,
+    is_answered: bool,
+}
 
 impl InFlight {
     fn start(deadlines: &SharedDeadlines) -> Self {
         deadlines.lock().request_started();
-        Self(deadlines.clone())
+        Self { deadlines: deadlines.clone(), is_answered: false }
+    }
+
+    /// Returns whether the answer must ask an HTTP/1.1 client to reconnect.
+    fn answered(mut self, is_accepted_review: bool) -> bool {
+        self.is_answered = true;
+        self.deadlines.lock().answered(is_accepted_review, Instant::now())
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.lock().answered(Instant::now());
+        if !self.is_answered {
+            self.deadlines.lock().cancelled(Instant::now());
+        }
     }
 }
 
@@ -235,13 +279,17 @@ mod tests {
     use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
     use tokio::task::JoinHandle;
 
-    use super::super::deadlines::{HEAD_LIMIT, IDLE_LIMIT, NEW_CONNECTION_GRACE};
+    use super::super::deadlines::{HEAD_LIMIT, IDLE_LIMIT, LEAVE_LIMIT, NEW_CONNECTION_GRACE, SILENCE_LIMIT};
 
     const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nHost: webhook\r\n\r\n";
     /// The preface of HTTP/2 and an empty SETTINGS frame.
     const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+    /// `GET /` on stream 1.
+    const GET: &[u8] = b"\0\0\x03\x01\x05\0\0\0\x01\x82\x84\x87";
+    const GOAWAY: u8 = 7;
     /// The answer to each request takes this long.
     const ANSWER_TIME: Duration = Duration::from_secs(3);
+    const MAX_AGE: Duration = Duration::from_secs(100);
 
     /// A connection over a pipe, seen from its client. Each test runs on paused time.
     struct Peer {
@@ -259,7 +307,11 @@ mod tests {
                 sleep(ANSWER_TIME).await;
                 Response::new(Full::from("answer"))
             };
-            let server = tokio::spawn(serve(stream, is_http2, phases, answer));
+            let server = {
+                let deadlines = SharedDeadlines::new(MAX_AGE);
+                deadlines.lock().handshake_done(is_http2, Instant::now());
+                tokio::spawn(serve(stream, is_http2, phases, deadlines, answer))
+            };
             Self { client, phase, server, opened: Instant::now() }
         }
 
@@ -274,6 +326,20 @@ mod tests {
                 assert!(self.client.read_buf(&mut answer).await.expect("the connection is open") > 0, "{answer:?}");
             }
             String::from_utf8_lossy(&answer).to_lowercase()
+        }
+
+        /// Reads what has come over HTTP/2; returns the types of its frames.
+        async fn frames(&mut self) -> Vec<u8> {
+            let mut frames = vec![0; 4 << 10];
+            let length = self.client.read(&mut frames).await.expect("the connection is open");
+            let mut frames = frames.get(..length).unwrap_or_default();
+            let mut kinds = Vec::new();
+            while let [high, middle, low, kind, rest @ ..] = frames {
+                kinds.push(*kind);
+                let length = usize::from(*high) << 16 | usize::from(*middle) << 8 | usize::from(*low);
+                frames = rest.get(5 + length..).unwrap_or_default();
+            }
+            kinds
         }
 
         /// Waits for the end of the connection; returns its age and whatever else it has received.
@@ -294,7 +360,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_silent_client_is_dropped() {
         for is_http2 in [false, true] {
-            assert_about(Peer::connect(is_http2).ended().await.0, HEAD_LIMIT);
+            assert_about(Peer::connect(is_http2).ended().await.0, SILENCE_LIMIT);
         }
     }
 
@@ -302,7 +368,7 @@ mod tests {
     async fn a_client_that_sends_only_the_http2_preface_is_dropped() {
         let mut peer = Peer::connect(true);
         peer.send(PREFACE).await;
-        assert_about(peer.ended().await.0, HEAD_LIMIT);
+        assert_about(peer.ended().await.0, SILENCE_LIMIT);
     }
 
     #[tokio::test(start_paused = true)]
@@ -385,21 +451,37 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn http2_is_closed_by_a_goaway_while_the_server_lingers() {
-        const GOAWAY: u8 = 7;
         let mut peer = Peer::connect(true);
         peer.send(PREFACE).await;
         sleep(2 * NEW_CONNECTION_GRACE).await;
         peer.phase.send_replace(Phase::Lingering);
         sleep(CHECK_INTERVAL).await;
-        let mut frames = vec![0; 4 << 10];
-        let length = peer.client.read(&mut frames).await.expect("the connection is open");
-        let mut frames = frames.get(..length).unwrap_or_default();
-        let mut kinds = Vec::new();
-        while let [high, middle, low, kind, rest @ ..] = frames {
-            kinds.push(*kind);
-            let length = usize::from(*high) << 16 | usize::from(*middle) << 8 | usize::from(*low);
-            frames = rest.get(5 + length..).unwrap_or_default();
-        }
+        let kinds = peer.frames().await;
         assert!(kinds.contains(&GOAWAY), "{kinds:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn http2_is_closed_by_a_goaway_at_its_age_and_answers_what_is_in_flight() {
+        let mut peer = Peer::connect(true);
+        peer.send(PREFACE).await;
+        peer.send(GET).await;
+        sleep(MAX_AGE - CHECK_INTERVAL).await;
+        assert!(!peer.frames().await.contains(&GOAWAY));
+        sleep(3 * CHECK_INTERVAL).await;
+        assert!(peer.frames().await.contains(&GOAWAY));
+        // Its client never acknowledges that, and is dropped.
+        assert_about(peer.ended().await.0, MAX_AGE + LEAVE_LIMIT);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn http1_is_closed_by_the_first_answer_after_its_age() {
+        let mut peer = Peer::connect(false);
+        peer.send(REQUEST).await;
+        assert!(!peer.answer().await.contains("connection: close"));
+        sleep(MAX_AGE + 2 * CHECK_INTERVAL).await;
+        assert!(!peer.server.is_finished());
+        peer.send(REQUEST).await;
+        assert!(peer.answer().await.contains("connection: close"));
+        peer.ended().await;
     }
 }

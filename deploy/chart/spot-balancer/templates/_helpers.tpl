@@ -2,8 +2,48 @@
 {{- default .Chart.Name .Values.nameOverride | trunc 63 | trimSuffix "-" }}
 {{- end }}
 
-{{/* Short enough that names with a suffix such as "-reconciler-metrics" stay valid. */}}
+{{/* Refuses the values of an older chart. helm upgrade --reuse-values has them without the defaults of this chart. */}}
+{{- define "spot-balancer.refuseOlderValues" -}}
+{{- $missing := list -}}
+{{- range $name := list "admissionToken" "clientCertificates" "helmTest" }}
+{{- if not (index $.Values $name) }}{{ $missing = append $missing $name }}{{ end }}
+{{- end }}
+{{- if not .Values.settings.maxNewJobsPerMinute }}{{ $missing = append $missing "settings.maxNewJobsPerMinute" }}{{ end }}
+{{- if not .Values.settings.capacityProfile }}{{ $missing = append $missing "settings.capacityProfile" }}{{ end }}
+{{- if kindIs "invalid" .Values.settings.maxPoolShare }}{{ $missing = append $missing "settings.maxPoolShare" }}{{ end }}
+{{- if not .Values.admission.deletionTimeoutSeconds }}{{ $missing = append $missing "admission.deletionTimeoutSeconds" }}{{ end }}
+{{- with $missing }}
+{{- fail (printf "\n\nThese values have neither a value nor a default: %s. They are newer than the release that helm upgrade --reuse-values takes the values from. Use --reset-then-reuse-values, or pass your own values with --values." (join ", " .)) }}
+{{- end }}
+{{- end }}
+
+{{/* Refuses a release without the values that have no default. */}}
+{{- define "spot-balancer.refuseMissingValues" -}}
+{{- if not .Values.image.repository }}
+{{- fail "\n\nimage.repository is empty, because no image of Spot Balancer is published. Build it and push it to a registry of yours, as docs/install.md says, and set image.repository to its name there, such as registry.example.com/spot-balancer." }}
+{{- end }}
+{{- $ways := list }}
+{{- if .Values.namespaces.names }}{{ $ways = append $ways "namespaces.names" }}{{ end }}
+{{- with .Values.namespaces.selector }}
+{{- $ways = append $ways "namespaces.selector" }}
+{{- if not (or .matchLabels .matchExpressions) }}
+{{- fail "\n\nnamespaces.selector has neither labels nor expressions, so it would select all namespaces. Add a label under matchLabels, such as {matchLabels: {spark: \"true\"}}; or set namespaces.all to true instead." }}
+{{- end }}
+{{- end }}
+{{- if .Values.namespaces.all }}{{ $ways = append $ways "namespaces.all" }}{{ end }}
+{{- if not $ways }}
+{{- fail "\n\nNo namespaces are chosen, and Spot Balancer changes the Spark pods of chosen namespaces only. Set namespaces.names to the namespaces of your jobs, such as --set namespaces.names={spark-jobs}; or namespaces.selector to a label of theirs; or namespaces.all to true." }}
+{{- end }}
+{{- if gt (len $ways) 1 }}
+{{- fail (printf "\n\n%s are both set. Set only one of them." (join " and " (slice $ways 0 2))) }}
+{{- end }}
+{{- end }}
+
+{{/* Short enough that names with a suffix such as "-reconciler-metrics" stay valid. Each template needs a name before any
+newer value, so older and missing values are refused here: Helm renders refusals.yaml after the others. */}}
 {{- define "spot-balancer.fullname" -}}
+{{- include "spot-balancer.refuseOlderValues" . -}}
+{{- include "spot-balancer.refuseMissingValues" . -}}
 {{- $name := include "spot-balancer.name" . }}
 {{- if .Values.fullnameOverride }}
 {{- .Values.fullnameOverride | trunc 43 | trimSuffix "-" }}
@@ -37,11 +77,15 @@ chart's labels, except the labels of the selector.
 {{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $own) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
-{{/* The labels of pods. None of them changes with the version of the chart, so an upgrade does not restart pods. */}}
+{{/*
+The labels of pods: (list $ "webhook"), and optionally labels of these pods alone. None of the chart's changes with its
+version, so an upgrade does not restart pods.
+*/}}
 {{- define "spot-balancer.podLabels" -}}
 {{- $root := index . 0 -}}
+{{- $own := gt (len .) 2 | ternary (last .) dict -}}
 {{- $ours := dict "app.kubernetes.io/part-of" "spot-balancer" -}}
-{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
+{{- merge (include "spot-balancer.selector" . | fromYaml) (deepCopy $own) (deepCopy $root.Values.commonLabels) $ours | toYaml }}
 {{- end }}
 
 {{/* The metadata of an object in this namespace: (list $ "webhook" "name"), and optionally labels of its own */}}
@@ -104,6 +148,11 @@ labels:
 {{- end }}
 {{- end }}
 
+{{/* The Secret with the admission tokens. */}}
+{{- define "spot-balancer.tokenSecret" -}}
+{{- .Values.admissionToken.existingSecret.name | default (printf "%s-token" (include "spot-balancer.webhook" .)) }}
+{{- end }}
+
 {{/* The seconds of a duration such as 2160h or 1h30m. */}}
 {{- define "spot-balancer.seconds" -}}
 {{- $hours := regexFind "[0-9]+h" . | trimSuffix "h" | atoi -}}
@@ -111,15 +160,60 @@ labels:
 {{- add (mul 3600 $hours) (mul 60 $minutes) (regexFind "[0-9]+s" . | trimSuffix "s" | atoi) }}
 {{- end }}
 
-{{/* The settings that webhook and reconciler share. */}}
-{{- define "spot-balancer.sharedEnvironment" -}}
+{{/* The Secret with the password of the bundled Redis. */}}
+{{- define "spot-balancer.redisPasswordSecret" -}}
+{{- .Values.redis.bundled.existingSecret | default (printf "%s-password" (include "spot-balancer.redis" .)) }}
+{{- end }}
+
+{{/* The password that the chart makes for its Redis, in base64. All templates of one rendering get the same one. */}}
+{{- define "spot-balancer.redisNewPassword" -}}
+{{- $bundled := .Values.redis.bundled -}}
+{{- if not (hasKey $bundled "password") -}}
+{{- $secret := lookup "v1" "Secret" .Release.Namespace (include "spot-balancer.redisPasswordSecret" .) -}}
+{{- $password := index ($secret.data | default dict) "password" -}}
+{{- if not $password -}}
+{{- /* Without a cluster, as in helm template and in Argo CD, lookup finds nothing. */ -}}
+{{- if not (or $bundled.renderNew (lookup "v1" "Namespace" "" "kube-system")) -}}
+{{- fail "\n\nThe chart makes a password for its Redis, and Helm has no access to the cluster, so each rendering would have a new one. Set redis.bundled.existingSecret to a Secret of yours with the key password, or use your own Redis (redis.url or redis.existingSecret.name). If you keep what is rendered and apply it again and again, set redis.bundled.renderNew to true. In a dry run of helm install, use --dry-run=server." -}}
+{{- end -}}
+{{- $password = randAlphaNum 40 | b64enc -}}
+{{- end -}}
+{{- $_ := set $bundled "password" $password -}}
+{{- end -}}
+{{- $bundled.password }}
+{{- end }}
+
+{{/* Pods read the password at startup only. The checksum restarts them when a new one is made, or an older one comes back
+by helm rollback. A password of your own may be guessable from a checksum, so it has none. */}}
+{{- define "spot-balancer.redisPasswordChecksum" -}}
+{{- if and (include "spot-balancer.redisIsBundled" .) (not .Values.redis.bundled.existingSecret) -}}
+checksum/redis: {{ include "spot-balancer.redisNewPassword" . | sha256sum }}
+{{- end }}
+{{- end }}
+
+{{/* The keys and commands that webhook and reconciler use, as an ACL rule. */}}
+{{- define "spot-balancer.redisRights" -}}
+~exec-* +@connection +evalsha +script|load +@hash +get +set +del +pexpire +scan +time +scard +sadd +spop
+{{- end }}
+
+{{/* The password of the bundled Redis as an environment variable. The kubelet puts it where $(REDIS_PASSWORD) stands. */}}
+{{- define "spot-balancer.redisPassword" -}}
+- name: REDIS_PASSWORD
+  valueFrom: {secretKeyRef: {name: {{ include "spot-balancer.redisPasswordSecret" . | quote }}, key: password}}
+{{- end }}
+
+{{/* The store that webhook and reconciler share. */}}
+{{- define "spot-balancer.storeEnvironment" -}}
 {{- $settings := .Values.settings -}}
 - name: STORE
   value: {{ .Values.store | quote }}
 {{- if eq .Values.store "redis" }}
+{{- if include "spot-balancer.redisIsBundled" . }}
+{{ include "spot-balancer.redisPassword" . }}
+{{- end }}
 - name: REDIS_URL
   {{- if include "spot-balancer.redisIsBundled" . }}
-  value: redis://{{ include "spot-balancer.redis" . }}.{{ .Release.Namespace }}.svc:{{ int .Values.redis.bundled.port }}
+  value: redis://balancer:$(REDIS_PASSWORD)@{{ include "spot-balancer.redis" . }}.{{ .Release.Namespace }}.svc:{{ int .Values.redis.bundled.port }}
   {{- else if .Values.redis.url }}
   valueFrom: {secretKeyRef: {name: {{ include "spot-balancer.redis" . | quote }}, key: url}}
   {{- else }}
@@ -134,16 +228,50 @@ labels:
   value: {{ int64 $settings.storeTimeoutMilliseconds | quote }}
 - name: REDIS_DEFAULT_TTL_SECONDS
   value: {{ int64 $settings.redisDefaultTtlSeconds | quote }}
+{{- end }}
+
+{{/* What all programs of a release must agree on, those of helm test too. */}}
+{{- define "spot-balancer.conventionEnvironment" -}}
+{{- $settings := .Values.settings -}}
 - name: DEFAULT_SPOT_RATIO
   value: {{ $settings.defaultSpotRatio | quote }}
 - name: SPOT_PREFERENCE
   value: {{ $settings.spotPreference | quote }}
+- name: CAPACITY_PROFILE
+  value: {{ $settings.capacityProfile | quote }}
+{{- with $settings.capacityTypeLabel }}
 - name: CAPACITY_TYPE_LABEL
-  value: {{ $settings.capacityTypeLabel | quote }}
+  value: {{ . | quote }}
+{{- end }}
+{{- with $settings.spotValues }}
+- name: SPOT_VALUES
+  value: {{ join "," . | quote }}
+{{- end }}
+{{- /* An empty list is a value: every node that is not spot, and no tolerations. */}}
+{{- if not (kindIs "invalid" $settings.onDemandValues) }}
+- name: ON_DEMAND_VALUES
+  value: {{ join "," $settings.onDemandValues | quote }}
+{{- end }}
+{{- if not (kindIs "invalid" $settings.spotTolerations) }}
+- name: SPOT_TOLERATIONS
+  value: {{ join "," $settings.spotTolerations | quote }}
+{{- end }}
+- name: DRIVER_CAPACITY
+  value: {{ $settings.driverCapacity | quote }}
+- name: PROTECT_DRIVERS
+  value: {{ $settings.protectDrivers | quote }}
+- name: SPOT_FALLBACK_SECONDS
+  value: {{ int64 $settings.spotFallbackSeconds | quote }}
+- name: SPOT_RETRY_SECONDS
+  value: {{ int64 $settings.spotRetrySeconds | quote }}
+- name: MAX_EXECUTORS_PER_NODE
+  value: {{ int64 $settings.maxExecutorsPerNode | quote }}
+- name: MAX_POOL_SHARE
+  value: {{ $settings.maxPoolShare | quote }}
 - name: WORKLOAD_ROLE_LABEL
   value: {{ $settings.workloadRoleLabel | quote }}
 - name: DRIVER_ROLE_VALUE
-  value: {{ $settings.driverRoleValue | quote }}
+  value: {{ include "spot-balancer.driverRoles" . | fromJsonArray | join "," | quote }}
 - name: EXECUTOR_ROLE_VALUE
   value: {{ $settings.executorRoleValue | quote }}
 - name: JOB_ID_LABEL
@@ -176,6 +304,104 @@ labels:
 {{- end }}
 {{- end }}
 
+{{/* The values of the role label on drivers, as a JSON list. One value may also be given as a text. */}}
+{{- define "spot-balancer.driverRoles" -}}
+{{- $roles := .Values.settings.driverRoleValue -}}
+{{- kindIs "string" $roles | ternary (list $roles) $roles | toJson }}
+{{- end }}
+
+{{/* All that the chart sets in the webhook's container. */}}
+{{- define "spot-balancer.webhookEnvironment" -}}
+{{- $mode := include "spot-balancer.reconcilerMode" . -}}
+{{ include "spot-balancer.storeEnvironment" . }}
+{{ include "spot-balancer.conventionEnvironment" . }}
+- name: WEBHOOK_TIMEOUT_SECONDS
+  value: {{ int .Values.settings.webhookTimeoutSeconds | quote }}
+- name: MAX_NEW_JOBS_PER_MINUTE
+  value: {{ int .Values.settings.maxNewJobsPerMinute | quote }}
+- name: PORT
+  value: {{ int .Values.webhook.port | quote }}
+- name: ADMIN_PORT
+  value: {{ int .Values.webhook.adminPort | quote }}
+- name: TLS_CERT_PATH
+  value: {{ printf "%s/%s" .Values.certificates.mountPath .Values.certificates.certificateKey | quote }}
+- name: TLS_KEY_PATH
+  value: {{ printf "%s/%s" .Values.certificates.mountPath .Values.certificates.privateKeyKey | quote }}
+{{- if .Values.admissionToken.enabled }}
+- name: ADMISSION_TOKEN_PATH
+  value: /admission-token/tokens
+{{- end }}
+{{- if .Values.clientCertificates.caSecret }}
+- name: CLIENT_CA_PATH
+  value: /client-ca/ca.crt
+{{- end }}
+- name: RECONCILE_ENABLED
+  value: {{ eq $mode "webhook" | quote }}
+{{- if eq $mode "webhook" }}
+{{ include "spot-balancer.reconcileEnvironment" . }}
+{{- end }}
+{{- end }}
+
+{{/* All that the chart sets in the reconciler's container. */}}
+{{- define "spot-balancer.reconcilerEnvironment" -}}
+{{ include "spot-balancer.storeEnvironment" . }}
+{{ include "spot-balancer.conventionEnvironment" . }}
+{{ include "spot-balancer.reconcileEnvironment" . }}
+- name: ADMIN_PORT
+  value: {{ int .Values.reconciler.adminPort | quote }}
+{{- end }}
+
+{{/*
+How nodes state their capacity on each platform: the programs' own table (crates/balancer-core), for the pods of this
+release. `on-demand: []` means every node that is not spot. `also-spot`: other labels that mark a spot node.
+*/}}
+{{- define "spot-balancer.profiles" -}}
+karpenter: {label: karpenter.sh/capacity-type, spot: [spot], on-demand: [on-demand], also-spot: {karpenter.k8s.aws/capacity-reservation-interruptible: "true", eks.amazonaws.com/capacity-reservation-interruptible: "true"}}
+eks: {label: eks.amazonaws.com/capacityType, spot: [SPOT], on-demand: [ON_DEMAND]}
+gke: {label: cloud.google.com/gke-spot, spot: ["true"], on-demand: [], also-spot: {cloud.google.com/gke-preemptible: "true"}}
+aks: {label: kubernetes.azure.com/scalesetpriority, spot: [spot], on-demand: [], also-spot: {kubernetes.azure.com/priority: spot}}
+openshift: {label: machine.openshift.io/interruptible-instance, spot: ["*"], on-demand: []}
+oke: {label: oci.oraclecloud.com/oke-is-preemptible, spot: ["true"], on-demand: []}
+ack: {label: node.alibabacloud.com/spot-strategy, spot: [SpotAsPriceGo, SpotWithPriceLimit], on-demand: []}
+ocean: {label: spotinst.io/node-lifecycle, spot: [spot], on-demand: [od]}
+cast-ai: {label: scheduling.cast.ai/spot, spot: ["true"], on-demand: []}
+{{- end }}
+
+{{/* How nodes state their capacity in this release, as JSON: the profile, as far as no setting replaces it. */}}
+{{- define "spot-balancer.capacityLabels" -}}
+{{- $settings := .Values.settings -}}
+{{- $labels := index (include "spot-balancer.profiles" . | fromYaml) $settings.capacityProfile -}}
+{{- $onDemand := kindIs "invalid" $settings.onDemandValues | ternary (index $labels "on-demand") $settings.onDemandValues -}}
+{{- $_ := set $labels "profile-label" $labels.label -}}
+{{- $_ := set $labels "label" ($settings.capacityTypeLabel | default $labels.label) -}}
+{{- $_ := set $labels "spot" ($settings.spotValues | default $labels.spot) -}}
+{{- $_ := set $labels "on-demand" $onDemand -}}
+{{- $labels | toJson }}
+{{- end }}
+
+{{/* The requirements on the labels of an on-demand node, as a JSON list. */}}
+{{- define "spot-balancer.onDemandRequirements" -}}
+{{- $labels := include "spot-balancer.capacityLabels" . | fromJson -}}
+{{- $label := $labels.label -}}
+{{- $spot := $labels.spot -}}
+{{- $onDemand := index $labels "on-demand" -}}
+{{- $requirements := list -}}
+{{- if $onDemand -}}
+{{- $requirements = append $requirements (dict "key" $label "operator" "In" "values" $onDemand) -}}
+{{- else if has "*" $spot -}}
+{{- $requirements = append $requirements (dict "key" $label "operator" "DoesNotExist") -}}
+{{- else -}}
+{{- $requirements = append $requirements (dict "key" $label "operator" "NotIn" "values" $spot) -}}
+{{- end -}}
+{{- /* With one value, the main label leaves the others out too. With a label of one's own, they may be missing. */ -}}
+{{- if and (ne (len $onDemand) 1) (eq $label (index $labels "profile-label")) -}}
+{{- range $key, $value := index $labels "also-spot" -}}
+{{- $requirements = append $requirements (dict "key" $key "operator" "NotIn" "values" (list $value)) -}}
+{{- end -}}
+{{- end -}}
+{{- $requirements | toJson }}
+{{- end }}
+
 {{- define "spot-balancer.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 65532
@@ -190,10 +416,15 @@ readOnlyRootFilesystem: true
 capabilities: {drop: [ALL]}
 {{- end }}
 
-{{/* The scheduling of a component's pods: (list $ "webhook") */}}
+{{/* The scheduling of a component's pods: (list $ "webhook"). A component's own placement replaces the common one part by
+part. */}}
 {{- define "spot-balancer.placement" -}}
 {{- $root := index . 0 -}}
-{{- $placement := $root.Values.placement -}}
+{{- $component := index . 1 -}}
+{{- $placement := merge dict $root.Values.placement -}}
+{{- range $part, $value := (index $root.Values $component | default dict).placement }}
+{{- $_ := set $placement $part $value }}
+{{- end }}
 {{- with $placement.priorityClassName }}
 priorityClassName: {{ . | quote }}
 {{- end }}
@@ -205,24 +436,39 @@ nodeSelector:
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- /* Only these two have replicas. */}}
+{{- $apart := and (has $component (list "webhook" "reconciler")) (ne $placement.antiAffinity "none") }}
 {{- if $placement.affinity }}
 affinity:
   {{- toYaml $placement.affinity | nindent 2 }}
-{{- else if eq $placement.onDemand "required" }}
+{{- else if or $apart (ne $placement.onDemand "any") }}
 affinity:
+  {{- $term := dict "matchExpressions" (include "spot-balancer.onDemandRequirements" $root | fromJsonArray) }}
+  {{- if eq $placement.onDemand "required" }}
   nodeAffinity:
     requiredDuringSchedulingIgnoredDuringExecution:
       nodeSelectorTerms:
-        - matchExpressions:
-            - {key: {{ $root.Values.settings.capacityTypeLabel | quote }}, operator: In, values: [on-demand]}
-{{- else if eq $placement.onDemand "preferred" }}
-affinity:
+        {{- list $term | toYaml | nindent 8 }}
+  {{- else if eq $placement.onDemand "preferred" }}
   nodeAffinity:
     preferredDuringSchedulingIgnoredDuringExecution:
-      - weight: 100
-        preference:
-          matchExpressions:
-            - {key: {{ $root.Values.settings.capacityTypeLabel | quote }}, operator: In, values: [on-demand]}
+      {{- list (dict "weight" 100 "preference" $term) | toYaml | nindent 6 }}
+  {{- end }}
+  {{- if $apart }}
+  {{- $others := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" (include "spot-balancer.selector" (list $root $component) | fromYaml)) }}
+  {{- /* The new replicas of a rollout keep apart from each other, not from the old ones. */}}
+  {{- if semverCompare ">=1.31-0" $root.Capabilities.KubeVersion.Version }}
+  {{- $_ := set $others "matchLabelKeys" (list "pod-template-hash") }}
+  {{- end }}
+  podAntiAffinity:
+    {{- if eq $placement.antiAffinity "required" }}
+    requiredDuringSchedulingIgnoredDuringExecution:
+      {{- list $others | toYaml | nindent 6 }}
+    {{- else }}
+    preferredDuringSchedulingIgnoredDuringExecution:
+      {{- list (dict "weight" 100 "podAffinityTerm" $others) | toYaml | nindent 6 }}
+    {{- end }}
+  {{- end }}
 {{- end }}
 topologySpreadConstraints:
   {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" }}
@@ -341,14 +587,24 @@ kind: ClusterRole
 metadata:
   {{- include "spot-balancer.clusterMetadata" (list $root $component (printf "%s-reconcile" $account)) | nindent 2 }}
 rules:
-  # Live executors, and the annotations of their drivers.
+  # Live executors, and the annotations of their drivers. A placement whose pod never appears is looked up by name.
   - apiGroups: [""]
     resources: [pods]
-    verbs: [list, watch]
+    verbs: [get, list, watch]
   # An Event on the driver reports an invalid ratio or base.
   - apiGroups: [events.k8s.io]
     resources: [events]
     verbs: [create]
+  {{- if or $root.Values.reconciler.allowSpotFallback (gt (int64 $root.Values.settings.spotFallbackSeconds) 0) }}
+  # An executor that finds no spot is deleted, so that Spark creates another one, unless an Event says that a node is on its
+  # way.
+  - apiGroups: [""]
+    resources: [pods]
+    verbs: [delete]
+  - apiGroups: [""]
+    resources: [events]
+    verbs: [list]
+  {{- end }}
 {{- include "spot-balancer.bindWhereJobsRun" (list $root $component (printf "%s-reconcile" $account)) }}
 ---
 apiVersion: rbac.authorization.k8s.io/v1
@@ -396,21 +652,37 @@ the pods when one of them changes. */}}
 {{- if and (eq $root.Values.store "redis") (or $redis.url $redis.ca) }}
 checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
 {{- end }}
+{{- with include "spot-balancer.redisPasswordChecksum" $root }}
+{{ . }}
+{{- end }}
 {{- with (index . 1).podAnnotations }}
 {{ toYaml . }}
 {{- end }}
 {{- end }}
 
-{{/* The volume and the mount of the CA of an external Redis. */}}
-{{- define "spot-balancer.redisCaMount" -}}
+{{/* The volumes of webhook and reconciler and their mounts: the CA of an external Redis, and those of the values. */}}
+{{- define "spot-balancer.sharedMounts" -}}
 {{- if and (eq .Values.store "redis") .Values.redis.ca }}
 - {name: redis-ca, mountPath: /redis-ca, readOnly: true}
 {{- end }}
+{{- with .Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
 {{- end }}
 
-{{- define "spot-balancer.redisCaVolume" -}}
+{{- define "spot-balancer.sharedVolumes" -}}
 {{- if and (eq .Values.store "redis") .Values.redis.ca }}
 - name: redis-ca
   configMap: {name: {{ printf "%s-ca" (include "spot-balancer.redis" .) | quote }}}
+{{- end }}
+{{- with .Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end }}
+
+{{/* The namespace in which helm test creates an executor, as a dry run. Empty: there is no test. */}}
+{{- define "spot-balancer.testNamespace" -}}
+{{- if .Values.helmTest.enabled -}}
+{{- .Values.helmTest.namespace | default (.Values.namespaces.names | default (list "") | first) }}
 {{- end }}
 {{- end }}

@@ -1,5 +1,7 @@
 //! The life of a connection, by paused time and a scripted server.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use tokio::time::{Instant, sleep};
 
 use super::super::peer::{Answer, Peer, well};
@@ -10,13 +12,13 @@ const SECOND: Duration = Duration::from_secs(1);
 const TIMEOUT: Duration = SECOND;
 
 async fn connect(peer: &Peer) -> SingleServer<Peer> {
-    SingleServer::connect(peer.clone(), TIMEOUT).await
+    SingleServer::connect(peer.clone(), TIMEOUT, || {}).await
 }
 
 /// Runs a script, and returns how long it took too.
 async fn call(server: &SingleServer<Peer>) -> (Result<Value, StoreError>, Duration) {
     let begin = Instant::now();
-    let reply = server.run(&Scripts::default().counts, redis::cmd("EVALSHA")).await;
+    let reply = server.run(&Scripts::default().record, redis::cmd("EVALSHA")).await;
     (reply, begin.elapsed())
 }
 
@@ -194,6 +196,32 @@ async fn a_closed_connection_is_replaced_before_the_next_call() {
     sleep(SECOND / 10).await;
     assert_eq!(call(&server).await.0, Ok(Value::Int(1)));
     assert_eq!(peer.dialled().len(), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_panic_of_the_task_that_connects_is_reported_and_survived() {
+    let (peer, panics) = (Peer::healthy(), Arc::new(AtomicU32::new(0)));
+    let counted = Arc::clone(&panics);
+    let on_panic = move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+    };
+    let server = SingleServer::connect(peer.clone(), TIMEOUT, on_panic).await;
+    assert_eq!(call(&server).await.0, Ok(Value::Int(1)));
+    for times in 1..=3 {
+        peer.panic_next();
+        peer.close();
+        sleep(SECOND / 2).await;
+        let starting = error(&server).await;
+        assert!(starting.contains("peer is started again"), "{starting}");
+        sleep(SECOND).await;
+        assert_eq!(call(&server).await.0, Ok(Value::Int(1)));
+        assert_eq!(panics.load(Ordering::Relaxed), times);
+    }
+    drop(server);
+    peer.close();
+    let dialled = peer.dialled().len();
+    sleep(60 * SECOND).await;
+    assert_eq!((peer.dialled().len(), panics.load(Ordering::Relaxed)), (dialled, 3), "it ends with the last handle");
 }
 
 #[tokio::test(start_paused = true)]

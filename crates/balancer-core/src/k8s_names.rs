@@ -73,7 +73,8 @@ mod tests {
 
     #[test]
     fn label_values() {
-        check(is_label_value, &["driver", "A_b.c", &"a".repeat(63)], &["", "-a", "a-", "a b", "é", &"a".repeat(64)]);
+        let rejected = ["", "-a", "a-", "_a", "a_", ".a", "a.", "-", "a b", " a", "a\n", "a/b", "é", &"a".repeat(64)];
+        check(is_label_value, &["driver", "A", "0", "A_b.c", "a--b", &"a".repeat(63)], &rejected);
     }
 
     #[test]

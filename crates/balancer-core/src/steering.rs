@@ -1,0 +1,89 @@
+//! What the reconciler changes about the placements of a job: whether spot is open to it, and which instance types its
+//! executors should avoid. It is a part of the job's ledger, so every webhook follows it.
+
+use crate::k8s_names::is_label_value;
+use crate::term::{Millis, Term};
+
+/// What is stored of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Steering {
+    /// Whether spot is open to the job.
+    pub spot: SpotState,
+    /// The instance types that new spot executors should avoid, because a pool of theirs has too large a share of the job.
+    pub avoid: Vec<String>,
+}
+
+impl Steering {
+    /// How many instance types are avoided at most. More than this are not stored.
+    pub const MAX_AVOIDED: usize = 8;
+
+    /// The first of these instance types that can be stored, at most [`Steering::MAX_AVOIDED`]: those that are values of a
+    /// label.
+    pub fn avoidable(types: &[String]) -> impl Iterator<Item = &str> {
+        types.iter().map(String::as_str).filter(|name| is_label_value(name)).take(Self::MAX_AVOIDED)
+    }
+}
+
+/// Whether a job's executors are sent to spot.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum SpotState {
+    /// The ratio alone decides.
+    #[default]
+    Open,
+    /// There was no spot capacity. Executors go to on-demand, until the first one after the retry time probes spot.
+    Starved {
+        /// When spot was closed.
+        since: Millis,
+        /// When the next executor may probe spot.
+        retry_at: Millis,
+    },
+    /// One executor was sent to spot. The others go to on-demand until it is known whether it found a node. If it leaves
+    /// the ledger before that, the next executor takes its place.
+    Probing {
+        /// When spot was closed.
+        since: Millis,
+        /// The executor's key in the ledger.
+        executor: String,
+    },
+}
+
+/// A change of a job's [`Steering`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Steer<'a> {
+    /// Closes spot. If it is closed already, the retry time starts again.
+    CloseSpot {
+        /// How long no executor probes spot, in milliseconds.
+        retry_after: Millis,
+    },
+    /// Opens spot.
+    OpenSpot,
+    /// Replaces the instance types to avoid, at most [`Steering::MAX_AVOIDED`].
+    Avoid(&'a [String]),
+}
+
+/// The answer to a [`Steer`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SteerOutcome {
+    /// It is stored.
+    Done,
+    /// The job has no ledger. Nothing was stored.
+    NoLedger,
+    /// Nothing was changed, because the ledger was already reconciled in this later term.
+    Superseded(Term),
+}
+
+/// Where on spot an executor should run. [`Profile::apply`](crate::Profile::apply) writes it into the pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spread {
+    /// How many executors of the job may run on one node; 0 for any number, `None` if the ledger has no policy of the job.
+    pub max_executors_per_node: Option<u32>,
+    /// The instance types to avoid.
+    pub avoid: Vec<String>,
+}
+
+impl Spread {
+    /// Whether the executor may run anywhere on spot.
+    pub fn is_none(&self) -> bool {
+        self.max_executors_per_node.is_none_or(|limit| limit == 0) && self.avoid.is_empty()
+    }
+}
