@@ -190,6 +190,16 @@ impl Scenario {
         self.balance.send_to(&ports);
     }
 
+    /// Waits until the apiserver reaches a webhook: a creation may meet a connection to one that was killed, and is then not
+    /// placed.
+    pub async fn until_placing(&self, job: &str) -> Result<()> {
+        until_true(SOON, "the apiserver to reach a webhook", async || {
+            let posted = pods::executor(job, 0).dry_run(&self.client, &self.namespace).await?;
+            Ok(placed(&posted.pod()?).is_ok())
+        })
+        .await
+    }
+
     /// How the scenario's pods are sent to its webhooks. A pod is refused if they do not respond: a
     /// test must not pass because its webhook was ignored.
     pub fn registration(&self) -> Registration {

@@ -397,6 +397,7 @@ async fn executors_that_lived_and_died_unseen_are_gone_when_the_standby_leads() 
     scenario.reconcilers.remove(leader).kill();
     scenario.webhooks.remove(0).kill();
     scenario.send_to_webhooks();
+    scenario.until_placing(JOB).await?;
     live_and_die(&scenario, 11..=16).await?;
     until_true(LEASE, "the standby to lead", async || scenario.reconcilers[0].leads().await).await?;
     assert_eq!(scenario.until_ledger_matches_pods(JOB, REPAIRED).await?, Counts { spot: 2, on_demand: 2 });
