@@ -34,6 +34,7 @@ bench:
     cargo build --locked --profile dist --bins --package balancer-webhook --package balancer-reconcile
     cargo bench --locked --package balancer-tests --bench floor
     cargo bench --locked --package balancer-tests --bench cluster
+    cargo bench --locked --package balancer-tests --bench large_jobs
 
 # Run the end-to-end tests on the cluster of the current kubectl context (settings: deploy/e2e/README.md)
 e2e:

@@ -67,6 +67,8 @@ pub mod random;
 pub mod raw;
 pub mod reconciler;
 pub mod redis;
+pub mod redis_cluster;
+pub mod redis_sentinel;
 pub mod registration;
 pub mod release;
 pub mod reviews;

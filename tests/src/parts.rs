@@ -9,8 +9,18 @@ use anyhow::{Context, Result, bail, ensure};
 /// A real part that a test may need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Part {
-    /// redis-server.
+    /// redis-server 7.0.
     Redis,
+    /// Redis 6.2.
+    Redis6_2,
+    /// Redis 8.0.
+    Redis8_0,
+    /// Valkey 8.0.
+    Valkey8_0,
+    /// Valkey 8.1.
+    Valkey8_1,
+    /// Valkey 9.1.
+    Valkey9_1,
     /// etcd and kube-apiserver.
     ControlPlane,
     /// kube-scheduler.
@@ -37,6 +47,11 @@ impl Part {
     fn programs(self) -> &'static [&'static str] {
         match self {
             Self::Redis => &["redis-server"],
+            Self::Redis6_2 => &["redis-server-6.2"],
+            Self::Redis8_0 => &["redis-server-8.0"],
+            Self::Valkey8_0 => &["valkey-server-8.0"],
+            Self::Valkey8_1 => &["valkey-server-8.1"],
+            Self::Valkey9_1 => &["valkey-server-9.1"],
             Self::ControlPlane => &["etcd", "kube-apiserver"],
             Self::Scheduler => &["kube-scheduler"],
             Self::ControllerManager => &["kube-controller-manager"],
@@ -99,6 +114,10 @@ pub(crate) fn left_out(why: &anyhow::Error) -> Result<bool> {
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = match name {
         "redis-server" => on_path(name).context("redis-server is not on the PATH; run tests/install")?,
+        "redis-server-6.2" | "redis-server-8.0" | "valkey-server-8.0" | "valkey-server-8.1" | "valkey-server-9.1" => {
+            let folder = name.replace("-server", "");
+            cache()?.join(folder).join(name.trim_end_matches(|end: char| end != 'r'))
+        }
         "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
         "dnsmasq" => PathBuf::from("/usr/sbin").join(name),
         "java" => on_path(name).context("java is not on the PATH; run tests/install")?,

@@ -1,24 +1,41 @@
 //! Hands out ports for servers that cannot pick their own.
 
 use std::net::TcpListener;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context, Result};
 
 /// Below Linux's range for outgoing connections, so that no client takes the port of a server that is
 /// down for a moment and starts again on it.
-const RANGE: std::ops::Range<u32> = 20_000..32_000;
+const RANGE: Range<u32> = 22_000..30_000;
+/// Of the nodes of a Redis cluster, which also listen on the port [`BUS`] higher, outside of [`RANGE`].
+const NODES: Range<u32> = 20_000..22_000;
+const BUS: u16 = 10_000;
 
 /// A port on which nothing listens, given to nobody else in this process.
-///
-/// Test processes that run side by side begin their search in different places.
 pub fn free() -> Result<u16> {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let size = RANGE.end - RANGE.start;
+    search(&NEXT, RANGE, is_free)
+}
+
+/// The same for a node of a Redis cluster.
+pub fn free_for_node() -> Result<u16> {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    search(&NEXT, NODES, |port| is_free(port) && is_free(port + BUS))
+}
+
+fn is_free(port: u16) -> bool {
+    TcpListener::bind(("127.0.0.1", port)).is_ok()
+}
+
+/// Test processes that run side by side begin their search in different places.
+fn search(next: &AtomicU32, range: Range<u32>, mut suits: impl FnMut(u16) -> bool) -> Result<u16> {
+    let size = range.end - range.start;
     let begin = std::process::id().wrapping_mul(97);
     (0..size)
-        .map(|_| begin.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)))
-        .filter_map(|position| u16::try_from(RANGE.start + position % size).ok())
-        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
-        .with_context(|| format!("no free port in {RANGE:?}"))
+        .map(|_| begin.wrapping_add(next.fetch_add(1, Ordering::Relaxed)))
+        .filter_map(|position| u16::try_from(range.start + position % size).ok())
+        .find(|port| suits(*port))
+        .with_context(|| format!("no free port in {range:?}"))
 }

@@ -16,7 +16,7 @@ use crate::metrics::Metrics;
 use crate::parts::program;
 use crate::port;
 use crate::process::Process;
-use crate::redis::RedisServer;
+use crate::redis::Servers;
 
 const START: Duration = Duration::from_secs(30);
 
@@ -28,9 +28,17 @@ pub struct Options {
 }
 
 impl Options {
-    /// With its ledger in this Redis.
-    pub fn redis(self, redis: &RedisServer) -> Result<Self> {
-        Ok(self.env("STORE", "redis").env("REDIS_URL", redis.url()).env("SSL_CERT_FILE", &authority()?.path))
+    /// With its ledger in this Redis, which it asks how its servers work together.
+    pub fn redis(self, redis: &impl Servers) -> Result<Self> {
+        let mut options =
+            self.env("STORE", "redis").env("REDIS_URL", redis.url()).env("SSL_CERT_FILE", &authority()?.path);
+        if let Some(master) = redis.sentinel_master() {
+            options = options.env("REDIS_SENTINEL_MASTER", master);
+        }
+        if let Some(file) = redis.sentinel_password_file() {
+            options = options.env("REDIS_SENTINEL_PASSWORD_FILE", file);
+        }
+        Ok(options)
     }
 
     /// With this cluster, as its administrator.

@@ -12,6 +12,7 @@ use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::api::{Api, DeleteParams, ListParams};
 use kube::{Client, ResourceExt};
 use redis::AsyncCommands;
+use redis::aio::MultiplexedConnection;
 use tokio::time::sleep;
 
 use crate::account::{Account, EVENTS, LIST_PODS, NODES, PODS, Right};
@@ -21,7 +22,7 @@ use crate::kubelet::Kubelet;
 use crate::nodes::{self, CAPACITY, TRUTH};
 use crate::pods::{self, PodBuilder, Posted};
 use crate::reconciler::{Reconciler, ReconcilerOptions};
-use crate::redis::{RedisServer, policy_word};
+use crate::redis::{RedisServer, Servers, policy_word};
 use crate::registration::Registration;
 use crate::wait::{SOON, until, until_true};
 use crate::webhook::{Webhook, WebhookOptions};
@@ -76,14 +77,14 @@ impl Counts {
     }
 }
 
-/// A namespace served by webhooks and reconcilers.
-pub struct Scenario {
+/// A namespace served by webhooks and reconcilers, with its ledgers in one Redis server or in several.
+pub struct Scenario<R = RedisServer> {
     /// The administrator's client.
     pub client: Client,
     /// The namespace whose pods are sent to the webhooks.
     pub namespace: String,
     /// Where the ledger is.
-    pub redis: RedisServer,
+    pub redis: R,
     /// The processes.
     pub webhooks: Vec<Webhook>,
     /// The processes.
@@ -138,11 +139,18 @@ impl Scenario {
 
     /// The same on nodes that the test has made.
     pub async fn without_nodes(plane: Plane, purpose: &str) -> Result<Self> {
+        Self::with_ledger_in(RedisServer::start().await?, plane, purpose).await
+    }
+}
+
+impl<R: Servers> Scenario<R> {
+    /// A new namespace whose ledgers are in these servers, and nothing of ours.
+    pub async fn with_ledger_in(redis: R, plane: Plane, purpose: &str) -> Result<Self> {
         let client = plane.client()?;
         let namespace = plane.namespace(purpose).await?;
         Ok(Self {
             kubelet: Some(Kubelet::start(client.clone(), &namespace)),
-            redis: RedisServer::start().await?,
+            redis,
             balance: Balance::start(&[]).await?,
             webhooks: Vec::new(),
             reconcilers: Vec::new(),
@@ -317,22 +325,27 @@ impl Scenario {
     /// The job's executors by the ledger's counts.
     pub async fn ledger(&self, job: &str) -> Result<Counts> {
         let (spot, on_demand): (Option<usize>, Option<usize>) =
-            self.redis.connection().await?.hmget(self.keys(job).0, &["spot", "on-demand"]).await?;
+            self.store_of(job).await?.hmget(self.keys(job).0, &["spot", "on-demand"]).await?;
         Ok(Counts { spot: spot.unwrap_or(0), on_demand: on_demand.unwrap_or(0) })
     }
 
     /// The ratio and the base that the ledger holds of a job, as they are written there.
     pub async fn policy(&self, job: &str) -> Result<(Option<String>, Option<String>)> {
-        let policy: Option<String> = self.redis.connection().await?.hget(self.keys(job).0, "policy").await?;
+        let policy: Option<String> = self.store_of(job).await?.hget(self.keys(job).0, "policy").await?;
         let word = |key| policy_word(policy.as_deref(), key);
         Ok((word("spot-ratio"), word("on-demand-base")))
     }
 
     /// The job's executors by the ledger's entries.
     pub async fn entries(&self, job: &str) -> Result<Executors> {
-        let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
+        let entries: Executors = self.store_of(job).await?.hgetall(self.keys(job).1).await?;
         let capacity = |entry: String| entry.split(' ').next().unwrap_or_default().to_owned();
         Ok(entries.into_iter().map(|(name, entry)| (name, capacity(entry))).collect())
+    }
+
+    /// A connection to the server that has both keys of a job.
+    async fn store_of(&self, job: &str) -> Result<MultiplexedConnection> {
+        self.redis.connection_for(&self.keys(job).0).await
     }
 
     /// The keys of a job's counts and entries.
@@ -416,7 +429,7 @@ impl Scenario {
     pub async fn until_uids_recorded(&self, job: &str) -> Result<()> {
         until_true(REPAIRED, "the reconciler to have seen all pods", async || {
             sleep(LOOK).await;
-            let entries: Executors = self.redis.connection().await?.hgetall(self.keys(job).1).await?;
+            let entries: Executors = self.store_of(job).await?.hgetall(self.keys(job).1).await?;
             let known = |pod: &Pod| {
                 let (entry, uid) = (entries.get(&key(pod)), pod.uid());
                 entry.zip(uid).is_some_and(|(entry, uid)| entry.ends_with(&uid))

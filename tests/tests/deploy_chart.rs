@@ -22,6 +22,15 @@ fn variants() -> Vec<(&'static str, Value)> {
         ("the defaults", json!({})),
         ("every option", every_option()),
         ("the memory store", json!({"store": "memory"})),
+        ("sentinels", sentinels()),
+        ("tokens of IAM", tokens_of_iam()),
+        (
+            "a cluster with a private CA",
+            json!({
+                "redis": {"mode": "cluster", "url": "valkeys://a:7000,b:7001/0", "caSecret": {"name": "on", "key": "yes"}},
+                "networkPolicy": {"egress": {"enabled": true, "redisPorts": [7000, 7001]}},
+            }),
+        ),
         ("the webhook reconciles on Redis", json!({"reconciler": {"mode": "webhook"}})),
         ("nothing reconciles", json!({"reconciler": {"mode": "none"}})),
         ("a Secret with the URL", json!({"redis": {"existingSecret": {"name": "redis"}}})),
@@ -83,6 +92,28 @@ fn variants() -> Vec<(&'static str, Value)> {
         ),
         ("other names", json!({"nameOverride": "mix", "fullnameOverride": "spark-mix"})),
     ]
+}
+
+/// Servers that sentinels watch, with all that can be set for them.
+fn sentinels() -> Value {
+    json!({"redis": {
+        "mode": "sentinel",
+        "url": "redis://balancer@a,b:5000,[fd00::1]:26379/2",
+        "passwordSecret": {"name": "servers", "key": "redis-password"},
+        "sentinel": {
+            "master": "mymaster", "username": "watcher", "passwordSecret": {"name": "sentinels", "key": "sentinel-password"},
+        },
+    }})
+}
+
+fn tokens_of_iam() -> Value {
+    json!({
+        "redis": {
+            "mode": "cluster", "url": "rediss://balancer@a:6379",
+            "awsIam": {"service": "elasticache-serverless", "cacheName": "ledger", "region": "eu-west-1"},
+        },
+        "networkPolicy": {"egress": {"enabled": true}},
+    })
 }
 
 /// The container of a Deployment that has one.
@@ -276,6 +307,61 @@ async fn invalid_values_are_refused_with_a_reason() -> Result<()> {
         (json!({"redis": {"url": "http://a"}}), "does not match pattern"),
         (json!({"redis": {"url": "redis://a", "existingSecret": {"name": "b"}}}), "are both set"),
         (json!({"redis": {"ca": PEM}}), "does not use TLS"),
+        // As with the values of a chart that knew one server only.
+        (json!({"redis": {"mode": null}}), "a default: redis.mode. They are newer"),
+        (json!({"redis": {"mode": "master"}}), "value must be one of 'auto', 'single', 'cluster', 'sentinel'"),
+        (json!({"redis": {"mode": "cluster"}}), "redis.mode is for Redis servers of your own, but neither"),
+        (
+            json!({"redis": {"passwordSecret": {"name": "a"}}}),
+            "redis.passwordSecret.name is for Redis servers of your own",
+        ),
+        (
+            json!({"store": "memory", "redis": {"awsIam": {"service": "memorydb"}}}),
+            "redis.awsIam.service is for Redis servers of your own",
+        ),
+        (
+            json!({"redis": {"url": "rediss://a", "ca": PEM, "caSecret": {"name": "a"}}}),
+            "redis.ca and redis.caSecret.name are both set",
+        ),
+        (
+            json!({"redis": {"mode": "sentinel", "url": "redis://a"}}),
+            "redis.mode is sentinel, but redis.sentinel.master is empty",
+        ),
+        (
+            json!({"redis": {"mode": "cluster", "url": "redis://a", "sentinel": {"master": "m"}}}),
+            "redis.sentinel.master is m and redis.mode is cluster",
+        ),
+        (
+            json!({"redis": {"url": "redis://a", "sentinel": {"master": "m", "username": "u"}}}),
+            "Set it to a Secret with the password of that user",
+        ),
+        (
+            json!({"redis": {"url": "redis://a", "sentinel": {"passwordSecret": {"name": "s"}}}}),
+            "The password of the Redis servers is redis.passwordSecret",
+        ),
+        (
+            json!({"redis": {"url": "redis://a:b@c", "passwordSecret": {"name": "s"}}}),
+            "redis.url has a password, and redis.passwordSecret.name is set",
+        ),
+        (json!({"redis": {"url": "redis://user@a"}}), "redis.url has a user and no password"),
+        (json!({"redis": {"mode": "single", "url": "redis://a,b"}}), "redis.url names several hosts"),
+        (
+            json!({"redis": {"mode": "cluster", "url": "redis://a:6379,b:6379/1"}}),
+            "redis.url names the database 1, but a cluster has only the database 0",
+        ),
+        (
+            json!({"redis": {"url": "redis://:a@b:7000"}, "networkPolicy": {"egress": {"enabled": true}}}),
+            "redis.url names the port 7000, which networkPolicy.egress.redisPorts does not have",
+        ),
+        (json!({"redis": {"awsIam": {"cacheName": "a"}}}), "but redis.awsIam.service is empty"),
+        (
+            json!({"redis": {"url": "rediss://u@a", "awsIam": {"service": "memorydb"}}}),
+            "redis.awsIam.service is memorydb, but redis.awsIam.cacheName is empty",
+        ),
+        (
+            json!({"redis": {"url": "rediss://u@a", "awsIam": {"service": "dynamodb"}}}),
+            "value must be one of '', 'elasticache'",
+        ),
         (json!({"redis": {"bundled": {"image": {"tag": ""}}}}), "has neither a tag nor a digest"),
         (
             json!({"redis": {"bundled": {"image": {"repository": "docker.io/library/redis"}}}}),
@@ -376,7 +462,27 @@ async fn invalid_values_are_refused_with_a_reason() -> Result<()> {
             "Lower certificateDays, or set renewBefore to 336h or more",
         ),
     ];
-    for (values, reason) in refused {
+    let iam = |other: Value| {
+        let mut redis =
+            json!({"url": "rediss://u@a", "awsIam": {"service": "elasticache-serverless", "cacheName": "c"}});
+        for (name, value) in other.as_object().into_iter().flatten() {
+            redis[name] = value.clone();
+        }
+        json!({"redis": redis})
+    };
+    let refused_with_iam = [
+        (
+            iam(json!({"passwordSecret": {"name": "s"}})),
+            "redis.awsIam.service and redis.passwordSecret.name are both set",
+        ),
+        (iam(json!({"sentinel": {"master": "m"}})), "The services of AWS have no sentinels"),
+        (iam(json!({"caSecret": {"name": "s"}})), "The services of AWS have certificates of a public CA"),
+        (iam(json!({"url": "rediss://u:p@a"})), "redis.awsIam.service is set, and redis.url has a password"),
+        (iam(json!({"url": "rediss://a"})), "redis.url has no user"),
+        (iam(json!({"url": "redis://u@a"})), "redis.url has no TLS, which IAM needs"),
+        (iam(json!({"url": "rediss://u@a/3"})), "a cluster has only the database 0"),
+    ];
+    for (values, reason) in refused.into_iter().chain(refused_with_iam) {
         let error = helm.template(&values).await.err().with_context(|| format!("not refused: {values}"))?;
         let error = format!("{error:#}");
         assert!(error.contains(reason), "{values} is refused by {error:?}, which does not say {reason:?}");
@@ -574,8 +680,8 @@ async fn labels_and_volumes_of_the_values_are_added_to_pods() -> Result<()> {
 #[tokio::test]
 async fn the_redis_user_of_the_chart_has_the_documented_rights_and_its_password_is_only_in_its_secret() -> Result<()> {
     need!(Helm);
-    let documented = std::fs::read_to_string(repository("docs/install.md"))?;
-    let rights = documented.lines().find(|line| line.starts_with("~exec-")).context("no rights in docs/install.md")?;
+    let documented = std::fs::read_to_string(repository("docs/redis.md"))?;
+    let rights = documented.lines().find(|line| line.starts_with("~exec-")).context("no rights in docs/redis.md")?;
     let mut helm = Helm::start().await?;
     let rendered = helm.template(&json!({})).await?;
     let objects = objects(&rendered)?;
@@ -603,6 +709,83 @@ async fn the_redis_user_of_the_chart_has_the_documented_rights_and_its_password_
     );
     let from = &environment(object(&own, "Deployment", WEBHOOK)?)?["REDIS_PASSWORD"]["secretKeyRef"];
     assert_eq!(*from, json!({"name": "own", "key": "password"}));
+    Ok(())
+}
+
+/// The Secrets that a Deployment mounts whole, by the paths where their one file is. A subPath would never be updated.
+fn mounted_secrets(deployment: &Value) -> Result<BTreeMap<String, (String, String)>> {
+    let volumes = deployment["spec"]["template"]["spec"]["volumes"].as_array().context("no volumes")?;
+    let mut secrets = BTreeMap::new();
+    for mount in container(deployment)?["volumeMounts"].as_array().context("no mounts")? {
+        ensure!(mount["subPath"].is_null() && mount["readOnly"] == true, "{mount}");
+        let volume = volumes.iter().find(|volume| volume["name"] == mount["name"]).context("no volume")?;
+        let (secret, item) = (&volume["secret"], &volume["secret"]["items"][0]);
+        if let (Some(name), Some(key), Some(path)) =
+            (secret["secretName"].as_str(), item["key"].as_str(), item["path"].as_str())
+        {
+            let file = format!("{}/{path}", mount["mountPath"].as_str().context("no path")?);
+            secrets.insert(file, (name.to_owned(), key.to_owned()));
+        }
+    }
+    Ok(secrets)
+}
+
+#[tokio::test]
+async fn passwords_and_authorities_of_redis_are_files_that_a_changed_secret_replaces() -> Result<()> {
+    need!(Helm);
+    let mut helm = Helm::start().await?;
+    let mut values = sentinels();
+    values["redis"]["caSecret"] = json!({"name": "authority", "key": "root.crt"});
+    let objects = helm.render(&values).await?;
+    for name in [WEBHOOK, RECONCILER] {
+        let deployment = object(&objects, "Deployment", name)?;
+        let (set, secrets) = (environment(deployment)?, mounted_secrets(deployment)?);
+        for (variable, secret, key) in [
+            ("REDIS_PASSWORD_FILE", "servers", "redis-password"),
+            ("REDIS_SENTINEL_PASSWORD_FILE", "sentinels", "sentinel-password"),
+            ("SSL_CERT_FILE", "authority", "root.crt"),
+        ] {
+            let path = set.get(variable).and_then(Value::as_str).with_context(|| format!("{name}: no {variable}"))?;
+            assert_eq!(secrets.get(path), Some(&(secret.to_owned(), key.to_owned())), "{name}: {variable}");
+        }
+        assert_eq!(set["REDIS_MODE"], "sentinel");
+        assert_eq!(set["REDIS_SENTINEL_MASTER"], "mymaster");
+        assert_eq!(set["REDIS_SENTINEL_USERNAME"], "watcher");
+    }
+    let defaults = helm.render(&json!({})).await?;
+    let set = environment(object(&defaults, "Deployment", WEBHOOK)?)?;
+    assert_eq!(set["REDIS_MODE"], "auto");
+    ensure!(!set.contains_key("REDIS_PASSWORD_FILE") && !set.contains_key("SSL_CERT_FILE"), "{set:?}");
+    Ok(())
+}
+
+/// The ports that the webhook's pods may connect to, and whether at any address.
+fn egress(objects: &[Value]) -> Result<BTreeSet<(u64, bool)>> {
+    let rules = object(objects, "NetworkPolicy", WEBHOOK)?["spec"]["egress"].as_array().context("no egress")?;
+    let mut allowed = BTreeSet::new();
+    for rule in rules {
+        let ports = rule["ports"].as_array().context("no ports")?;
+        allowed.extend(ports.iter().filter_map(|port| Some((port["port"].as_u64()?, rule["to"].is_null()))));
+    }
+    Ok(allowed)
+}
+
+#[tokio::test]
+async fn pods_may_reach_sentinels_the_nodes_of_a_cluster_and_the_credentials_of_aws() -> Result<()> {
+    need!(Helm);
+    let mut helm = Helm::start().await?;
+    let common = [(53, true), (443, true), (6443, true)];
+    let outside = [(6379, true), (6380, true), (26379, true)];
+    let enabled = json!({"egress": {"enabled": true, "apiServerPorts": [443, 6443]}});
+    let cases = [
+        (json!({"networkPolicy": enabled}), vec![(6379, false)]),
+        (json!({"networkPolicy": enabled, "redis": {"url": "redis://a"}}), outside.to_vec()),
+        (tokens_of_iam(), [outside.as_slice(), &[(80, false)]].concat()),
+    ];
+    for (values, wanted) in cases {
+        let allowed = egress(&helm.render(&values).await?)?;
+        assert_eq!(allowed, common.into_iter().chain(wanted).collect(), "{values}");
+    }
     Ok(())
 }
 
@@ -644,11 +827,16 @@ async fn every_setting_of_the_programs_is_reachable_from_values() -> Result<()> 
     });
     let within = helm.render(&within).await?;
     let within = environment(object(&within, "Deployment", WEBHOOK)?)?;
+    let servers = [helm.render(&sentinels()).await?, helm.render(&tokens_of_iam()).await?];
     let by_name = helm.render(&json!({"fullnameOverride": "spark-mix"})).await?;
     let by_name = environment(object(&by_name, "Deployment", "spark-mix-reconciler")?)?;
     for (deployment, name) in [(WEBHOOK, "balancer-webhook"), (RECONCILER, "balancer-reconcile")] {
         let defaults = environment(object(&defaults, "Deployment", deployment)?)?;
         let others = environment(object(&others, "Deployment", deployment)?)?;
+        let mut servers_set = BTreeMap::new();
+        for objects in &servers {
+            servers_set.extend(environment(object(objects, "Deployment", deployment)?)?);
+        }
         for variable in known_to(name)? {
             let differs = |set: &BTreeMap<String, Value>| set.get(&variable) != defaults.get(&variable);
             // Its newer name is WORKLOAD_ROLE_LABEL.
@@ -657,13 +845,12 @@ async fn every_setting_of_the_programs_is_reachable_from_values() -> Result<()> 
             let named = variable == "RECONCILE_LEASE" && by_name[&variable] == "spark-mix-reconciler";
             // Of the reconciler there is none with another store.
             let fixed = variable == "STORE" && deployment == RECONCILER;
-            let reached = differs(&others) || deployment == WEBHOOK && differs(&within);
+            let reached = differs(&others) || differs(&servers_set) || deployment == WEBHOOK && differs(&within);
             assert!(reached || named || older || fixed, "{name}: no value of the chart changes {variable}");
         }
         let known = known_to(name)?;
-        for variable in
-            others.keys().filter(|variable| !matches!(variable.as_str(), "SSL_CERT_FILE" | "RUST_BACKTRACE"))
-        {
+        let of_others = ["AWS_REGION", "RUST_BACKTRACE", "SSL_CERT_FILE"];
+        for variable in others.keys().chain(servers_set.keys()).filter(|name| !of_others.contains(&name.as_str())) {
             assert!(known.contains(variable), "{name} does not know {variable}");
         }
     }

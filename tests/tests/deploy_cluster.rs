@@ -300,6 +300,50 @@ async fn the_programs_work_as_the_chart_runs_them() -> Result<()> {
     Ok(())
 }
 
+/// What redis-cli prints, in the place of the image's valkey-cli; `None` if it has not ended by then.
+async fn redis_cli(arguments: &[String], port: u16, limit: Duration) -> Result<Option<Output>> {
+    let mut command = tokio::process::Command::new("redis-cli");
+    let command = command.arg("-p").arg(port.to_string()).args(arguments).kill_on_drop(true);
+    Ok(tokio::time::timeout(limit, command.output()).await.ok().transpose()?)
+}
+
+#[tokio::test]
+async fn the_probe_of_the_charts_redis_fails_on_a_frozen_server_and_passes_while_a_script_runs() -> Result<()> {
+    need!(Helm, Redis);
+    let rendered = Helm::start().await?.render(&json!({})).await?;
+    let deployment = object(&rendered, "Deployment", "spot-balancer-redis")?;
+    let probe = &deployment["spec"]["template"]["spec"]["containers"][0]["livenessProbe"];
+    let command: Vec<String> = serde_json::from_value(probe["exec"]["command"].clone())?;
+    let [program, option, port, arguments @ ..] = command.as_slice() else { panic!("{probe}") };
+    assert_eq!([program, option, port], ["valkey-cli", "-p", "6379"]);
+    let limit = Duration::from_secs(probe["timeoutSeconds"].as_u64().context("no limit")?);
+
+    let redis = RedisServer::start().await?;
+    let passes = async || -> Result<bool> {
+        Ok(redis_cli(arguments, redis.port(), limit).await?.is_some_and(|output| output.status.success()))
+    };
+    ensure!(passes().await?, "a healthy server fails");
+    redis.freeze()?;
+    ensure!(!passes().await?, "a frozen server passes");
+    redis.thaw()?;
+    ensure!(passes().await?, "a server that goes on fails");
+    let script = ["eval", "while true do end", "0"].map(str::to_owned);
+    let script = redis_cli(&script, redis.port(), Duration::from_secs(60));
+    let during = async {
+        // The server answers that it is busy once the script has run for five seconds.
+        until_true(Duration::from_secs(30), "the server to be busy", async || {
+            let output = redis_cli(arguments, redis.port(), limit).await?.context("no answer while a script runs")?;
+            ensure!(output.status.success(), "fails while a script runs");
+            Ok(output.stdout.starts_with(b"BUSY"))
+        })
+        .await?;
+        redis_cli(&["script", "kill"].map(str::to_owned), redis.port(), SOON).await
+    };
+    let (ended, killed) = tokio::join!(script, during);
+    ensure!(killed?.is_some_and(|output| output.status.success()) && ended?.is_some(), "the script goes on");
+    Ok(())
+}
+
 #[tokio::test]
 async fn the_charts_redis_keeps_within_its_memory_limit_writes_nothing_to_disk_and_allows_no_more_than_is_needed()
 -> Result<()> {
@@ -438,8 +482,8 @@ async fn the_pods_pass_restricted_pod_security_unchanged() -> Result<()> {
 #[tokio::test]
 async fn a_redis_user_with_the_documented_rights_is_enough() -> Result<()> {
     need!(Helm, ControlPlane, Redis, Webhook, Reconciler);
-    let documented = std::fs::read_to_string(repository("docs/install.md"))?;
-    let rights = documented.lines().find(|line| line.starts_with("~exec-")).context("no rights in docs/install.md")?;
+    let documented = std::fs::read_to_string(repository("docs/redis.md"))?;
+    let rights = documented.lines().find(|line| line.starts_with("~exec-")).context("no rights in docs/redis.md")?;
     let redis = RedisServer::start().await?;
     let mut connection = redis.connection().await?;
     let mut user = redis::cmd("ACL");

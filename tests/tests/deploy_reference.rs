@@ -8,7 +8,8 @@ use std::fmt::Write;
 
 use anyhow::{Context, Result, ensure};
 use balancer_tests::control_plane::Options;
-use balancer_tests::deployed::{WEBHOOK, cluster, environment};
+use balancer_tests::deployed::{RECONCILER, WEBHOOK, cluster, environment};
+use balancer_tests::guide::blocks;
 use balancer_tests::helm::{Helm, chart, object, objects, repository};
 use balancer_tests::{need, stand_ins};
 use serde_json::Value;
@@ -137,8 +138,54 @@ async fn presets_say_what_they_are_for_and_change_something() -> Result<()> {
     Ok(())
 }
 
+/// The examples for Redis servers, by their file names.
+fn redis_examples() -> Result<Vec<(String, String)>> {
+    let mut examples = Vec::new();
+    for file in std::fs::read_dir(repository("deploy/redis"))? {
+        let path = file?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).context("a name that is no text")?;
+        examples.push((name.to_owned(), std::fs::read_to_string(&path)?));
+    }
+    examples.sort();
+    Ok(examples)
+}
+
 #[tokio::test]
-async fn presets_are_accepted_by_a_real_apiserver_alone_and_together() -> Result<()> {
+async fn examples_of_redis_servers_render_and_are_in_the_guide() -> Result<()> {
+    need!(Helm);
+    let mut helm = Helm::start().await?;
+    let guide = std::fs::read_to_string(repository("docs/redis.md"))?;
+    let examples = redis_examples()?;
+    ensure!(examples.len() >= 6, "only {} examples", examples.len());
+    for (name, example) in &examples {
+        let values = objects(example)?.remove(0);
+        assert_eq!(helm.lint(&values).await?, [] as [Value; 0], "{name}");
+        let rendered = helm.render(&values).await.with_context(|| name.clone())?;
+        let redis = &values["redis"];
+        for deployment in [WEBHOOK, RECONCILER] {
+            let set = environment(object(&rendered, "Deployment", deployment)?);
+            assert_eq!(set["REDIS_MODE"], redis["mode"], "{name}");
+            assert_eq!(set.contains_key("REDIS_PASSWORD_FILE"), redis["passwordSecret"].is_object(), "{name}");
+            assert_eq!(set.contains_key("REDIS_SENTINEL_MASTER"), redis["mode"] == "sentinel", "{name}");
+            assert_eq!(set.contains_key("REDIS_AWS_IAM"), redis["awsIam"].is_object(), "{name}");
+            let role = &object(&rendered, "ServiceAccount", deployment)?["metadata"]["annotations"];
+            assert_eq!(role["eks.amazonaws.com/role-arn"].is_string(), redis["awsIam"].is_object(), "{name}");
+        }
+        ensure!(object(&rendered, "Deployment", "spot-balancer-redis").is_err(), "{name} installs a server too");
+        ensure!(guide.contains(&format!("](../deploy/redis/{name})")), "docs/redis.md has no link to {name}");
+    }
+    let blocks = blocks("docs/redis.md", "yaml")?;
+    ensure!(blocks.len() >= 3, "only {} blocks of values", blocks.len());
+    for block in blocks {
+        let values = objects(&block)?.remove(0);
+        ensure!(values["redis"].is_object(), "{block}");
+        helm.render(&values).await.context(block)?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn presets_and_examples_are_accepted_by_a_real_apiserver() -> Result<()> {
     need!(Helm, ControlPlane);
     let (plane, mut helm) = cluster(Options::default(), &[]).await?;
     stand_ins::define(&plane.client()?).await?;
@@ -147,6 +194,7 @@ async fn presets_are_accepted_by_a_real_apiserver_alone_and_together() -> Result
     let of = |name: &str| presets.iter().find(|(file, _)| file == name).map(|(_, preset)| preset.clone());
     let both = [of("values-gke.yaml"), of("values-production.yaml")].map(Option::unwrap_or_default).join("---\n");
     presets.push(("both".to_owned(), both));
+    presets.extend(redis_examples()?);
     for (name, preset) in presets {
         let mut values = Value::Object(serde_json::Map::new());
         for document in objects(&preset)? {

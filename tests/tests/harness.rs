@@ -13,7 +13,9 @@ use balancer_tests::certificate::authority;
 use balancer_tests::control_plane::{ControlPlane, Options};
 use balancer_tests::kubelet::Kubelet;
 use balancer_tests::process::scratch_path;
-use balancer_tests::redis::RedisServer;
+use balancer_tests::redis::{RedisServer, ServerOptions, Servers};
+use balancer_tests::redis_cluster::{RedisCluster, slot};
+use balancer_tests::redis_sentinel::SentinelSet;
 use balancer_tests::registration::Registration;
 use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::{need, nodes, pods};
@@ -335,4 +337,62 @@ fn rerun(test: &str) -> Result<Command> {
     command.args(["--exact", "--nocapture", test]);
     command.env_remove("CI").env_remove("SPOT_BALANCER_REQUIRE_PARTS");
     Ok(command)
+}
+
+#[tokio::test]
+async fn a_cluster_moves_slots_and_replaces_its_primaries() -> Result<()> {
+    need!(Redis);
+    let mut cluster = RedisCluster::start_with(ServerOptions::tls()?).await?;
+    let key = "exec-count:{etl:spark-1}";
+    for key in [key, "plain", "{}empty", "{a}{b}", "a}{b", "{", "123456789"] {
+        assert_eq!(
+            slot(key),
+            cluster.nodes[0].ask::<u16>(redis::cmd("CLUSTER").arg("KEYSLOT").arg(key)).await?,
+            "{key}"
+        );
+    }
+    let (slot, first) = (slot(key), cluster.primary_of(key).await?);
+    let _: () = cluster.connection_for(key).await?.set(key, 1).await?;
+
+    let to = cluster.primaries().await.into_iter().find(|node| *node != first).context("one primary")?;
+    cluster.migrate_slot(slot, to).await?;
+    assert_eq!(cluster.primary_of(key).await?, to);
+    cluster.until_healthy().await?;
+    let replica = cluster.replicas_of(to).await?.first().copied().context("no replica")?;
+    cluster.fail_over(replica).await?;
+    cluster.until_healthy().await?;
+    assert_eq!(cluster.primary_of(key).await?, replica);
+
+    cluster.nodes[replica].stop();
+    cluster.until_healthy().await?;
+    assert_eq!(cluster.primary_of(key).await?, to);
+    assert_eq!(cluster.connection_for(key).await?.get::<_, i64>(key).await?, 1);
+    cluster.nodes[replica].start_again_empty().await?;
+    until_true(SOON, "the replica to return", async || Ok(cluster.replicas_of(to).await? == [replica])).await?;
+    cluster.until_healthy().await?;
+    assert_eq!(cluster.keys("exec-*").await?, [key]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn sentinels_replace_a_primary_that_is_killed_or_told_to_go() -> Result<()> {
+    need!(Redis);
+    let mut set = SentinelSet::start_with(ServerOptions::tls()?, Some("watchful")).await?;
+    let first = set.primary().await?;
+    let _: () = set.connection_for("job").await?.set("job", 1).await?;
+    let second = set.fail_over().await?;
+    assert_ne!(first, second);
+    set.until_whole().await?;
+    assert_eq!(set.connection_for("job").await?.get::<_, i64>("job").await?, 1);
+
+    set.sentinels[0].stop();
+    set.servers[second].stop();
+    let third =
+        until(SOON, "another primary", async || Ok(Some(set.primary().await?).filter(|it| *it != second))).await?;
+    assert_eq!(set.until_agreed().await?, third);
+    assert_eq!(set.connection_for("job").await?.get::<_, i64>("job").await?, 1);
+    set.sentinels[0].start_again_empty().await?;
+    set.servers[second].start_again_empty().await?;
+    assert_eq!(set.until_whole().await?, third);
+    Ok(())
 }

@@ -357,7 +357,7 @@ async fn a_reconciler_ignores_namespaces_that_it_does_not_watch() -> Result<()> 
     need!(Redis, ControlPlane, Scheduler, Reconciler);
     let mut scenario = Scenario::bare(Plane::shared().await?, "ours").await?;
     let (ours, theirs) = (scenario.namespace.clone(), scenario.plane.namespace("theirs").await?);
-    let options = RedisOptions { timeout: Duration::from_secs(10), ttl: Duration::from_secs(86_400) };
+    let options = RedisOptions::new(Duration::from_secs(10), Duration::from_secs(86_400));
     let ledger = RedisLedger::connect(&scenario.redis.url(), options).await?;
     let required = |id| executor(JOB, id).node_selector("karpenter.sh/capacity-type", "spot");
     for namespace in [&ours, &theirs] {

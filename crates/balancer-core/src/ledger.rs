@@ -1,8 +1,7 @@
 //! The ledger of one job: the capacity of each live executor. It is the reference for every store, which only adds
 //! where the ledger is kept, a clock and atomicity.
 
-use std::collections::{HashMap, HashSet, VecDeque};
-use std::time::Duration;
+use std::collections::{HashMap, VecDeque};
 
 use crate::action::Executor;
 use crate::capacity::{Capacity, Counts};
@@ -128,11 +127,15 @@ pub struct LiveExecutor<'a> {
     pub states_ratio: bool,
 }
 
-/// The state of one job in the cluster.
+/// What is known of a job in the cluster: some of its executors, and the job as a whole.
+///
+/// A reconcile corrects the entries of the executors that are named here, and leaves all others as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JobState<'a> {
-    /// The live executors, each once.
+    /// Live executors, each once.
     pub live: &'a [LiveExecutor<'a>],
+    /// Keys of executors that are not live. None of them is in `live`.
+    pub gone: &'a [&'a str],
     /// The policy fields that the driver states. Each replaces the stored one. The fields that another driver has stored
     /// are dropped.
     pub overrides: PolicyOverrides,
@@ -140,23 +143,6 @@ pub struct JobState<'a> {
     pub ended: bool,
     /// The name of the pod that drives the job, if it is known. It replaces the stored one.
     pub driver: Option<&'a str>,
-}
-
-/// The ages of placements without a pod, in milliseconds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Timing {
-    /// The age at which a placement without a pod is removed.
-    pub grace: Millis,
-    /// The age from which a placement without a pod is reported as unconfirmed. From the grace on none is.
-    pub confirm_after: Millis,
-}
-
-impl Timing {
-    /// With this grace, and without a report of unconfirmed placements.
-    pub fn only_grace(grace: Duration) -> Self {
-        let grace = Millis::try_from(grace.as_millis()).unwrap_or(Millis::MAX);
-        Self { grace, confirm_after: grace }
-    }
 }
 
 /// A placement for which no pod was found: its creation was refused, is still under way, or was not reported yet. The
@@ -167,6 +153,15 @@ pub struct Unconfirmed {
     pub placed_at: Millis,
     /// The executor's key in the ledger.
     pub key: String,
+}
+
+/// A placement whose pod no reconcile has found yet. The caller knows whether the pod is there.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Waiting {
+    /// The placement.
+    pub placement: Unconfirmed,
+    /// How long ago it was, in milliseconds.
+    pub age: Millis,
 }
 
 /// What was invalid in a ledger. A reconcile repairs it.
@@ -210,12 +205,16 @@ pub struct ReconcileSummary {
     pub counts: Counts,
     /// The job's policy.
     pub policy: Option<Policy>,
-    /// When to reconcile the job again, in milliseconds: when the first placement without a pod becomes unconfirmed, or
-    /// has waited for the grace period; or when [`JobLedger::RELEASE_GRACE`] ends for the first released executor that
-    /// still appears to be live. `None` if there is neither.
+    /// Whether the counts are certainly those of the entries. A store that had to estimate them says no; then all entries
+    /// have to be compared, and the counts corrected.
+    pub has_exact_counts: bool,
+    /// The placements that wait for their pods, named or not: at most [`JobLedger::WAITING_REPORTED`], the oldest first.
+    pub waiting: Vec<Waiting>,
+    /// Whether more placements wait.
+    pub more_waiting: bool,
+    /// The named live executors that were released so recently that they may only appear to be live: when to name them
+    /// again, in milliseconds. `None` if there is none.
     pub recheck_after: Option<Millis>,
-    /// The unconfirmed placements, at most [`JobLedger::UNCONFIRMED_REPORTED`], the oldest first.
-    pub unconfirmed: Vec<Unconfirmed>,
     /// What was invalid, and is repaired.
     pub fault: Option<LedgerFault>,
     /// The job's steering.
@@ -237,6 +236,14 @@ impl Drift {
     /// Whether the ledger matched the cluster.
     pub fn is_none(self) -> bool {
         self == Self::default()
+    }
+}
+
+impl std::ops::AddAssign for Drift {
+    fn add_assign(&mut self, other: Self) {
+        self.missing += other.missing;
+        self.stale += other.stale;
+        self.wrong_capacity += other.wrong_capacity;
     }
 }
 
@@ -262,8 +269,8 @@ impl JobLedger {
     /// is added to the ledger again after this time.
     pub const RELEASE_GRACE: Millis = 2_000;
 
-    /// How many unconfirmed placements one reconcile reports. Spark's largest usual batch of executors is 50.
-    pub const UNCONFIRMED_REPORTED: usize = 64;
+    /// How many waiting placements one reconcile reports. Spark's largest usual batch of executors is 50.
+    pub const WAITING_REPORTED: usize = 64;
 
     /// A ledger from the parts that a store keeps. `released` is in the order of [`JobLedger::released`]. The counts
     /// are those of the entries.
@@ -464,45 +471,35 @@ impl JobLedger {
         LearnOutcome::Stored { is_new_job }
     }
 
-    /// Makes the ledger match the cluster, unless it was already reconciled in a later term.
+    /// Corrects the entries of the executors that `state` names, unless the ledger was already reconciled in a later term.
     ///
-    /// An entry without a live executor is removed: at once if it has a uid, because then its pod has existed, and
-    /// otherwise when the placement is as old as the grace. If the clock was set back behind the placement, its age
-    /// starts again at zero. A live executor of known capacity that is missing is
-    /// added, unless it was released less than [`JobLedger::RELEASE_GRACE`] ago; such an executor is not matched to
-    /// an entry without a uid either, because the entry belongs to the next pod of that name. In a job that is opted
-    /// out only those that state a ratio of their own are added, because its other executors are not counted. The counts are computed again from the entries.
-    pub fn reconcile(&mut self, seen: &JobState<'_>, timing: Timing, term: Term, now: Millis) -> ReconcileOutcome {
+    /// An entry whose executor is gone is removed: at once if it has a uid, because then its pod has existed, and
+    /// otherwise when the placement is `grace` milliseconds old. If the clock was set back behind a placement, its age
+    /// starts again at zero. A live executor of known capacity that is missing is added, unless it was released less than
+    /// [`JobLedger::RELEASE_GRACE`] ago; such an executor is not matched to an entry without a uid either, because the
+    /// entry belongs to the next pod of that name. In a job that is opted out only those that state a ratio of their own
+    /// are added, because its other executors are not counted. Entries that are not named stay as they are.
+    pub fn reconcile(&mut self, state: &JobState<'_>, grace: Millis, term: Term, now: Millis) -> ReconcileOutcome {
         let fault = (!self.term.is_possible(term)).then_some(LedgerFault::Term);
         if let Some(later) = self.later_term(term) {
             return ReconcileOutcome::Superseded(later);
         }
-        let Timing { grace, confirm_after } = timing;
-        let JobState { live, overrides, ended, driver } = *seen;
+        let JobState { live, gone, overrides, ended, driver } = *state;
         // What another driver wanted is no policy of this one.
         let stored = self.policy.filter(|_| self.belongs_to(driver));
         let ratio = overrides.spot_ratio.or(stored.map(|policy| policy.spot_ratio));
         let is_opted_out = ratio == Some(SpotRatio::Off);
         let (mut drift, mut recheck_after) = (Drift::default(), None::<Millis>);
-        let mut unconfirmed = Vec::new();
-        let names: HashSet<&str> = live.iter().map(|executor| executor.key).collect();
-        self.entries.retain(|name, entry| {
-            if names.contains(name.as_str()) {
-                return true;
-            }
+        for entry in self.entries.values_mut().filter(|entry| entry.uid.is_none()) {
             entry.placed_at = entry.placed_at.min(now);
-            let age = now - entry.placed_at;
-            let keep = entry.uid.is_none() && age < grace;
-            if keep {
-                let next = if age < confirm_after { confirm_after.min(grace) } else { grace };
-                recheck_after = Some(recheck_after.unwrap_or(Millis::MAX).min(next - age));
-                if age >= confirm_after {
-                    unconfirmed.push(Unconfirmed { placed_at: entry.placed_at, key: name.clone() });
-                }
+        }
+        for &key in gone {
+            let is_stale = |entry: &Entry| entry.uid.is_some() || now - entry.placed_at.min(now) >= grace;
+            if self.entries.get(key).is_some_and(is_stale) {
+                self.entries.remove(key);
+                drift.stale += 1;
             }
-            drift.stale += u64::from(!keep);
-            keep
-        });
+        }
         // How long each released pod may still appear to be live. If the clock was set back, a release can lie in
         // the future; it is no reason to wait.
         let left =
@@ -531,8 +528,6 @@ impl JobLedger {
                 (None, _) => {}
             }
         }
-        unconfirmed.sort_unstable();
-        unconfirmed.truncate(Self::UNCONFIRMED_REPORTED);
         self.recount();
         self.term = term;
         self.policy = overrides.or(stored).or(stored);
@@ -543,8 +538,31 @@ impl JobLedger {
             self.policy = None;
         }
         self.forget_if_empty();
-        let (counts, policy, steering) = (self.counts, self.policy, self.steering.clone());
-        ReconcileOutcome::Done(ReconcileSummary { drift, counts, policy, recheck_after, unconfirmed, fault, steering })
+        let (waiting, more_waiting) = self.waiting(now);
+        ReconcileOutcome::Done(ReconcileSummary {
+            drift,
+            counts: self.counts,
+            has_exact_counts: true,
+            policy: self.policy,
+            waiting,
+            more_waiting,
+            recheck_after,
+            fault,
+            steering: self.steering.clone(),
+        })
+    }
+
+    /// The placements that wait for their pods, the oldest first, and whether there are more than are reported.
+    fn waiting(&self, now: Millis) -> (Vec<Waiting>, bool) {
+        let waiting = self.entries.iter().filter(|(_, entry)| entry.uid.is_none()).map(|(key, entry)| Waiting {
+            placement: Unconfirmed { placed_at: entry.placed_at, key: key.clone() },
+            age: now.saturating_sub(entry.placed_at),
+        });
+        let mut waiting: Vec<_> = waiting.collect();
+        waiting.sort_unstable();
+        let more_waiting = waiting.len() > Self::WAITING_REPORTED;
+        waiting.truncate(Self::WAITING_REPORTED);
+        (waiting, more_waiting)
     }
 
     /// Removes placements whose pods do not exist, as the API server has confirmed. One that was placed again, or has
@@ -647,16 +665,24 @@ mod tests {
         }
     }
 
+    /// Names all executors: those that are live, and all others in the ledger as gone.
     fn reconcile(ledger: &mut JobLedger, live: &[LiveExecutor<'_>], grace: Millis, now: Millis) -> ReconcileSummary {
-        match ledger.reconcile(&JobState { live, ..JobState::default() }, patient(grace), Term(1), now) {
+        let is_gone = |key: &&String| live.iter().all(|live| live.key != **key);
+        let gone: Vec<String> = ledger.entries().keys().filter(is_gone).cloned().collect();
+        let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+        done(ledger.reconcile(&JobState { live, gone: &gone, ..JobState::default() }, grace, Term(1), now))
+    }
+
+    fn done(outcome: ReconcileOutcome) -> ReconcileSummary {
+        match outcome {
             ReconcileOutcome::Done(summary) => summary,
             ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
         }
     }
 
-    /// No placement becomes unconfirmed before the grace ends.
-    fn patient(grace: Millis) -> Timing {
-        Timing { grace, confirm_after: grace }
+    /// The keys and ages of the placements that wait.
+    fn waiting(summary: &ReconcileSummary) -> Vec<(&str, Millis)> {
+        summary.waiting.iter().map(|waiting| (waiting.placement.key.as_str(), waiting.age)).collect()
     }
 
     #[test]
@@ -746,7 +772,7 @@ mod tests {
             let spot_ratio = Some(stated.spot_ratio);
             let overrides = PolicyOverrides { spot_ratio, ..PolicyOverrides::default() };
             let state = JobState { live: &live, overrides, ..JobState::default() };
-            let outcome = ledger.reconcile(&state, patient(0), Term(1), 0);
+            let outcome = ledger.reconcile(&state, 0, Term(1), 0);
             assert!(matches!(&outcome, ReconcileOutcome::Done(done) if done.drift.missing == missing), "{outcome:?}");
             assert_eq!(ledger.policy(), Some(stated));
         }
@@ -768,11 +794,12 @@ mod tests {
         assert_eq!(ledger.learn(ALL_SPOT, Some("d1"), true), LearnOutcome::Stored { is_new_job: false });
         for (driver, owner) in [(None, "d1"), (Some("d2"), "d2")] {
             let state = JobState { driver, ..JobState::default() };
-            ledger.reconcile(&state, patient(100), Term(1), 1);
+            ledger.reconcile(&state, 100, Term(1), 1);
             assert_eq!(ledger.driver(), Some(owner));
         }
-        let ended = JobState { ended: true, driver: Some("d2"), ..JobState::default() };
-        ledger.reconcile(&ended, patient(0), Term(1), 2);
+        let gone = ["e1", "e2", "e3"];
+        let ended = JobState { gone: &gone, ended: true, driver: Some("d2"), ..JobState::default() };
+        ledger.reconcile(&ended, 0, Term(1), 2);
         assert_eq!(ledger, JobLedger::default());
     }
 
@@ -836,13 +863,13 @@ mod tests {
         ] {
             let mut ledger = ledger();
             let state = JobState { driver, overrides, ..JobState::default() };
-            ledger.reconcile(&state, patient(100), Term(1), 1);
+            ledger.reconcile(&state, 100, Term(1), 1);
             assert_eq!(ledger.policy(), left, "{driver:?} {overrides:?}");
         }
         // Nobody has stated a policy of an executor without an owner for another driver.
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
-        ledger.reconcile(&JobState { driver: Some("d1"), ..JobState::default() }, patient(100), Term(1), 1);
+        ledger.reconcile(&JobState { driver: Some("d1"), ..JobState::default() }, 100, Term(1), 1);
         assert_eq!(ledger.policy(), Some(POLICY));
     }
 
@@ -907,12 +934,43 @@ mod tests {
         ledger.place(&request("seen"), 0);
         ledger.place(&request("waiting"), 0);
         let seen = [LiveExecutor { key: "seen", uid: "u", capacity: None, states_ratio: false }];
-        assert_eq!(reconcile(&mut ledger, &seen, 100, 10).recheck_after, Some(90));
+        assert_eq!(waiting(&reconcile(&mut ledger, &seen, 100, 10)), [("waiting", 10)]);
         let removed = Drift { stale: 1, ..Drift::default() };
-        let ReconcileSummary { drift, counts, recheck_after, .. } = reconcile(&mut ledger, &[], 100, 99);
-        assert_eq!((drift, counts.total(), recheck_after), (removed, 1, Some(1)));
-        let ReconcileSummary { drift, counts, recheck_after, .. } = reconcile(&mut ledger, &[], 100, 100);
-        assert_eq!((drift, counts.total(), recheck_after), (removed, 0, None));
+        let summary = reconcile(&mut ledger, &[], 100, 99);
+        assert_eq!((summary.drift, summary.counts.total(), waiting(&summary)), (removed, 1, vec![("waiting", 99)]));
+        let summary = reconcile(&mut ledger, &[], 100, 100);
+        assert_eq!((summary.drift, summary.counts.total(), waiting(&summary)), (removed, 0, vec![]));
+    }
+
+    #[test]
+    fn executors_that_are_not_named_stay_as_they_are_and_wait_for_as_long_as_they_are_not_named() {
+        let mut ledger = JobLedger::default();
+        for key in ["seen", "old", "young"] {
+            ledger.place(&request(key), 0);
+        }
+        let live = |key, capacity| [LiveExecutor { key, uid: key, capacity: Some(capacity), states_ratio: false }];
+        let mut name = |state: JobState<'_>, now| done(ledger.reconcile(&state, 100, Term(1), now));
+        let seen = live("seen", Capacity::Spot);
+        let summary = name(JobState { live: &seen, ..JobState::default() }, 1_000);
+        assert_eq!((summary.counts.total(), waiting(&summary)), (3, vec![("old", 1_000), ("young", 1_000)]));
+        let summary = name(JobState { gone: &["old", "unknown"], ..JobState::default() }, 1_001);
+        assert_eq!((summary.drift.stale, summary.counts.total(), waiting(&summary)), (1, 2, vec![("young", 1_001)]));
+        let summary = name(JobState { gone: &["seen"], ended: true, ..JobState::default() }, 1_002);
+        assert_eq!((summary.drift.stale, summary.counts.total(), summary.policy), (1, 1, Some(POLICY)));
+    }
+
+    #[test]
+    fn the_placements_that_wait_are_reported_up_to_a_bound_the_oldest_first() {
+        let mut ledger = JobLedger::default();
+        for number in (0..JobLedger::WAITING_REPORTED as u64 + 1).rev() {
+            ledger.place(&request(&format!("e{number}")), number);
+        }
+        let summary = done(ledger.reconcile(&JobState::default(), 100, Term(1), 1_000));
+        assert_eq!((summary.waiting.len(), summary.more_waiting), (JobLedger::WAITING_REPORTED, true));
+        assert!(summary.waiting.is_sorted() && waiting(&summary)[0] == ("e0", 1_000));
+        ledger.release("e0", None, 1_001);
+        let summary = done(ledger.reconcile(&JobState::default(), 100, Term(1), 1_001));
+        assert_eq!((summary.waiting.len(), summary.more_waiting), (JobLedger::WAITING_REPORTED, false));
     }
 
     #[test]
@@ -955,16 +1013,16 @@ mod tests {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
         let nothing = JobState::default();
-        assert!(matches!(ledger.reconcile(&nothing, patient(100), Term(3), 0), ReconcileOutcome::Done(_)));
+        assert!(matches!(ledger.reconcile(&nothing, 100, Term(3), 0), ReconcileOutcome::Done(_)));
         let before = ledger.clone();
-        assert_eq!(ledger.reconcile(&nothing, patient(0), Term(2), 0), ReconcileOutcome::Superseded(Term(3)));
+        assert_eq!(ledger.reconcile(&nothing, 0, Term(2), 0), ReconcileOutcome::Superseded(Term(3)));
         assert_eq!(ledger, before);
     }
 
     #[test]
     fn a_term_that_no_lease_can_reach_is_ignored_and_repaired() {
         let corrupt = |term| JobLedger::from_parts(Some(POLICY), None, HashMap::new(), [], term, Steering::default());
-        let reconcile = |ledger: &mut JobLedger| ledger.reconcile(&JobState::default(), patient(100), Term(3), 0);
+        let reconcile = |ledger: &mut JobLedger| ledger.reconcile(&JobState::default(), 100, Term(3), 0);
         for term in [Term(Term::MAX_AHEAD + 4), Term(Term::MAX.0 + 1), Term(3_000_000_000), Term(u64::MAX)] {
             let mut ledger = corrupt(term);
             assert_eq!(
@@ -978,33 +1036,6 @@ mod tests {
         }
         let later = Term(Term::MAX_AHEAD + 3);
         assert_eq!(reconcile(&mut corrupt(later)), ReconcileOutcome::Superseded(later));
-    }
-
-    #[test]
-    fn a_placement_is_unconfirmed_from_its_age_on_until_the_grace_ends() {
-        let timing = Timing { grace: 100, confirm_after: 10 };
-        let mut ledger = JobLedger::default();
-        ledger.place(&request("old"), 0);
-        ledger.place(&request("alive"), 0);
-        ledger.place(&request("young"), 5);
-        let live = [LiveExecutor { key: "alive", uid: "u", capacity: None, states_ratio: false }];
-        let mut at =
-            |now| match ledger.reconcile(&JobState { live: &live, ..JobState::default() }, timing, Term(1), now) {
-                ReconcileOutcome::Done(summary) => (
-                    summary
-                        .unconfirmed
-                        .iter()
-                        .map(|placement| (placement.key.clone(), placement.placed_at))
-                        .collect::<Vec<_>>(),
-                    summary.recheck_after,
-                ),
-                ReconcileOutcome::Superseded(by) => panic!("superseded by {by}"),
-            };
-        assert_eq!(at(9), (vec![], Some(1)));
-        assert_eq!(at(10), (vec![("old".into(), 0)], Some(5)));
-        assert_eq!(at(15), (vec![("old".into(), 0), ("young".into(), 5)], Some(85)));
-        assert_eq!(at(100), (vec![("young".into(), 5)], Some(5)));
-        assert_eq!(at(105), (vec![], None));
     }
 
     #[test]
@@ -1030,7 +1061,7 @@ mod tests {
     fn a_placement_in_the_future_waits_for_the_grace_from_now_on() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 3_600_000);
-        assert_eq!(reconcile(&mut ledger, &[], 100, 1_000).recheck_after, Some(100));
+        assert_eq!(waiting(&reconcile(&mut ledger, &[], 100, 1_000)), [("e1", 0)]);
         assert_eq!(reconcile(&mut ledger, &[], 100, 1_099).counts.total(), 1);
         assert_eq!(reconcile(&mut ledger, &[], 100, 1_100).counts.total(), 0);
     }
@@ -1068,10 +1099,10 @@ mod tests {
             overrides: PolicyOverrides { spot_ratio: Some(ratio), ..PolicyOverrides::default() },
             ..JobState::default()
         };
-        ledger.reconcile(&ratio(SpotRatio::ZERO), patient(0), Term(1), 0);
+        ledger.reconcile(&ratio(SpotRatio::ZERO), 0, Term(1), 0);
         assert_eq!(ledger, JobLedger::default(), "an incomplete policy is not stored");
         ledger.learn(POLICY, Some("d1"), true);
-        ledger.reconcile(&ratio(SpotRatio::ZERO), patient(0), Term(1), 0);
+        ledger.reconcile(&ratio(SpotRatio::ZERO), 0, Term(1), 0);
         assert_eq!(ledger.policy(), Some(Policy { spot_ratio: SpotRatio::ZERO, ..POLICY }));
     }
 
@@ -1079,10 +1110,10 @@ mod tests {
     fn the_policy_of_an_ended_job_is_removed_with_its_last_entry() {
         let mut ledger = JobLedger::default();
         ledger.place(&request("e1"), 0);
-        let ended = JobState { ended: true, ..JobState::default() };
-        ledger.reconcile(&ended, patient(100), Term(1), 99);
+        let ended = JobState { gone: &["e1"], ended: true, ..JobState::default() };
+        ledger.reconcile(&ended, 100, Term(1), 99);
         assert_eq!(ledger.policy(), Some(POLICY));
-        ledger.reconcile(&ended, patient(100), Term(1), 100);
+        ledger.reconcile(&ended, 100, Term(1), 100);
         assert_eq!(ledger, JobLedger::default());
     }
 
@@ -1226,7 +1257,7 @@ mod tests {
             assert_eq!(ledger, JobLedger::default());
         }
         ledger.learn(ALL_SPOT, Some("d1"), true);
-        ledger.reconcile(&JobState::default(), patient(0), Term(3), 0);
+        ledger.reconcile(&JobState::default(), 0, Term(3), 0);
         ledger.steer(Steer::CloseSpot { retry_after: 5 }, Term(3), 0);
         let before = ledger.clone();
         for steer in steers {
@@ -1250,7 +1281,7 @@ mod tests {
             ledger.learn(ALL_SPOT, Some("d2"), true);
             ledger.place(&request("e1"), 101);
             let state = JobState { driver: Some("d3"), ..JobState::default() };
-            let ReconcileOutcome::Done(summary) = ledger.reconcile(&state, patient(100), Term(1), 101) else {
+            let ReconcileOutcome::Done(summary) = ledger.reconcile(&state, 100, Term(1), 101) else {
                 panic!("superseded")
             };
             assert_eq!((&summary.steering, ledger.steering()), (&steering, &steering));
@@ -1320,6 +1351,38 @@ mod tests {
                 }
                 prop_assert_eq!(ledger.counts(), counts);
             }
+        }
+
+        #[test]
+        fn a_reconcile_in_any_parts_ends_like_one_of_all(
+            placed in proptest::collection::vec(0usize..EXECUTORS.len(), 0..12),
+            live in proptest::collection::vec((0usize..EXECUTORS.len(), any::<bool>()), 0..12),
+            parts in proptest::collection::vec((0usize..EXECUTORS.len(), any::<bool>()), 0..12),
+            grace in 0u64..20,
+        ) {
+            let mut at_once = JobLedger::default();
+            at_once.learn(POLICY, Some("d1"), true);
+            for (now, executor) in placed.into_iter().enumerate() {
+                at_once.place(&request(EXECUTORS[executor]), now as Millis);
+            }
+            let mut in_parts = at_once.clone();
+            let live: HashMap<&str, LiveExecutor<'_>> = live.into_iter().map(|(executor, is_spot)| {
+                let capacity = Some(if is_spot { Capacity::Spot } else { Capacity::OnDemand });
+                let key = EXECUTORS[executor];
+                (key, LiveExecutor { key, uid: key, capacity, states_ratio: false })
+            }).collect();
+            let all: Vec<_> = live.values().copied().collect();
+            reconcile(&mut at_once, &all, grace, 20);
+            // In some order, some of them again, and then the rest.
+            let rest = EXECUTORS.iter().enumerate().map(|(executor, _)| (executor, false));
+            for (executor, _) in parts.into_iter().chain(rest) {
+                let key = EXECUTORS[executor];
+                let (live, gone) = (live.get(key), [key]);
+                let gone = if live.is_none() { &gone[..] } else { &[] };
+                let state = JobState { live: live.map(std::slice::from_ref).unwrap_or_default(), gone, ..JobState::default() };
+                done(in_parts.reconcile(&state, grace, Term(1), 20));
+            }
+            prop_assert_eq!(in_parts, at_once);
         }
 
         #[test]

@@ -66,7 +66,7 @@ pub use job_pod::{DriverPod, ExecutorPod, JobPod};
 pub use json::JsonError;
 pub use ledger::{
     Drift, Entry, JobLedger, JobState, LearnOutcome, LedgerFault, LiveExecutor, PlaceOutcome, PlaceRequest, Placed,
-    ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, Timing, Unconfirmed,
+    ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, Unconfirmed, Waiting,
 };
 pub use patch::Patch;
 pub use platform::{CapacityLabels, CapacityProfile, CapacityProfileError, LabelValues, Toleration};

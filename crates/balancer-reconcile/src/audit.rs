@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use balancer_core::{JobId, Policy, Steering};
+use balancer_core::{Counts, JobId, Policy, Steering};
 use balancer_store::JobRecord;
 
 /// The records that were left in the ledgers, and which are checked next.
@@ -52,6 +52,11 @@ impl RecordAudit {
         let Expected { record, driver: known, .. } = self.expected.get(job)?.as_ref()?;
         let is_of_other = known.as_deref().zip(driver).is_some_and(|(known, driver)| known != driver);
         record.policy.filter(|_| !is_of_other)
+    }
+
+    /// The counts that were left in the job's ledger.
+    pub(crate) fn counts(&self, job: &JobId) -> Option<Counts> {
+        Some(self.expected.get(job)?.as_ref()?.record.counts)
     }
 
     /// The steering that was left in the job's ledger.
@@ -108,7 +113,6 @@ mod tests {
     use balancer_core::SpotRatio;
 
     use super::*;
-    use balancer_core::Counts;
 
     const STATED: Option<Policy> = Some(Policy { spot_ratio: SpotRatio::ZERO, ..Policy::DEFAULT });
     const OTHER: Option<Policy> = Some(Policy { spot_ratio: SpotRatio::ONE, ..Policy::DEFAULT });

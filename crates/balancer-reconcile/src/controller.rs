@@ -2,7 +2,7 @@
 //! process shuts down.
 
 use std::convert::Infallible;
-use std::future::{Future, pending};
+use std::future::{Future, pending, ready};
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 use crate::apply::apply;
+use crate::index::Changes;
 use crate::metrics::Cause;
 use crate::reconcile_jobs::BATCH;
 use crate::state::{Parts, Progress, Reconciler, State};
@@ -67,6 +68,7 @@ impl<L: Ledger> State<'_, L> {
                 answer = self.pod_calls.next() => self.replaced(answer).await,
                 () = until(self.plan.relist_at()) => relist = true,
                 () = until(steer_at) => self.steer_pools().await,
+                () = ready(()), if self.has_resync_step() => self.resync_step().await,
                 () = until(due) => {
                     let jobs = self.queue.take_due(Instant::now(), BATCH);
                     self.reconcile_batch(jobs).await;
@@ -84,10 +86,11 @@ impl<L: Ledger> State<'_, L> {
             self.sync.advance(Instant::now());
             self.plan.request_if_synced(|namespace| self.sync.is_synced(namespace));
             if let Some(resync) = self.plan.due(Instant::now())
+                && self.resync.is_none()
                 && self.sync.is_any_synced()
                 && self.may_write()
             {
-                self.resync(resync).await;
+                self.start_resync(resync);
             }
         }
     }
@@ -107,9 +110,9 @@ impl<L: Ledger> State<'_, L> {
         self.has_outdated_totals |= !changed.is_empty();
         // A process that starts to lead begins with a resync.
         if self.terms.leads() {
-            for (job, change) in changed {
+            for (job, Changes { change, executors }) in changed {
                 self.changed_shares.insert(&job, now);
-                self.queue.enqueue(job, change, now);
+                self.queue.enqueue(job, change, executors, now);
             }
         }
         if self.plan.is_listing() && self.sync.is_ready(self.plan.has_listed(), now) {

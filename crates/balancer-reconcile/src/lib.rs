@@ -12,8 +12,11 @@ mod apply;
 mod arguments;
 mod audit;
 mod blast_radius;
+mod compare;
 mod confirmation;
 mod controller;
+#[cfg(test)]
+mod convergence;
 mod election;
 mod events;
 mod fallback;
@@ -29,6 +32,7 @@ mod reconcile_jobs;
 mod refusals;
 mod replace;
 mod resync;
+mod resync_jobs;
 mod spot;
 mod state;
 mod store_check;
@@ -38,6 +42,7 @@ mod term;
 mod text;
 mod unconfirmed;
 mod unschedulable;
+mod waiting;
 mod warnings;
 mod watch;
 

@@ -1,5 +1,5 @@
-//! When each job's ledger is reconciled: soon after a change, but not for every change, and never so often that a large
-//! job keeps the store busy. Pure: the clock is the caller's.
+//! When each job's ledger is reconciled, and of which executors: soon after a change, but not for every change. Pure: the
+//! clock is the caller's.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -8,64 +8,71 @@ use std::time::Duration;
 use balancer_core::JobId;
 use tokio::time::Instant;
 
-use crate::index::Change;
+use crate::index::{Change, Executors};
 
 /// From a change to the reconcile: changes that arrive together are reconciled together.
 const DEBOUNCE: Duration = Duration::from_millis(250);
 /// From a loss to the reconcile. Spark requests another executor half a second after the loss or later, and its capacity
 /// is decided by the ledger of that moment.
 const LOSS_DEBOUNCE: Duration = Duration::from_millis(20);
-/// The pause after a job was reconciled, for each of its executors. The store spends some 6 µs on each, and one job may
-/// take a twentieth of its time.
-const PAUSE_PER_EXECUTOR: Duration = Duration::from_micros(120);
-/// The longest pause, however large the job is.
-const MAX_PAUSE: Duration = Duration::from_secs(10);
-
 /// The jobs to reconcile, each once.
 #[derive(Debug, Default)]
 pub(crate) struct WorkQueue {
     order: BTreeSet<(Instant, Arc<JobId>)>,
     jobs: HashMap<Arc<JobId>, Waiting>,
-    /// When a large or failed job may be reconciled again at the earliest.
+    /// When a job that could not be reconciled may be reconciled again at the earliest.
     not_before: HashMap<Arc<JobId>, Instant>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Waiting {
     due: Instant,
     /// When the first of its changes came; `None` if the job did not change.
     changed_at: Option<Instant>,
+    executors: Executors,
+}
+
+/// A job to reconcile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Due {
+    pub(crate) job: Arc<JobId>,
+    /// When the first of its changes came; `None` if the job did not change.
+    pub(crate) changed_at: Option<Instant>,
+    /// The executors whose entries may be wrong.
+    pub(crate) executors: Executors,
 }
 
 impl WorkQueue {
-    /// The job has changed.
-    pub(crate) fn enqueue(&mut self, job: Arc<JobId>, change: Change, now: Instant) {
+    /// The job has changed, and the entries of these executors may be wrong.
+    pub(crate) fn enqueue(&mut self, job: Arc<JobId>, change: Change, executors: Executors, now: Instant) {
         let debounce = match change {
             Change::Other => DEBOUNCE,
             Change::Loss => LOSS_DEBOUNCE,
         };
-        self.put(job, Waiting { due: now + debounce, changed_at: Some(now) });
+        self.put(job, Waiting { due: now + debounce, changed_at: Some(now), executors });
     }
 
-    /// Reconciles the job at `due`, if not earlier.
-    pub(crate) fn enqueue_at(&mut self, job: Arc<JobId>, due: Instant) {
-        self.put(job, Waiting { due, changed_at: None });
+    /// Reconciles the job at `due`, if not earlier, with these executors.
+    pub(crate) fn enqueue_at(&mut self, job: Arc<JobId>, executors: Executors, due: Instant) {
+        self.put(job, Waiting { due, changed_at: None, executors });
     }
 
-    /// The job could not be reconciled: retries at `due`, and not before. Its change keeps waiting.
-    pub(crate) fn requeue(&mut self, job: Arc<JobId>, changed_at: Option<Instant>, due: Instant) {
-        self.not_before.insert(Arc::clone(&job), due);
-        self.put(job, Waiting { due, changed_at });
+    /// The job could not be reconciled: retries at `retry_at`, and not before. Its changes keep waiting.
+    pub(crate) fn requeue(&mut self, due: Due, retry_at: Instant) {
+        let Due { job, changed_at, executors } = due;
+        self.not_before.insert(Arc::clone(&job), retry_at);
+        self.put(job, Waiting { due: retry_at, changed_at, executors });
     }
 
     fn put(&mut self, job: Arc<JobId>, mut waiting: Waiting) {
         if let Some(not_before) = self.not_before.get(&job) {
             waiting.due = waiting.due.max(*not_before);
         }
-        if let Some(before) = self.jobs.get(&job) {
+        if let Some(before) = self.jobs.remove(&job) {
             waiting.changed_at = before.changed_at.or(waiting.changed_at);
-            waiting.due = before.due.min(waiting.due);
+            waiting.executors.merge(before.executors);
             self.order.remove(&(before.due, Arc::clone(&job)));
+            waiting.due = before.due.min(waiting.due);
         }
         self.order.insert((waiting.due, Arc::clone(&job)));
         self.jobs.insert(job, waiting);
@@ -76,16 +83,18 @@ impl WorkQueue {
         self.order.first().map(|(due, _)| *due)
     }
 
-    /// Takes at most `max` of the jobs that are due, with the time of the first change of each.
-    pub(crate) fn take_due(&mut self, now: Instant, max: usize) -> Vec<(Arc<JobId>, Option<Instant>)> {
+    /// Takes at most `max` of the jobs that are due.
+    pub(crate) fn take_due(&mut self, now: Instant, max: usize) -> Vec<Due> {
+        self.not_before.retain(|_, not_before| *not_before > now);
         let mut taken = Vec::new();
         while taken.len() < max
             && let Some((due, _)) = self.order.first()
             && *due <= now
             && let Some((_, job)) = self.order.pop_first()
         {
-            let changed_at = self.jobs.remove(&job).and_then(|waiting| waiting.changed_at);
-            taken.push((job, changed_at));
+            if let Some(Waiting { changed_at, executors, .. }) = self.jobs.remove(&job) {
+                taken.push(Due { job, changed_at, executors });
+            }
         }
         taken
     }
@@ -95,15 +104,6 @@ impl WorkQueue {
         let waiting = self.jobs.remove(job)?;
         self.order.remove(&(waiting.due, Arc::clone(job)));
         waiting.changed_at
-    }
-
-    /// The job was reconciled now, and has so many executors.
-    pub(crate) fn reconciled(&mut self, job: &Arc<JobId>, executors: u64, now: Instant) {
-        self.not_before.retain(|_, not_before| *not_before > now);
-        let pause = PAUSE_PER_EXECUTOR.saturating_mul(u32::try_from(executors).unwrap_or(u32::MAX)).min(MAX_PAUSE);
-        if pause > LOSS_DEBOUNCE {
-            self.not_before.insert(Arc::clone(job), now + pause);
-        }
     }
 }
 
@@ -117,73 +117,73 @@ mod tests {
         Arc::new(JobId { namespace: "etl".into(), app_id: id.into() })
     }
 
+    fn executors(keys: &[&str]) -> Executors {
+        Executors::Some(keys.iter().map(|key| Arc::from(*key)).collect())
+    }
+
+    fn due(id: &str, changed_at: Option<Instant>, keys: &[&str]) -> Due {
+        Due { job: job(id), changed_at, executors: executors(keys) }
+    }
+
     #[test]
     fn changes_that_arrive_together_are_reconciled_together_a_debounce_after_the_first() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
-        for i in 0..100 {
-            queue.enqueue(job("a"), Change::Other, start + i * MS);
+        for (i, key) in (0..100).zip(["e1", "e2"].into_iter().cycle()) {
+            queue.enqueue(job("a"), Change::Other, executors(&[key]), start + i * MS);
         }
         assert_eq!(queue.next_due(), Some(start + DEBOUNCE));
         assert!(queue.take_due(start + DEBOUNCE - MS, 9).is_empty());
-        assert_eq!(queue.take_due(start + DEBOUNCE, 9), [(job("a"), Some(start))]);
+        assert_eq!(queue.take_due(start + DEBOUNCE, 9), [due("a", Some(start), &["e1", "e2"])]);
         assert_eq!(queue.next_due(), None);
     }
 
     #[test]
     fn a_change_comes_before_a_later_recheck() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
-        queue.enqueue_at(job("a"), start + 60_000 * MS);
-        queue.enqueue(job("a"), Change::Other, start);
+        queue.enqueue_at(job("a"), executors(&["e1"]), start + 60_000 * MS);
+        queue.enqueue(job("a"), Change::Other, executors(&["e2"]), start);
         assert_eq!(queue.next_due(), Some(start + DEBOUNCE));
-        queue.enqueue_at(job("a"), start + 60_000 * MS);
-        assert_eq!(queue.take_due(start + DEBOUNCE, 9).len(), 1);
+        queue.enqueue_at(job("a"), executors(&[]), start + 60_000 * MS);
+        assert_eq!(queue.take_due(start + DEBOUNCE, 9), [due("a", Some(start), &["e1", "e2"])]);
         assert_eq!(queue.next_due(), None);
     }
 
     #[test]
     fn a_loss_is_reconciled_sooner_together_with_the_other_changes() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
-        queue.enqueue(job("a"), Change::Other, start);
-        queue.enqueue(job("a"), Change::Loss, start + 10 * MS);
-        queue.enqueue(job("a"), Change::Other, start + 11 * MS);
+        queue.enqueue(job("a"), Change::Other, executors(&["e1"]), start);
+        queue.enqueue(job("a"), Change::Loss, executors(&["e2"]), start + 10 * MS);
+        queue.enqueue(job("a"), Change::Other, executors(&[]), start + 11 * MS);
         assert_eq!(queue.next_due(), Some(start + 10 * MS + LOSS_DEBOUNCE));
-        assert_eq!(queue.take_due(start + 30 * MS, 9), [(job("a"), Some(start))]);
-        // 500 executors pause for 60 ms.
-        queue.reconciled(&job("a"), 500, start + 30 * MS);
-        queue.enqueue(job("a"), Change::Loss, start + 31 * MS);
-        assert_eq!(queue.next_due(), Some(start + 90 * MS));
+        assert_eq!(queue.take_due(start + 30 * MS, 9), [due("a", Some(start), &["e1", "e2"])]);
     }
 
     #[test]
-    fn a_requeued_job_waits_even_if_it_changes() {
+    fn a_requeued_job_waits_even_if_it_changes_and_keeps_its_executors() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
-        queue.requeue(job("a"), Some(start), start + 2_000 * MS);
-        queue.enqueue(job("a"), Change::Loss, start + MS);
+        queue.requeue(due("a", Some(start), &["e1"]), start + 2_000 * MS);
+        queue.enqueue(job("a"), Change::Loss, executors(&["e2"]), start + MS);
         assert_eq!(queue.next_due(), Some(start + 2_000 * MS));
-        assert_eq!(queue.take_due(start + 2_000 * MS, 9), [(job("a"), Some(start))]);
+        assert_eq!(queue.take_due(start + 2_000 * MS, 9), [due("a", Some(start), &["e1", "e2"])]);
     }
 
     #[test]
     fn take_due_returns_at_most_max_jobs_longest_due_first() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
         for (i, id) in ["c", "b", "a"].into_iter().enumerate() {
-            queue.enqueue_at(job(id), start + MS * u32::try_from(i).unwrap_or_default());
+            queue.enqueue_at(job(id), executors(&[]), start + MS * u32::try_from(i).unwrap_or_default());
         }
         let taken = queue.take_due(start + DEBOUNCE, 2);
-        assert_eq!(taken, [(job("c"), None), (job("b"), None)]);
+        assert_eq!(taken, [due("c", None, &[]), due("b", None, &[])]);
     }
 
     #[test]
-    fn a_large_job_is_reconciled_less_often() {
+    fn a_comparison_of_everything_covers_what_was_named() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
-        queue.reconciled(&job("large"), 10_000, start);
-        queue.reconciled(&job("larger"), 1_000_000, start);
-        queue.reconciled(&job("small"), 100, start);
-        queue.enqueue(job("large"), Change::Other, start);
-        queue.enqueue_at(job("larger"), start);
-        queue.enqueue(job("small"), Change::Other, start);
-        assert_eq!(queue.take_due(start + DEBOUNCE, 9), [(job("small"), Some(start))]);
-        assert_eq!(queue.next_due(), Some(start + 1_200 * MS));
-        assert_eq!(queue.take_due(start + MAX_PAUSE, 9).len(), 2);
+        queue.enqueue_at(job("a"), executors(&["e1"]), start);
+        queue.enqueue_at(job("a"), Executors::All, start);
+        queue.enqueue_at(job("a"), executors(&["e2"]), start);
+        let taken = queue.take_due(start, 9);
+        assert_eq!(taken, [Due { job: job("a"), changed_at: None, executors: Executors::All }]);
     }
 }

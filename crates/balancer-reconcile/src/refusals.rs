@@ -7,19 +7,20 @@ use std::time::Duration;
 
 use balancer_core::{
     Capacity, Conventions, Counts, JobId, JobLedger, Millis, PlaceOutcome, PlaceRequest, Pod, Policy, PolicyOverrides,
-    Ratio, ReconcileOutcome, RemovalOutcome, Term, Timing, Unconfirmed, decide,
+    Ratio, ReconcileOutcome, RemovalOutcome, Term, Unconfirmed, decide,
 };
 use proptest::prelude::*;
 use serde_json::json;
 use tokio::time::Instant;
 
 use crate::confirmation::Confirmations;
-use crate::index::ClusterIndex;
+use crate::index::{Changes, ClusterIndex, Executors};
 use crate::queue::WorkQueue;
 use crate::unconfirmed::{LOOK_UP_AGAIN_AFTER, SETTLE, TAKE_INTERVAL};
+use crate::waiting::WaitingPlan;
 
 const STEP: Millis = 10;
-const GRACE: Duration = Duration::from_secs(60);
+const GRACE: Millis = 60_000;
 const TERM: Term = Term(1);
 /// From the reconcile to the API's answer about a placement.
 const ROUND_TRIP: Millis = 20;
@@ -160,14 +161,14 @@ impl World {
                 None => self.index.delete_pod("etl", &name),
             }
         }
-        for (job, change) in self.index.take_changed() {
-            self.queue.enqueue(job, change, self.instant());
+        for (job, Changes { change, executors }) in self.index.take_changed() {
+            self.queue.enqueue(job, change, executors, self.instant());
         }
         if now.is_multiple_of(TAKE_INTERVAL.as_millis() as Millis) && std::mem::take(&mut self.was_placed) {
-            self.queue.enqueue_at(Arc::clone(&self.job), self.instant() + SETTLE);
+            self.queue.enqueue_at(Arc::clone(&self.job), Executors::default(), self.instant() + SETTLE);
         }
-        if !self.queue.take_due(self.instant(), 9).is_empty() {
-            self.reconcile();
+        for due in self.queue.take_due(self.instant(), 9) {
+            self.reconcile(due.executors);
         }
         while self.answers.front().is_some_and(|(at, _)| *at <= now) {
             let Some((_, unconfirmed)) = self.answers.pop_front() else { break };
@@ -175,22 +176,39 @@ impl World {
         }
     }
 
-    fn reconcile(&mut self) {
+    fn reconcile(&mut self, executors: Executors) {
         let (index, job) = (&self.index, &self.job);
-        let confirm_after = self.confirmations.confirm_after("etl");
-        let timing = Timing { confirm_after, ..Timing::only_grace(GRACE) };
-        let desired = index.desired(job);
-        let outcome = self.ledger.reconcile(&desired.job_state(), timing, TERM, self.now);
+        let keys = match executors {
+            Executors::Some(keys) => keys,
+            Executors::All => {
+                index.keys(job).chain(self.ledger.entries().keys().map(|key| key.as_str().into())).collect()
+            }
+        };
+        let desired = index.desired(job, &keys);
+        let outcome = self.ledger.reconcile(&desired.job_state(), GRACE, TERM, self.now);
         let ReconcileOutcome::Done(summary) = outcome else { panic!("{outcome:?}") };
         if summary.drift.missing > 0 {
             let now = self.start + ms(self.now);
             self.confirmations.added(job, |key| index.has_executor(job, key), now);
         }
+        let confirm_after = self.confirmations.confirm_after("etl");
+        let plan = WaitingPlan::new(summary.waiting, |key| index.has_executor(job, key), GRACE, confirm_after);
+        let again = |executors, after| (Arc::clone(&self.job), executors, self.instant() + ms(after));
+        let mut later = Vec::new();
         if let Some(recheck_after) = summary.recheck_after {
-            self.queue.enqueue_at(Arc::clone(&self.job), self.instant() + ms(recheck_after + 100));
+            later.push(again(Executors::Some(keys), recheck_after + 100));
         }
-        if !summary.unconfirmed.is_empty() {
-            self.answers.push_back((self.now + ROUND_TRIP, summary.unconfirmed));
+        if let Some(waits) = plan.recheck_after {
+            later.push(again(Executors::default(), waits + 100));
+        }
+        if !plan.name.is_empty() {
+            later.push(again(Executors::Some(plan.name), 0));
+        }
+        for (job, executors, due) in later {
+            self.queue.enqueue_at(job, executors, due);
+        }
+        if !plan.look_up.is_empty() {
+            self.answers.push_back((self.now + ROUND_TRIP, plan.look_up));
         }
     }
 
@@ -198,7 +216,7 @@ impl World {
         let (existing, absent): (Vec<_>, Vec<_>) =
             unconfirmed.into_iter().partition(|placement| self.live.contains_key(&placement.key));
         if !existing.is_empty() {
-            self.queue.enqueue_at(Arc::clone(&self.job), self.instant() + LOOK_UP_AGAIN_AFTER);
+            self.queue.enqueue_at(Arc::clone(&self.job), Executors::default(), self.instant() + LOOK_UP_AGAIN_AFTER);
         }
         let RemovalOutcome::Done { removed, .. } = self.ledger.remove_unconfirmed(&absent, TERM) else {
             panic!("superseded")

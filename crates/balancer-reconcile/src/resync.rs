@@ -92,7 +92,9 @@ impl ResyncPlan {
     pub(crate) fn lists_done(&mut self, is_new_term: bool, leads: bool) {
         let cause = if is_new_term || !self.has_listed { Cause::Start } else { Cause::Interval };
         (self.is_listing, self.has_listed, self.retry_at) = (false, true, None);
-        if leads {
+        if leads && self.is_running {
+            self.requested = Some(cause);
+        } else if leads {
             self.pending = Some(Resync { cause, lists_started_at: Some(self.lists_started_at) });
         }
     }

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 
 use crate::events::{Warning, WarningReason};
 use crate::fallback::{Deletion, Failure, Probe, Step, View, worst_failure};
+use crate::index::Executors;
 use crate::metrics::{ReplacedLabel, SpotLabel};
 use crate::replace::{Answer, Result};
 use crate::state::{Parts, State};
@@ -171,7 +172,7 @@ impl<L: Ledger> State<'_, L> {
         match answer {
             Ok(SteerOutcome::Done) => true,
             Ok(SteerOutcome::NoLedger) => {
-                self.queue.enqueue_at(Arc::clone(job), Instant::now());
+                self.queue.enqueue_at(Arc::clone(job), Executors::All, Instant::now());
                 false
             }
             Ok(SteerOutcome::Superseded(term)) => {

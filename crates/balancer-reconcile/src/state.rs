@@ -1,9 +1,10 @@
 //! Everything that the reconciler works with, and what it has learned so far.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{Conventions, Policy};
+use balancer_core::{Conventions, JobId, Policy};
 use balancer_runtime::tasks::{Task, Tasks, Watchdog};
 use kube::Client;
 use tokio::sync::watch;
@@ -13,6 +14,7 @@ use crate::apply::WaitingExecutors;
 use crate::arguments::ReconcileSettings;
 use crate::audit::RecordAudit;
 use crate::blast_radius::BlastRadius;
+use crate::compare::Comparison;
 use crate::confirmation::Confirmations;
 use crate::events::EventRecorder;
 use crate::fallback::Fallback;
@@ -25,6 +27,7 @@ use crate::pool_steering::ChangedShares;
 use crate::queue::WorkQueue;
 use crate::replace::PodCalls;
 use crate::resync::ResyncPlan;
+use crate::resync_jobs::ResyncRun;
 use crate::store_epoch::StoreEpoch;
 use crate::term::TermTracker;
 use crate::watch::SyncStatus;
@@ -75,6 +78,10 @@ pub(crate) struct State<'a, L> {
     pub(crate) plan: ResyncPlan,
     pub(crate) store: StoreEpoch,
     pub(crate) queue: WorkQueue,
+    /// The comparisons that go on in the next turn.
+    pub(crate) comparisons: HashMap<Arc<JobId>, Comparison>,
+    /// The resync that has begun.
+    pub(crate) resync: Option<ResyncRun>,
     pub(crate) audit: RecordAudit,
     pub(crate) confirmations: Confirmations,
     pub(crate) lookups: PodLookups,
@@ -106,6 +113,8 @@ impl<'a, L> State<'a, L> {
             plan: ResyncPlan::new(settings.interval, Instant::now()),
             store: StoreEpoch::default(),
             queue: WorkQueue::default(),
+            comparisons: HashMap::new(),
+            resync: None,
             audit: RecordAudit::default(),
             confirmations: Confirmations::default(),
             lookups: PodLookups::new(reconciler.client.clone(), Arc::clone(conventions)),
@@ -159,6 +168,7 @@ impl<'a, L> State<'a, L> {
         }
         self.has_outdated_totals = true;
         (self.queue, self.audit) = (WorkQueue::default(), RecordAudit::default());
+        (self.comparisons, self.resync) = (HashMap::new(), None);
         (self.changed_shares, self.blast_radius) = (ChangedShares::default(), BlastRadius::default());
         self.store.forget();
         self.plan.cancel();

@@ -3,11 +3,12 @@
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
-use balancer_core::Steering;
-use balancer_store::{Ledger, StoreError};
+use balancer_core::{JobId, Steering};
+use balancer_store::{JobRecord, Ledger, StoreError};
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
 
+use crate::index::Executors;
 use crate::metrics::Cause;
 use crate::state::{Parts, State};
 use crate::store_epoch::StoreReturned;
@@ -17,6 +18,8 @@ pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Counts or a policy that differ from those that were left in a ledger are noticed within this time at the latest, and
 /// corrected within ten seconds. No watch reports them.
 const MAX_AUDIT_PERIOD: Duration = Duration::from_secs(9);
+/// A job of so many executors is compared as a whole whenever its record differs: that is a few calls.
+pub(crate) const SMALL: usize = 2048;
 /// Calls to the store at once.
 const CONCURRENCY: usize = 8;
 
@@ -71,6 +74,21 @@ impl<L: Ledger> State<'_, L> {
         }
     }
 
+    /// Compares a job's record with the one that was left there. Returns the executors to name if it differs. In a large
+    /// job that changes, placements and releases in flight are no reason to compare everything.
+    fn audited(&mut self, job: &JobId, found: Option<&JobRecord>) -> Option<Executors> {
+        let left = self.audit.counts(job);
+        if self.audit.check(job, found) {
+            return None;
+        }
+        let found = found.map(|found| found.counts).unwrap_or_default();
+        let live = self.index.executors(job);
+        let is_missing = found.total() < live as u64;
+        let is_recounted = left.is_some_and(|left| left != found && left.total() == found.total());
+        let compares_all = live <= SMALL || is_missing || is_recounted;
+        Some(if compares_all { Executors::All } else { Executors::default() })
+    }
+
     /// Compares some of the ledgers' counts and policies with those that were left there. That reveals placements without a
     /// pod, ledgers that the store has lost, and policies that something else has changed. It also keeps the ledgers of
     /// quiet jobs from expiring.
@@ -93,13 +111,16 @@ impl<L: Ledger> State<'_, L> {
                 self.observe_steering(&job, found.as_ref().map_or(&none, |record| &record.steering));
             }
             match found {
-                Ok(found) if self.audit.check(&job, found.as_ref()) => {}
-                Ok(_) => self.queue.enqueue_at(job, Instant::now()),
+                Ok(found) => {
+                    if let Some(executors) = self.audited(&job, found.as_ref()) {
+                        self.queue.enqueue_at(job, executors, Instant::now());
+                    }
+                }
                 // The next heartbeat shows whether the store is up. A reconcile repairs a ledger that cannot be read.
                 Err(error) => {
                     metrics.store_failed(&error);
                     if matches!(error, StoreError::Refused { .. } | StoreError::InvalidReply(_)) {
-                        self.queue.enqueue_at(job, Instant::now());
+                        self.queue.enqueue_at(job, Executors::All, Instant::now());
                     }
                 }
             }

@@ -8,6 +8,7 @@ use balancer_core::{JobId, RemovalOutcome};
 use balancer_store::{Ledger, StoreError};
 use tokio::time::Instant;
 
+use crate::index::Executors;
 use crate::metrics::Cause;
 use crate::pod_lookup::Answer;
 use crate::state::{Parts, Reconciler, State};
@@ -27,7 +28,7 @@ impl<L: Ledger> State<'_, L> {
             Ok(jobs) => {
                 let due = Instant::now() + SETTLE;
                 for job in jobs.into_iter().filter(|job| settings.watches(&job.namespace)) {
-                    self.queue.enqueue_at(Arc::new(job), due);
+                    self.queue.enqueue_at(Arc::new(job), Executors::default(), due);
                 }
             }
             Err(error) => {
@@ -58,7 +59,8 @@ impl<L: Ledger> State<'_, L> {
             self.warn_of_refusals(&format!("cannot look up the pods of a job in {}: {error}", job.namespace));
         }
         if has_others {
-            self.queue.enqueue_at(Arc::clone(&job), Instant::now() + LOOK_UP_AGAIN_AFTER);
+            let due = Instant::now() + LOOK_UP_AGAIN_AFTER;
+            self.queue.enqueue_at(Arc::clone(&job), Executors::default(), due);
         }
         let Some(term) = self.reconciler.leadership.term().filter(|_| self.may_write() && !absent.is_empty()) else {
             return;
@@ -80,20 +82,20 @@ impl<L: Ledger> State<'_, L> {
                         "placements removed: the Kubernetes API has no such pods"
                     );
                 }
-                let is_part = absent.len() >= balancer_core::JobLedger::UNCONFIRMED_REPORTED;
+                let is_part = absent.len() >= balancer_core::JobLedger::WAITING_REPORTED;
                 self.confirmations.removed(&job, absent, removed, now);
                 if is_part {
-                    self.queue.enqueue_at(job, now);
+                    self.queue.enqueue_at(job, Executors::default(), now);
                 } else if !self.index.contains(&job) {
                     // The policy of a job without pods goes with its ledger, if nothing else is placed until then.
                     self.audit.forget(&job);
-                    self.queue.enqueue_at(job, now + settings.grace);
+                    self.queue.enqueue_at(job, Executors::default(), now + settings.grace);
                 }
             }
             Ok(RemovalOutcome::Superseded(term)) => self.superseded(&job, term),
             Err(error) => {
                 metrics.store_failed(&error);
-                self.queue.enqueue_at(job, Instant::now() + LOOK_UP_AGAIN_AFTER);
+                self.queue.enqueue_at(job, Executors::default(), Instant::now() + LOOK_UP_AGAIN_AFTER);
                 self.is_store_up().await;
             }
         }

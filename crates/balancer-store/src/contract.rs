@@ -20,15 +20,16 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome,
-    PlaceRequest, Placed, Policy, PolicyOverrides, Ratio, ReconcileOutcome, ReconcileSummary, RemovalOutcome,
-    SpotAnswer, SpotRatio, SpotState, Spread, Steer, SteerOutcome, Steering, Term, Timing, Unconfirmed,
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, Millis,
+    PlaceOutcome, PlaceRequest, Placed, Policy, PolicyOverrides, Ratio, ReconcileOutcome, ReconcileSummary,
+    RemovalOutcome, SpotAnswer, SpotRatio, SpotState, Spread, Steer, SteerOutcome, Steering, Term, Unconfirmed,
+    Waiting,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 use tokio::runtime::Handle;
 
-use crate::{JobPage, JobRecord, Ledger, StoreError};
+use crate::{EntryPage, JobPage, JobRecord, Ledger, StoreError};
 
 use Capacity::{OnDemand, Spot};
 const NEW: bool = true;
@@ -59,6 +60,8 @@ macro_rules! contract {
             reconcile_corrects_all_kinds_of_drift,
             reconcile_changes_nothing_without_drift,
             only_a_placement_without_a_pod_has_the_grace,
+            a_reconcile_leaves_the_executors_that_it_does_not_name,
+            a_reconcile_in_parts_ends_like_one_of_all,
             a_released_executor_is_not_added_during_the_release_grace,
             a_live_executor_of_unknown_capacity_is_not_added,
             a_reconciled_policy_replaces_the_stored_one,
@@ -71,7 +74,8 @@ macro_rules! contract {
             every_job_with_a_ledger_is_listed,
             a_heartbeat_returns_the_one_before,
             only_placements_that_are_still_unconfirmed_are_removed,
-            many_unconfirmed_placements_are_reported_in_parts,
+            many_waiting_placements_are_reported_in_parts,
+            an_entry_waits_until_its_pod_is_found_and_again_after_its_next_placement,
             a_new_job_is_reported_once,
             without_permission_no_ledger_is_created,
             a_job_that_is_opted_out_places_no_executor,
@@ -194,14 +198,41 @@ fn overrides(policy: Policy) -> PolicyOverrides {
     policy.into()
 }
 
-/// A reconcile in the first term.
+/// The keys of all entries.
+async fn keys(ledger: &impl Ledger, job: JobRef<'_>) -> Result<BTreeSet<String>, StoreError> {
+    let (mut keys, mut cursor) = (BTreeSet::new(), None);
+    loop {
+        let EntryPage { entries, next } = ledger.entries(job, cursor).await?;
+        keys.extend(entries.into_iter().map(|(key, _)| key));
+        match next {
+            Some(next) => cursor = Some(next),
+            None => return Ok(keys),
+        }
+    }
+}
+
+/// A reconcile that names all executors: those that are live, and all others in the ledger as gone.
+async fn reconcile_all(
+    ledger: &impl Ledger,
+    job: JobRef<'_>,
+    state: JobState<'_>,
+    grace: Duration,
+    term: Term,
+) -> Result<ReconcileOutcome, StoreError> {
+    let keys = keys(ledger, job).await?;
+    let live: BTreeSet<&str> = state.live.iter().map(|live| live.key).collect();
+    let gone: Vec<&str> = keys.iter().map(String::as_str).filter(|key| !live.contains(key)).collect();
+    ledger.reconcile(job, &JobState { gone: &gone, ..state }, grace, term).await
+}
+
+/// The same in the first term.
 async fn reconcile(
     ledger: &impl Ledger,
     job: JobRef<'_>,
-    seen: JobState<'_>,
+    state: JobState<'_>,
     grace: Duration,
 ) -> Result<ReconcileSummary, StoreError> {
-    match ledger.reconcile(job, &seen, Timing::only_grace(grace), Term(1)).await? {
+    match reconcile_all(ledger, job, state, grace, Term(1)).await? {
         ReconcileOutcome::Done(summary) => Ok(summary),
         ReconcileOutcome::Superseded(by) => Err(StoreError::InvalidReply(format!("superseded by {by}"))),
     }
@@ -474,7 +505,10 @@ pub async fn reconcile_corrects_all_kinds_of_drift(ledger: &impl Ledger) -> Chec
     let summary = reconcile(ledger, job, seen(&now), Duration::ZERO).await?;
     let (drift, counts) = (Drift { missing: 3, stale: 2, wrong_capacity: 1 }, Counts { spot: 2, on_demand: 3 });
     let policy = Some(all_spot());
-    assert_eq!(summary, ReconcileSummary { drift, counts, policy, ..ReconcileSummary::default() });
+    assert_eq!(
+        summary,
+        ReconcileSummary { drift, counts, has_exact_counts: true, policy, ..ReconcileSummary::default() }
+    );
     let shown = ledger.get(job).await?.unwrap_or_default();
     assert_eq!(shown.counts(), counts);
     assert_eq!(shown.policy(), Some(all_spot()));
@@ -504,24 +538,71 @@ pub async fn only_a_placement_without_a_pod_has_the_grace(ledger: &impl Ledger) 
     let job = job("grace");
     ledger.place(job, &request("waiting", Some(all_spot()))).await?;
     ledger.place(job, &request("seen", None)).await?;
-    let nearly_long = LONG.as_secs() * 900..=LONG.as_secs() * 1_000;
-    let ReconcileSummary { drift, counts: both, recheck_after, .. } =
-        reconcile(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
-    assert_eq!((drift, both), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
-    assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
+    let of = |summary: &ReconcileSummary| -> Vec<String> {
+        summary.waiting.iter().map(|waiting| waiting.placement.key.clone()).collect()
+    };
+    let both = reconcile(ledger, job, seen(&[live("seen", "u", None)]), LONG).await?;
+    assert_eq!((both.drift, both.counts), (Drift::default(), Counts { spot: 2, on_demand: 0 }));
+    assert_eq!(of(&both), ["waiting"]);
 
-    let ReconcileSummary { drift, counts: one, recheck_after, .. } = reconcile(ledger, job, seen(&[]), LONG).await?;
-    assert_eq!((drift, one), (Drift { stale: 1, ..Drift::default() }, Counts { spot: 1, on_demand: 0 }));
-    assert!(recheck_after.is_some_and(|recheck_after| nearly_long.contains(&recheck_after)), "{recheck_after:?}");
+    let one = reconcile(ledger, job, seen(&[]), LONG).await?;
+    assert_eq!((one.drift, one.counts), (Drift { stale: 1, ..Drift::default() }, Counts { spot: 1, on_demand: 0 }));
+    assert_eq!((of(&one), one.recheck_after), (vec!["waiting".to_owned()], None));
     assert_eq!(ledger.release(job, "seen", None, None).await?, None);
-
-    let ReconcileSummary { drift, recheck_after, .. } = reconcile(ledger, job, seen(&[]), Duration::MAX).await?;
-    assert!(drift.is_none() && recheck_after > Some(*nearly_long.end()), "{drift:?}, {recheck_after:?}");
+    assert!(reconcile(ledger, job, seen(&[]), Duration::MAX).await?.drift.is_none());
 
     let none_left = reconcile(ledger, job, seen(&[]), Duration::ZERO).await?;
     let drift = Drift { stale: 1, ..Drift::default() };
-    assert_eq!((none_left.drift, none_left.counts.total(), none_left.recheck_after), (drift, 0, None));
+    assert_eq!((none_left.drift, none_left.counts.total(), none_left.waiting), (drift, 0, Vec::new()));
     assert_eq!(counts(ledger, job).await?, (0, 0));
+    Ok(())
+}
+
+/// However the others differ from the cluster.
+pub async fn a_reconcile_leaves_the_executors_that_it_does_not_name(ledger: &impl Ledger) -> Checked {
+    let job = job("unnamed");
+    let all = ["e1", "e2", "e3", "e4"].map(|name| live(name, name, Some(Spot)));
+    ledger.learn(job, all_spot(), Some("d1"), true).await?;
+    reconcile(ledger, job, seen(&all), LONG).await?;
+    ledger.place(job, &request("e5", None)).await?;
+    let moved = [live("e2", "e2", Some(OnDemand))];
+    let state = JobState { live: &moved, gone: &["e3", "e5", "unknown"], ..JobState::default() };
+    let ReconcileOutcome::Done(summary) = ledger.reconcile(job, &state, LONG, Term(1)).await? else {
+        return Err(StoreError::InvalidReply("superseded".to_owned()));
+    };
+    assert_eq!(summary.drift, Drift { stale: 1, wrong_capacity: 1, ..Drift::default() });
+    assert_eq!((summary.counts, summary.has_exact_counts), (Counts { spot: 3, on_demand: 1 }, true));
+    assert_eq!(keys(ledger, job).await?.iter().map(String::as_str).collect::<Vec<_>>(), ["e1", "e2", "e4", "e5"]);
+    let ended = JobState { gone: &["e5"], ended: true, ..JobState::default() };
+    let ReconcileOutcome::Done(summary) = ledger.reconcile(job, &ended, Duration::ZERO, Term(1)).await? else {
+        return Err(StoreError::InvalidReply("superseded".to_owned()));
+    };
+    assert_eq!((summary.drift.stale, summary.counts.total(), summary.policy), (1, 3, Some(all_spot())));
+    Ok(())
+}
+
+/// Whatever order the changes are named in, and however often.
+pub async fn a_reconcile_in_parts_ends_like_one_of_all(ledger: &impl Ledger) -> Checked {
+    let (parts, whole) = (job("in-parts"), job("in-one-call"));
+    let names: Vec<String> = (0..600).map(|number| format!("e{number}")).collect();
+    let now: Vec<_> = names.iter().skip(100).map(|name| live(name, name, Some(Spot))).collect();
+    for job in [parts, whole] {
+        ledger.learn(job, policy(500_000_000, 0), Some("d1"), true).await?;
+        for name in names.iter().take(300) {
+            ledger.place(job, &request(name, None)).await?;
+        }
+    }
+    reconcile(ledger, whole, seen(&now), Duration::ZERO).await?;
+    let gone: Vec<&str> = names.iter().take(100).map(String::as_str).collect();
+    for (live, gone) in now.chunks(37).rev().map(|live| (live, [].as_slice())).chain([([].as_slice(), gone.as_slice())])
+    {
+        for _ in 0..2 {
+            ledger.reconcile(parts, &JobState { live, gone, ..JobState::default() }, Duration::ZERO, Term(1)).await?;
+        }
+    }
+    let (parts, whole) = (ledger.get(parts).await?.unwrap_or_default(), ledger.get(whole).await?.unwrap_or_default());
+    assert_eq!(without_times(&parts), without_times(&whole));
+    assert_eq!(whole.counts(), Counts { spot: 500, on_demand: 0 });
     Ok(())
 }
 
@@ -548,7 +629,8 @@ pub async fn a_released_executor_is_not_added_during_the_release_grace(ledger: &
     let summary = reconcile(ledger, job, seen(&now), Duration::ZERO).await?;
     let drift = Drift { missing: 1, ..Drift::default() };
     let (counts, policy) = (Counts { spot: 2, on_demand: 0 }, Some(all_spot()));
-    assert_eq!(summary, ReconcileSummary { drift, counts, policy, ..ReconcileSummary::default() });
+    let has_exact_counts = true;
+    assert_eq!(summary, ReconcileSummary { drift, counts, has_exact_counts, policy, ..ReconcileSummary::default() });
     Ok(())
 }
 
@@ -630,16 +712,16 @@ pub async fn an_earlier_term_changes_nothing(ledger: &impl Ledger) -> Checked {
         let job = job(&id);
         let now = [live("e1", "u1", Some(Spot))];
         let all = JobState { live: &now, overrides: overrides(all_spot()), ..JobState::default() };
-        let none = JobState { live: &[], overrides: overrides(all_on_demand()), ended: true, driver: None };
+        let none = JobState { overrides: overrides(all_on_demand()), ended: true, ..JobState::default() };
         for term in [earlier, earlier, later, later] {
-            let reconciled = ledger.reconcile(job, &all, Timing::only_grace(Duration::ZERO), Term(term)).await?;
+            let reconciled = reconcile_all(ledger, job, all, Duration::ZERO, Term(term)).await?;
             assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "{term}: {reconciled:?}");
         }
         ledger.place(job, &request("e2", None)).await?;
         ledger.release(job, "e1", None, None).await?;
         let before = ledger.get(job).await?;
         assert_eq!(before.as_ref().map(JobLedger::term), Some(Term(later)));
-        let reconciled = ledger.reconcile(job, &none, Timing::only_grace(Duration::ZERO), Term(earlier)).await?;
+        let reconciled = reconcile_all(ledger, job, none, Duration::ZERO, Term(earlier)).await?;
         assert_eq!(reconciled, ReconcileOutcome::Superseded(Term(later)), "{earlier}");
         assert_eq!(ledger.get(job).await?, before);
     }
@@ -651,19 +733,19 @@ pub async fn a_dropped_ledger_loses_its_term(ledger: &impl Ledger) -> Checked {
     let job = job("forgotten");
     let now = [live("e1", "u1", Some(Spot))];
     for way in 0..3 {
-        let reconciled = ledger.reconcile(job, &seen(&now), Timing::only_grace(Duration::ZERO), Term(5)).await?;
+        let reconciled = reconcile_all(ledger, job, seen(&now), Duration::ZERO, Term(5)).await?;
         assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "after way {way}: {reconciled:?}");
         match way {
             0 => drop(ledger.release(job, "e1", Some("u1"), None).await?),
-            1 => drop(ledger.reconcile(job, &seen(&[]), Timing::only_grace(Duration::ZERO), Term(5)).await?),
+            1 => drop(reconcile_all(ledger, job, seen(&[]), Duration::ZERO, Term(5)).await?),
             _ => {
                 ledger.learn(job, all_spot(), Some("d1"), true).await?;
                 let ended = JobState { ended: true, ..seen(&[]) };
-                ledger.reconcile(job, &ended, Timing::only_grace(Duration::ZERO), Term(5)).await?;
+                reconcile_all(ledger, job, ended, Duration::ZERO, Term(5)).await?;
             }
         }
         assert_eq!(ledger.get(job).await?, None, "way {way}");
-        let reconciled = ledger.reconcile(job, &seen(&now), Timing::only_grace(Duration::ZERO), Term(4)).await?;
+        let reconciled = reconcile_all(ledger, job, seen(&now), Duration::ZERO, Term(4)).await?;
         assert!(matches!(reconciled, ReconcileOutcome::Done(_)), "way {way}: {reconciled:?}");
     }
     Ok(())
@@ -752,11 +834,8 @@ pub async fn only_placements_that_are_still_unconfirmed_are_removed(ledger: &imp
     for name in ["refused", "again", "alive"] {
         ledger.place(job, &request(name, Some(all_spot()))).await?;
     }
-    let timing = Timing { confirm_after: 0, ..Timing::only_grace(LONG) };
-    let reconciled = ledger.reconcile(job, &seen(&[]), timing, Term(2)).await?;
-    let ReconcileOutcome::Done(ReconcileSummary { mut unconfirmed, .. }) = reconciled else {
-        return Err(StoreError::InvalidReply(format!("{reconciled:?}")));
-    };
+    let reconciled = ledger.reconcile(job, &seen(&[]), LONG, Term(2)).await?;
+    let mut unconfirmed = waiting(&reconciled)?;
     let mut names: Vec<_> = unconfirmed.iter().map(|placement| placement.key.as_str()).collect();
     names.sort_unstable();
     assert_eq!(names, ["again", "alive", "refused"]);
@@ -767,7 +846,7 @@ pub async fn only_placements_that_are_still_unconfirmed_are_removed(ledger: &imp
         Ok(ledger.get(job).await?.and_then(|ledger| ledger.entries().get("again").map(|entry| entry.placed_at)))
     };
     while again().await? == first {}
-    ledger.reconcile(job, &seen(&[live("alive", "u", None)]), timing, Term(2)).await?;
+    ledger.reconcile(job, &seen(&[live("alive", "u", None)]), LONG, Term(2)).await?;
     unconfirmed.push(Unconfirmed { placed_at: 0, key: "unknown".to_owned() });
 
     let before = ledger.get(job).await?;
@@ -782,28 +861,62 @@ pub async fn only_placements_that_are_still_unconfirmed_are_removed(ledger: &imp
     Ok(())
 }
 
-/// The oldest first.
-pub async fn many_unconfirmed_placements_are_reported_in_parts(ledger: &impl Ledger) -> Checked {
+/// The placements that a reconcile has reported as waiting.
+fn waiting(reconciled: &ReconcileOutcome) -> Result<Vec<Unconfirmed>, StoreError> {
+    match reconciled {
+        ReconcileOutcome::Done(summary) => {
+            Ok(summary.waiting.iter().map(|waiting| waiting.placement.clone()).collect())
+        }
+        ReconcileOutcome::Superseded(_) => Err(StoreError::InvalidReply(format!("{reconciled:?}"))),
+    }
+}
+
+/// The oldest first, even if no executor is named.
+pub async fn many_waiting_placements_are_reported_in_parts(ledger: &impl Ledger) -> Checked {
     let job = job("many-refused");
-    let all = JobLedger::UNCONFIRMED_REPORTED + 10;
+    let all = JobLedger::WAITING_REPORTED + 10;
     for number in 0..all {
         let name = format!("e{number}");
         ledger.place(job, &PlaceRequest { required: Some(Spot), ..request(&name, None) }).await?;
     }
-    let (timing, mut left) = (Timing { confirm_after: 0, ..Timing::only_grace(LONG) }, all as u64);
+    let mut left = all as u64;
     while left > 0 {
-        let reconciled = ledger.reconcile(job, &seen(&[]), timing, Term(1)).await?;
-        let ReconcileOutcome::Done(ReconcileSummary { unconfirmed, .. }) = reconciled else {
-            return Err(StoreError::InvalidReply(format!("{reconciled:?}")));
-        };
-        assert_eq!(unconfirmed.len() as u64, left.min(JobLedger::UNCONFIRMED_REPORTED as u64));
-        assert!(unconfirmed.is_sorted_by_key(|placement| placement.placed_at), "{unconfirmed:?}");
-        left -= unconfirmed.len() as u64;
-        let done =
-            RemovalOutcome::Done { removed: unconfirmed.len() as u64, counts: Counts { spot: left, on_demand: 0 } };
-        assert_eq!(ledger.remove_unconfirmed(job, &unconfirmed, Term(1)).await?, done);
+        let reconciled = ledger.reconcile(job, &seen(&[]), LONG, Term(1)).await?;
+        let waiting = waiting(&reconciled)?;
+        assert_eq!(waiting.len() as u64, left.min(JobLedger::WAITING_REPORTED as u64));
+        assert!(waiting.is_sorted_by_key(|placement| placement.placed_at), "{waiting:?}");
+        left -= waiting.len() as u64;
+        let more_waiting = matches!(reconciled, ReconcileOutcome::Done(summary) if summary.more_waiting);
+        assert_eq!(more_waiting, left > 0);
+        let counts = Counts { spot: left, on_demand: 0 };
+        let done = RemovalOutcome::Done { removed: waiting.len() as u64, counts };
+        assert_eq!(ledger.remove_unconfirmed(job, &waiting, Term(1)).await?, done);
     }
     assert_eq!(ledger.get(job).await?, None);
+    Ok(())
+}
+
+/// Each change of an entry, as far as it concerns its pod.
+pub async fn an_entry_waits_until_its_pod_is_found_and_again_after_its_next_placement(ledger: &impl Ledger) -> Checked {
+    let job = job("waiting");
+    let found = [live("e1", "u1", None)];
+    let shows = async |state: JobState<'_>| -> Result<Vec<String>, StoreError> {
+        let reconciled = ledger.reconcile(job, &state, LONG, Term(1)).await?;
+        Ok(waiting(&reconciled)?.into_iter().map(|placement| placement.key).collect())
+    };
+    ledger.place(job, &request("e1", Some(all_spot()))).await?;
+    assert_eq!(shows(seen(&[])).await?, ["e1"]);
+    assert_eq!(shows(JobState { gone: &["e1"], ..seen(&[]) }).await?, ["e1"], "younger than the grace");
+    assert!(shows(seen(&found)).await?.is_empty());
+    ledger.place(job, &request("e1", None)).await?;
+    assert_eq!(shows(seen(&[])).await?, ["e1"], "it may be another pod");
+    assert!(shows(seen(&found)).await?.is_empty());
+    ledger.release(job, "e1", Some("u1"), None).await?;
+    ledger.place(job, &request("e2", Some(all_spot()))).await?;
+    assert_eq!(shows(seen(&[])).await?, ["e2"]);
+    ledger.release(job, "e2", None, None).await?;
+    ledger.place(job, &request("e3", Some(all_spot()))).await?;
+    assert_eq!(shows(seen(&[])).await?, ["e3"]);
     Ok(())
 }
 
@@ -1443,7 +1556,7 @@ pub async fn an_earlier_term_steers_nothing(ledger: &impl Ledger) -> Checked {
         assert_eq!(ledger.get(job).await?, None);
     }
     ledger.place(job, &request("e1", Some(all_spot()))).await?;
-    ledger.reconcile(job, &seen(&[]), Timing::only_grace(LONG), Term(10)).await?;
+    reconcile_all(ledger, job, seen(&[]), LONG, Term(10)).await?;
     for steer in [Steer::CloseSpot { retry_after: LONG_MILLIS }, Steer::Avoid(&types)] {
         assert_eq!(ledger.steer(job, steer, Term(10)).await?, SteerOutcome::Done);
     }
@@ -1510,11 +1623,13 @@ enum Step {
         ledger_of: Option<&'static str>,
         driver: Option<&'static str>,
         live: Vec<LiveExecutor<'static>>,
+        /// The other executors that are named.
+        gone: Vec<&'static str>,
         overrides: PolicyOverrides,
         ended: bool,
         term: Term,
         is_patient: bool,
-        /// Whether the unconfirmed placements are then removed.
+        /// Whether the placements that wait are then removed.
         removes: bool,
     },
     Steer {
@@ -1559,12 +1674,15 @@ impl Ask {
     }
 }
 
+/// The executors of a random history.
+const EXECUTORS: [&str; 7] = ["e1", "e2", "e3", "e4", "e 5", "e\0}{6", "🦀"];
+
 /// The drivers of a random history.
 const DRIVERS: [&str; 2] = ["d1", "d\0 2}"];
 
 fn some_steps() -> impl Strategy<Value = Vec<Step>> {
     // A few names, so that most calls are about an executor that was there before.
-    let executor = || prop::sample::select(vec!["e1", "e2", "e3", "e4", "e 5", "e\0}{6", "🦀"]);
+    let executor = || prop::sample::select(EXECUTORS.to_vec());
     let uid = || prop::sample::select(vec!["u1", "u2", "u 3"]);
     let capacity = || prop::sample::select(vec![Spot, OnDemand]);
     let ratio = || {
@@ -1629,11 +1747,21 @@ fn some_steps() -> impl Strategy<Value = Vec<Step>> {
     let ledger_of = || prop::option::weighted(0.3, prop::sample::select(DRIVERS.to_vec()));
     let few = prop_oneof![prop::collection::vec(live.clone(), 0..8), Just(Vec::new())];
     let of = (ledger_of(), driver());
-    let reconcile = (of, few, overrides, any::<bool>(), term(), any::<bool>(), any::<bool>()).prop_map(
-        |((ledger_of, driver), live, overrides, ended, term, is_patient, removes)| Step::Reconcile {
+    // Often all, as after a list.
+    let gone = prop_oneof![
+        1 => prop::sample::subsequence(EXECUTORS.to_vec(), 0..=EXECUTORS.len()),
+        1 => Just(EXECUTORS.to_vec()),
+    ];
+    let named = (few, gone).prop_map(|(live, mut gone)| {
+        gone.retain(|key| live.iter().all(|live: &LiveExecutor<'_>| live.key != *key));
+        (live, gone)
+    });
+    let reconcile = (of, named, overrides, any::<bool>(), term(), any::<bool>(), any::<bool>()).prop_map(
+        |((ledger_of, driver), (live, gone), overrides, ended, term, is_patient, removes)| Step::Reconcile {
             ledger_of,
             driver,
             live,
+            gone,
             overrides,
             ended,
             term,
@@ -1737,18 +1865,18 @@ async fn play(ledger: &impl Ledger, job: JobRef<'_>, steps: &[Step]) -> Checked 
                 let wanted = references.ledgers.entry(job.clone()).or_default().steer(steer.steer(), *term, 0);
                 assert_eq!(ledger.steer(job.as_job_ref(), steer.steer(), *term).await?, wanted, "{step:?}");
             }
-            Step::Reconcile { ledger_of, driver, live, overrides, ended, term, is_patient, removes } => {
+            Step::Reconcile { ledger_of, driver, live, gone, overrides, ended, term, is_patient, removes } => {
                 let job = ledger_of.map_or(job.to_job_id(), |driver| JobId::of_driver(job, driver));
                 let reference = references.ledgers.entry(job.clone()).or_default();
                 let job = job.as_job_ref();
                 // No history takes as long as the one grace, nor less than the other: no clock matters.
                 let grace = if *is_patient { LONG } else { Duration::ZERO };
-                let seen = JobState { live, overrides: *overrides, ended: *ended, driver: *driver };
-                let timing = Timing { confirm_after: 0, ..Timing::only_grace(grace) };
-                let wanted = reference.reconcile(&seen, timing, *term, 0);
-                let reconciled = ledger.reconcile(job, &seen, timing, *term).await?;
-                if let (ReconcileOutcome::Done(summary), true) = (&reconciled, *removes) {
-                    let absent = &summary.unconfirmed;
+                let state = JobState { live, gone, overrides: *overrides, ended: *ended, driver: *driver };
+                let grace_ms = Millis::try_from(grace.as_millis()).unwrap_or(Millis::MAX);
+                let wanted = reference.reconcile(&state, grace_ms, *term, 0);
+                let reconciled = ledger.reconcile(job, &state, grace, *term).await?;
+                if let (ReconcileOutcome::Done(_), true) = (&reconciled, *removes) {
+                    let absent = &waiting(&reconciled)?;
                     let at_zero = absent.iter().map(|placement| Unconfirmed { placed_at: 0, ..placement.clone() });
                     let wanted = reference.remove_unconfirmed(&at_zero.collect::<Vec<_>>(), *term);
                     assert_eq!(ledger.remove_unconfirmed(job, absent, *term).await?, wanted, "{step:?}");
@@ -1794,12 +1922,13 @@ fn without_time(steering: &Steering) -> Steering {
 fn without_waits(reconciled: ReconcileOutcome) -> ReconcileOutcome {
     match reconciled {
         ReconcileOutcome::Done(summary) => {
-            let mut unconfirmed: Vec<_> =
-                summary.unconfirmed.into_iter().map(|placement| Unconfirmed { placed_at: 0, ..placement }).collect();
-            unconfirmed.sort_unstable();
+            let at_zero =
+                |waiting: Waiting| Waiting { placement: Unconfirmed { placed_at: 0, ..waiting.placement }, age: 0 };
+            let mut waiting: Vec<_> = summary.waiting.into_iter().map(at_zero).collect();
+            waiting.sort_unstable();
             let recheck_after = summary.recheck_after.map(|_| 0);
             let steering = without_time(&summary.steering);
-            ReconcileOutcome::Done(ReconcileSummary { recheck_after, unconfirmed, steering, ..summary })
+            ReconcileOutcome::Done(ReconcileSummary { recheck_after, waiting, steering, ..summary })
         }
         superseded @ ReconcileOutcome::Superseded(_) => superseded,
     }

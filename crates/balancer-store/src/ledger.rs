@@ -1,10 +1,11 @@
 //! The interface of every store: what the admission and the reconciler call.
 
 use std::future::Future;
+use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy,
-    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Timing, Unconfirmed,
+    Capacity, Counts, Entry, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Unconfirmed,
 };
 
 use crate::StoreError;
@@ -30,6 +31,15 @@ impl Cursor {
 pub struct JobPage {
     /// The jobs. The same job may be listed twice.
     pub jobs: Vec<JobId>,
+    /// Where the next page begins; `None` after the last page.
+    pub next: Option<Cursor>,
+}
+
+/// A page of the executors in a job's ledger.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EntryPage {
+    /// Executors by their keys, and their entries. The same executor may be listed twice.
+    pub entries: Vec<(String, Entry)>,
     /// Where the next page begins; `None` after the last page.
     pub next: Option<Cursor>,
 }
@@ -94,15 +104,36 @@ pub trait Ledger: Send + Sync + 'static {
         may_create: bool,
     ) -> impl Future<Output = Result<LearnOutcome, StoreError>> + Send;
 
-    /// Makes the ledger equal to the job's state in the cluster, unless it was reconciled in a later term. See
+    /// Corrects the entries of the executors that `state` names, unless the ledger was reconciled in a later term. Costs
+    /// as much as there are names, however large the job is; so large a job's changes are named in parts. See
     /// [`JobLedger::reconcile`].
     fn reconcile(
         &self,
         job: JobRef<'_>,
         state: &JobState<'_>,
-        timing: Timing,
+        grace: Duration,
         term: Term,
     ) -> impl Future<Output = Result<ReconcileOutcome, StoreError>> + Send;
+
+    /// A page of the job's entries: without a cursor the first page, else the page that [`EntryPage::next`] of the page
+    /// before points to. An entry that exists during the whole listing is listed at least once. The pages are not of one
+    /// moment.
+    fn entries(
+        &self,
+        job: JobRef<'_>,
+        cursor: Option<Cursor>,
+    ) -> impl Future<Output = Result<EntryPage, StoreError>> + Send;
+
+    /// Replaces the job's counts by those that a listing of all entries has found, unless the ledger was reconciled in a
+    /// later term, the counts are no longer `before`, or the number of entries is another one. Returns whether the counts
+    /// are `found` now.
+    fn correct_counts(
+        &self,
+        job: JobRef<'_>,
+        before: Counts,
+        found: Counts,
+        term: Term,
+    ) -> impl Future<Output = Result<bool, StoreError>> + Send;
 
     /// Removes placements whose pods do not exist. See [`JobLedger::remove_unconfirmed`].
     fn remove_unconfirmed(

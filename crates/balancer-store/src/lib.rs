@@ -33,6 +33,8 @@ mod redis;
 
 pub use self::coalesce_wakeups::coalesce_wakeups;
 pub use self::error::StoreError;
-pub use self::ledger::{Cursor, JobPage, JobRecord, Ledger};
+pub use self::ledger::{Cursor, EntryPage, JobPage, JobRecord, Ledger};
 pub use self::memory::MemoryLedger;
-pub use self::redis::{InvalidRedisUrl, RedisLedger, RedisOptions};
+pub use self::redis::{
+    AwsIam, AwsService, ConnectError, InvalidRedisUrl, RedisLedger, RedisMode, RedisOptions, RedisPassword,
+};

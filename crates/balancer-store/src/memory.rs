@@ -7,11 +7,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use balancer_core::{
-    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, Millis, PlaceOutcome, PlaceRequest, Policy,
-    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Timing, Unconfirmed,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, Millis, PlaceOutcome, PlaceRequest, Policy,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Unconfirmed,
 };
 
-use crate::{Cursor, JobPage, JobRecord, Ledger, StoreError};
+use crate::{Cursor, EntryPage, JobPage, JobRecord, Ledger, StoreError};
 
 /// Jobs in which executors were placed, until a reconciler takes them. Nobody may be there to take them.
 const MAX_PLACED: usize = 10_000;
@@ -210,17 +210,37 @@ impl Ledger for MemoryLedger {
     async fn reconcile(
         &self,
         job: JobRef<'_>,
-        seen: &JobState<'_>,
-        timing: Timing,
+        state: &JobState<'_>,
+        grace: Duration,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         Ok(self.enter(Call::to(job), |kept, now| {
-            let reconciled = kept.ledger.reconcile(seen, timing, term, now);
+            let reconciled = kept.ledger.reconcile(state, millis(grace), term, now);
             if let ReconcileOutcome::Done(_) = reconciled {
                 kept.touched = now;
             }
             reconciled
         }))
+    }
+
+    /// All entries are on one page, because a map has no order in which a next page could begin.
+    async fn entries(&self, job: JobRef<'_>, _cursor: Option<Cursor>) -> Result<EntryPage, StoreError> {
+        Ok(self.read(Call::to(job), |ledger, _| {
+            let entries = ledger.into_iter().flat_map(JobLedger::entries);
+            EntryPage { entries: entries.map(|(key, entry)| (key.clone(), entry.clone())).collect(), next: None }
+        }))
+    }
+
+    /// The counts are always those of the entries.
+    async fn correct_counts(
+        &self,
+        job: JobRef<'_>,
+        _before: Counts,
+        found: Counts,
+        term: Term,
+    ) -> Result<bool, StoreError> {
+        let is_right = |ledger: &JobLedger| ledger.counts() == found && ledger.term() <= term;
+        Ok(self.read(Call::to(job), |ledger, _| ledger.is_some_and(is_right)))
     }
 
     async fn remove_unconfirmed(
@@ -344,16 +364,13 @@ mod tests {
         let (ledger, hand) = at_zero();
         let live = [LiveExecutor { key: "e1", uid: "u", capacity: Some(Capacity::Spot), states_ratio: false }];
         let seen = JobState { live: &live, ..JobState::default() };
-        ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(1)).await?;
+        ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?;
         hand.store(700, Ordering::Relaxed);
-        ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(2)).await?;
+        ledger.reconcile(job("a"), &seen, TTL, Term(2)).await?;
         hand.store(1_400, Ordering::Relaxed);
         assert_eq!(ledger.record(job("a")).await?.map(|record| record.counts.total()), Some(1));
         hand.store(2_100, Ordering::Relaxed);
-        assert_eq!(
-            ledger.reconcile(job("a"), &seen, Timing::only_grace(TTL), Term(1)).await?,
-            ReconcileOutcome::Superseded(Term(2))
-        );
+        assert_eq!(ledger.reconcile(job("a"), &seen, TTL, Term(1)).await?, ReconcileOutcome::Superseded(Term(2)));
         assert_eq!(ledger.list_jobs(None).await?.jobs, [job("a").to_job_id()]);
         hand.store(2_200, Ordering::Relaxed);
         assert_eq!(ledger.list_jobs(None).await?, JobPage::default());
@@ -362,20 +379,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_recheck_is_due_when_the_first_placement_expires() -> Result<(), StoreError> {
+    async fn the_age_of_a_placement_is_measured_on_the_ledgers_clock() -> Result<(), StoreError> {
         let (ledger, hand) = at_zero();
         for (now, executor) in [(0, "e1"), (100, "e2"), (200, "e3")] {
             hand.store(now, Ordering::Relaxed);
             ledger.place(job("a"), &request(executor)).await?;
         }
-        let live = [LiveExecutor { key: "e1", uid: "u", capacity: None, states_ratio: false }];
-        let seen = JobState { live: &live, ..JobState::default() };
-        let grace = Duration::from_millis(500);
-        let reconciled = ledger.reconcile(job("a"), &seen, Timing::only_grace(grace), Term(1)).await?;
-        assert!(
-            matches!(&reconciled, ReconcileOutcome::Done(summary) if summary.recheck_after == Some(400)),
-            "{reconciled:?}"
-        );
+        let reconciled = ledger.reconcile(job("a"), &JobState::default(), TTL, Term(1)).await?;
+        let ReconcileOutcome::Done(summary) = reconciled else { panic!("{reconciled:?}") };
+        assert_eq!(summary.waiting.iter().map(|waiting| waiting.age).collect::<Vec<_>>(), [200, 100, 0]);
         Ok(())
     }
 
@@ -407,7 +419,7 @@ mod tests {
         let asking = PlaceRequest { policy: None, ..request("e1") };
         assert_eq!(ledger.place(job("a"), &asking).await?, PlaceOutcome::NeedPolicy);
         ledger.release(job("b"), "e1", None, None).await?;
-        ledger.reconcile(job("c"), &JobState::default(), Timing::only_grace(TTL), Term(1)).await?;
+        ledger.reconcile(job("c"), &JobState::default(), TTL, Term(1)).await?;
         assert_eq!(ledger.record(job("d")).await?, None);
         assert_eq!(ledger.lock().kept.len(), 0);
         Ok(())

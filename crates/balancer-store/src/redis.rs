@@ -1,13 +1,21 @@
 //! Ledgers in Redis: two keys for each job, and one atomic script for each change.
 
 mod address;
+#[cfg(feature = "aws-iam")]
+mod aws_iam;
+mod cluster;
 mod connection;
+mod credentials;
 mod dial;
+mod mode;
+mod options;
 #[cfg(test)]
 mod peer;
 mod placed;
 mod reply;
 mod scripts;
+mod sentinel;
+mod servers;
 mod single_server;
 mod supervisor;
 mod tls;
@@ -18,57 +26,54 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use balancer_core::{
-    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome, PlaceRequest, Policy,
-    PolicyOverrides, ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Timing, Unconfirmed,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome, PlaceRequest,
+    Policy, PolicyOverrides, ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Steering, Term, Unconfirmed,
 };
 use redis::{Cmd, RedisWrite, Value};
 
-use self::address::Address;
 pub use self::address::InvalidRedisUrl;
+use self::address::RedisUrl;
+#[cfg(feature = "aws-iam")]
+use self::aws_iam::AwsIamTokens;
+use self::credentials::{Credentials, Login, PasswordFile};
+use self::dial::Tcp;
+use self::mode::Detection;
+pub use self::options::{AwsIam, AwsService, ConnectError, RedisMode, RedisOptions, RedisPassword};
 use self::placed::PlacedJobs;
 use self::scripts::{Script, Scripts};
-use self::single_server::SingleServer;
+use self::servers::{OnPanic, Servers, Target};
 use self::transport::Transport;
-use crate::{Cursor, JobPage, JobRecord, Ledger, StoreError};
+use crate::{Cursor, EntryPage, JobPage, JobRecord, Ledger, StoreError};
 
-/// How much longer than other calls a reconcile may take for each live executor. The server needs about 5 µs for each,
-/// and answers nobody meanwhile: 100,000 of them take as long as the usual time limit. This leaves room for a server
-/// or a network that is four times as slow.
-const TIME_PER_LIVE_EXECUTOR: Duration = Duration::from_micros(20);
-
-/// The set of jobs of which executors were placed.
-const PLACED_KEY: &str = "exec-placed";
-/// Jobs in that set at most: nobody may be there to take them.
+/// Where servers listen, and where sentinels do, if the URL has no port.
+const PORT: u16 = 6379;
+const SENTINEL_PORT: u16 = 26379;
+/// Jobs of which executors were placed that a server keeps at most: nobody may be there to take them.
 const MAX_PLACED: usize = 10_000;
 /// How long jobs are collected before they are sent together.
 const COLLECT_PLACED: Duration = Duration::from_millis(10);
-/// Jobs that are taken from it at once.
+/// How many entries of a job the server goes through for one page, at about 1 µs each.
+const ENTRIES_PER_PAGE: usize = 512;
+/// Jobs that are taken from a server at once.
 const TAKEN_AT_ONCE: usize = 256;
 
-/// How a [`RedisLedger`] behaves.
-#[derive(Clone, Copy, Debug)]
-pub struct RedisOptions {
-    /// The most that one call may take.
-    pub timeout: Duration,
-    /// How long a job's ledger is kept after the last call for the job.
-    pub ttl: Duration,
-}
-
-/// The ledgers in a Redis or Valkey server, 6.0 or newer.
+/// The ledgers in a Redis or Valkey server, 6.0 or newer, or in several that work together.
 ///
-/// One connection carries all calls at once. While there is no connection, or the server has stopped answering on it,
-/// calls fail at once, and a task of this ledger reconnects.
+/// One connection to a server carries all calls at once. While there is no connection, or the server has stopped
+/// answering on it, calls fail at once, and a task of this ledger reconnects.
 ///
 /// An ACL user needs the keys `exec-count:*`, `exec-pods:*`, `exec-heartbeat` and `exec-placed` and the
 /// commands `evalsha`, `script|load`, `time`, `pexpire`, `hget`, `hmget`, `hlen`, `hset`, `hdel`, `hvals`,
-/// `hgetall`, `del`, `scan`, `get`, `set`, `scard`, `sadd` and `spop`.
+/// `hgetall`, `hscan`, `unlink`, `scan`, `get`, `set`, `scard`, `sadd` and `spop`.
+/// With sentinels, `role` too: without it, the server that most sentinels name is taken to be the primary. In a cluster,
+/// `cluster|slots` and `cluster|info`, and the keys `exec-heartbeat:*` and `exec-placed:*`.
 pub struct RedisLedger {
     shared: Arc<Shared>,
 }
 
 /// What a task in the background needs too.
 struct Shared {
-    transport: SingleServer,
+    transport: Servers,
     scripts: Scripts,
     /// In milliseconds, as the scripts take it.
     ttl: String,
@@ -78,23 +83,59 @@ struct Shared {
 }
 
 impl RedisLedger {
-    /// Connects to the server that the URL names.
+    /// Connects to the servers that the URL names.
     ///
-    /// Waits for the connection, at most for `options.timeout`, and succeeds without one too: the ledger connects as
-    /// soon as the server is up. Only an invalid URL is an error. Must be called on a Tokio runtime.
-    pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, InvalidRedisUrl> {
+    /// Waits for the connection, a few times `options.timeout` at most, and succeeds without one too: the ledger connects
+    /// as soon as the servers are up. Only mistakes in the settings are errors. A mistake that is found later, because the
+    /// servers were not up, is the error of each call. Must be called on a Tokio runtime.
+    pub async fn connect(url: &str, options: RedisOptions) -> Result<Self, ConnectError> {
         Self::connect_with(url, options, || {}).await
     }
 
-    /// Like [`connect`](Self::connect). `on_panic` is called each time the task that reconnects has panicked, which is a
-    /// defect. The task is then started again, after a second.
+    /// Like [`connect`](Self::connect). `on_panic` is called each time a task that keeps the connections has panicked, which
+    /// is a defect. The task is then started again, after a second.
     pub async fn connect_with(
         url: &str,
         options: RedisOptions,
-        on_panic: impl Fn() + Send + 'static,
-    ) -> Result<Self, InvalidRedisUrl> {
+        on_panic: impl Fn() + Send + Sync + 'static,
+    ) -> Result<Self, ConnectError> {
         let ttl = options.ttl.as_millis().min(MAX_MILLIS.into()).to_string();
-        let transport = SingleServer::connect(Address::parse(url)?, options.timeout, on_panic).await;
+        let default_port = if options.mode == RedisMode::Sentinel { SENTINEL_PORT } else { PORT };
+        let url = RedisUrl::parse(url, default_port)?;
+        options.check(&url)?;
+        let on_panic: OnPanic = Arc::new(on_panic);
+        let RedisUrl { servers, tls, user, password, database } = url;
+        let credentials = match options.password {
+            RedisPassword::Url => Credentials::fixed(password.map(|password| Login { user, password })),
+            RedisPassword::File(path) => from_file(PasswordFile { path, user }, options.timeout, &on_panic).await?,
+            #[cfg(feature = "aws-iam")]
+            RedisPassword::AwsIam(iam) => {
+                let tokens = AwsIamTokens::new(iam, user.unwrap_or_default());
+                let on_panic = Arc::clone(&on_panic);
+                Credentials::from_source(tokens, options.timeout, move || on_panic()).await
+            }
+            #[cfg(not(feature = "aws-iam"))]
+            RedisPassword::AwsIam(_) => unreachable!("refused by RedisOptions::check"),
+        };
+        let sentinel_credentials = match options.sentinel_password_file {
+            None => Credentials::fixed(None),
+            Some(path) => {
+                let file = PasswordFile { path, user: options.sentinel_username };
+                from_file(file, options.timeout, &on_panic).await?
+            }
+        };
+        let detection = Detection {
+            network: Tcp { tls },
+            servers,
+            credentials,
+            sentinel_credentials,
+            mode: options.mode,
+            has_sentinel_master: options.sentinel_master.is_some(),
+            database,
+        };
+        let (sentinel_master, timeout) = (options.sentinel_master, options.timeout);
+        let target = Target { detection, sentinel_master, timeout, on_panic };
+        let transport = Servers::connect(target).await.map_err(ConnectError::Mode)?;
         let placed = PlacedJobs::new(Instant::now());
         Ok(Self {
             shared: Arc::new(Shared { transport, scripts: Scripts::default(), ttl, placed, timeout: options.timeout }),
@@ -123,10 +164,7 @@ impl RedisLedger {
         tokio::spawn(async move {
             tokio::time::sleep(COLLECT_PLACED).await;
             let Shared { transport, scripts, ttl, placed, .. } = &*shared;
-            let script = &scripts.note_placed;
-            let mut command = redis::cmd("EVALSHA");
-            command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(ttl).arg(MAX_PLACED).arg(placed.take());
-            if transport.run(script, command).await.is_err() {
+            if transport.note_placed(&scripts.note_placed, ttl, MAX_PLACED, placed.take()).await.is_err() {
                 placed.forget_sent();
             }
         });
@@ -258,26 +296,30 @@ impl Ledger for RedisLedger {
         &self,
         job: JobRef<'_>,
         state: &JobState<'_>,
-        timing: Timing,
+        grace: Duration,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         let script = &self.shared.scripts.reconcile;
-        let JobState { live, overrides, ended, driver } = *state;
+        let JobState { live, gone, overrides, ended, driver } = *state;
         let driver = driver.unwrap_or_default();
+        let grace = u64::try_from(grace.as_millis()).unwrap_or(MAX_MILLIS).min(MAX_MILLIS);
         let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand+".len()).sum();
-        // Eighty bytes hold the grace, a policy, a term and the rest.
-        let Timing { grace, confirm_after } = timing;
-        let bytes = self.shared.ttl.len() + 96 + driver.len() + names;
-        let mut command = Self::command(script, job, 9 + 3 * live.len(), bytes);
+        let gone_names: usize = gone.iter().map(|key| key.len()).sum();
+        // Ninety-six bytes hold the grace, a policy, a term and the rest.
+        let bytes = self.shared.ttl.len() + 96 + driver.len() + names + gone_names;
+        let mut command = Self::command(script, job, 9 + gone.len() + 3 * live.len(), bytes);
         command.write_arg(self.shared.ttl.as_bytes());
-        command.write_arg_fmt(grace.min(MAX_MILLIS));
+        command.write_arg_fmt(grace);
         command.write_arg_fmt(overrides);
         command.write_arg_fmt(term);
         command.write_arg(if ended { b"ended" } else { b"" });
         command.write_arg_fmt(JobLedger::RELEASE_GRACE);
-        command.write_arg_fmt(confirm_after.min(MAX_MILLIS));
-        command.write_arg_fmt(JobLedger::UNCONFIRMED_REPORTED);
+        command.write_arg_fmt(JobLedger::WAITING_REPORTED);
         command.write_arg(driver.as_bytes());
+        command.write_arg_fmt(gone.len());
+        for key in gone {
+            command.write_arg(key.as_bytes());
+        }
         for &LiveExecutor { key: executor, uid, capacity, states_ratio } in live {
             command.write_arg(executor.as_bytes());
             command.write_arg(uid.as_bytes());
@@ -286,8 +328,32 @@ impl Ledger for RedisLedger {
                 false => command.write_arg(text(capacity).as_bytes()),
             }
         }
-        let extra = TIME_PER_LIVE_EXECUTOR.saturating_mul(u32::try_from(live.len()).unwrap_or(u32::MAX));
-        reply::reconciled(&self.shared.transport.run_longer(script, command, extra).await?)
+        reply::reconciled(&self.shared.transport.run(script, command).await?)
+    }
+
+    async fn entries(&self, job: JobRef<'_>, cursor: Option<Cursor>) -> Result<EntryPage, StoreError> {
+        let JobRef { namespace, app_id } = job;
+        let mut command = redis::cmd("HSCAN");
+        command.arg(format!("exec-pods:{{{namespace}:{app_id}}}"));
+        command.arg(cursor.as_ref().map_or("0", Cursor::as_str)).arg("COUNT").arg(ENTRIES_PER_PAGE);
+        reply::entry_page(&self.shared.transport.read(command).await?)
+    }
+
+    async fn correct_counts(
+        &self,
+        job: JobRef<'_>,
+        before: Counts,
+        found: Counts,
+        term: Term,
+    ) -> Result<bool, StoreError> {
+        let script = &self.shared.scripts.correct_counts;
+        let mut command = Self::command(script, job, 6, self.shared.ttl.len() + 100);
+        command.write_arg(self.shared.ttl.as_bytes());
+        command.write_arg_fmt(term);
+        for number in [before.spot, before.on_demand, found.spot, found.on_demand] {
+            command.write_arg_fmt(number);
+        }
+        reply::is_corrected(&self.shared.transport.run(script, command).await?)
     }
 
     async fn remove_unconfirmed(
@@ -328,10 +394,9 @@ impl Ledger for RedisLedger {
     }
 
     async fn take_placed(&self) -> Result<Vec<JobId>, StoreError> {
-        let script = &self.shared.scripts.take_placed;
-        let mut command = redis::cmd("EVALSHA");
-        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(TAKEN_AT_ONCE);
-        reply::jobs(&self.shared.transport.run(script, command).await?)
+        let replies = self.shared.transport.take_placed(&self.shared.scripts.take_placed, TAKEN_AT_ONCE).await?;
+        let jobs = replies.iter().map(reply::jobs).collect::<Result<Vec<_>, _>>()?;
+        Ok(jobs.into_iter().flatten().collect())
     }
 
     async fn record(&self, job: JobRef<'_>) -> Result<Option<JobRecord>, StoreError> {
@@ -356,6 +421,17 @@ impl Ledger for RedisLedger {
         let script = &self.shared.scripts.get;
         let ledger = reply::ledger(&self.shared.transport.run(script, Self::command(script, job, 0, 0)).await?)?;
         Ok(Some(ledger).filter(|ledger| ledger.policy().is_some() || !ledger.entries().is_empty()))
+    }
+}
+
+/// Credentials from a file that can be used now.
+async fn from_file(file: PasswordFile, limit: Duration, on_panic: &OnPanic) -> Result<Credentials, ConnectError> {
+    let on_panic = Arc::clone(on_panic);
+    let mut credentials = Credentials::from_source(file, limit, move || on_panic()).await;
+    match credentials.current() {
+        Ok(_) => Ok(credentials),
+        Err(StoreError::NoConnection(cause)) => Err(ConnectError::PasswordFile(cause)),
+        Err(error) => Err(ConnectError::PasswordFile(error.to_string())),
     }
 }
 

@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use balancer_core::{JobRef, JobState, PlaceRequest, PolicyOverrides, Term, Timing};
+use balancer_core::{JobRef, JobState, PlaceRequest, PolicyOverrides, Term};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
-const TIMING: Timing = Timing { grace: 5_000, confirm_after: 0 };
+const GRACE: Duration = Duration::from_secs(5);
 const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "job" };
 
 /// A server with one reply to AUTH, one to PING and one to every other command.
@@ -38,7 +38,7 @@ async fn server(auth: &'static str, ping: &'static str, other: &'static str) -> 
 }
 
 async fn connect(port: u16) -> Result<RedisLedger> {
-    let options = RedisOptions { timeout: TIMEOUT, ttl: Duration::from_secs(60) };
+    let options = RedisOptions::new(TIMEOUT, Duration::from_secs(60));
     Ok(RedisLedger::connect(&format!("redis://balancer:s3cret@127.0.0.1:{port}"), options).await?)
 }
 
@@ -116,7 +116,7 @@ async fn unexpected_replies_to_the_reconciler_are_invalid() -> Result<()> {
     };
     let negative = "*5\r\n:0\r\n:0\r\n:0\r\n:0\r\n:-1\r\n";
     for answer in ["$-1\r\n", ":1\r\n", "+OK\r\n", "$2\r\nhi\r\n", "*1\r\n:1\r\n", negative] {
-        let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), TIMING, Term(1)).await;
+        let reconciled = answering(answer).await?.reconcile(JOB, &JobState::default(), GRACE, Term(1)).await;
         told(reconciled.err(), answer);
     }
     for answer in [":1\r\n", "+OK\r\n", "*1\r\n:1\r\n", "*2\r\n:-1\r\n:1\r\n"] {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy, ReconcileOutcome,
-    RemovalOutcome, Steer, SteerOutcome, Term, Timing, Unconfirmed,
+    Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, PlaceOutcome, PlaceRequest, Policy,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Unconfirmed,
 };
 use balancer_runtime::admin;
-use balancer_store::{Cursor, JobPage, JobRecord, Ledger, StoreError};
+use balancer_store::{Cursor, EntryPage, JobPage, JobRecord, Ledger, StoreError};
 use balancer_webhook::admit::{Admission, Hook};
 use balancer_webhook::drivers::{DriverLookup, DriverSource};
 use balancer_webhook::metrics::Metrics;
@@ -56,13 +56,21 @@ impl Ledger for Broken {
         &self,
         _: JobRef<'_>,
         _: &JobState<'_>,
-        _: Timing,
+        _: Duration,
         _: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         self.fail()
     }
 
     async fn steer(&self, _: JobRef<'_>, _: Steer<'_>, _: Term) -> Result<SteerOutcome, StoreError> {
+        self.fail()
+    }
+
+    async fn entries(&self, _: JobRef<'_>, _: Option<Cursor>) -> Result<EntryPage, StoreError> {
+        self.fail()
+    }
+
+    async fn correct_counts(&self, _: JobRef<'_>, _: Counts, _: Counts, _: Term) -> Result<bool, StoreError> {
         self.fail()
     }
 

@@ -15,13 +15,20 @@ use prometheus_client::registry::Registry;
 
 /// Chart values that are not `settings.` followed by the variable in camelCase. Empty: the chart has no value for it, or
 /// derives it from others.
-const CHART_VALUES: [(&str, &str); 14] = [
+const CHART_VALUES: [(&str, &str); 21] = [
     ("ADMIN_PORT", "webhook.adminPort, reconciler.adminPort"),
     ("ADMISSION_TOKEN_PATH", "admissionToken.enabled"),
     ("CLIENT_CA_PATH", "clientCertificates.caSecret"),
     ("PORT", "webhook.port"),
     ("RECONCILE_ENABLED", "reconciler.mode"),
     ("RECONCILE_LEASE", ""),
+    ("REDIS_AWS_CACHE_NAME", "redis.awsIam.cacheName"),
+    ("REDIS_AWS_IAM", "redis.awsIam.service"),
+    ("REDIS_MODE", "redis.mode"),
+    ("REDIS_PASSWORD_FILE", "redis.passwordSecret"),
+    ("REDIS_SENTINEL_MASTER", "redis.sentinel.master"),
+    ("REDIS_SENTINEL_PASSWORD_FILE", "redis.sentinel.passwordSecret"),
+    ("REDIS_SENTINEL_USERNAME", "redis.sentinel.username"),
     ("REDIS_URL", "redis.url, redis.existingSecret"),
     ("SPARK_ROLE_LABEL", ""),
     ("STORE", "store"),

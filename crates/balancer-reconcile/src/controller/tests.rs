@@ -4,12 +4,12 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Conventions, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome, PlaceRequest,
-    Policy, ReconcileOutcome, RemovalOutcome, SpotRatio, Steer, SteerOutcome, Term, Timing, Unconfirmed,
+    Capacity, Conventions, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome,
+    PlaceRequest, Policy, ReconcileOutcome, RemovalOutcome, SpotRatio, Steer, SteerOutcome, Term, Unconfirmed,
 };
 use balancer_runtime::admin;
 use balancer_runtime::tasks::{NotAlive, Task, Tasks};
-use balancer_store::{Cursor, JobPage, JobRecord, MemoryLedger, StoreError};
+use balancer_store::{Cursor, EntryPage, JobPage, JobRecord, MemoryLedger, StoreError};
 use futures::FutureExt;
 use http::{Request, Response};
 use kube::Client;
@@ -91,11 +91,25 @@ impl Ledger for Scripted {
         &self,
         job: JobRef<'_>,
         state: &JobState<'_>,
-        timing: Timing,
+        grace: Duration,
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         self.before(Call::Reconcile)?;
-        self.memory.reconcile(job, state, timing, term).await
+        self.memory.reconcile(job, state, grace, term).await
+    }
+
+    async fn entries(&self, job: JobRef<'_>, cursor: Option<Cursor>) -> Result<EntryPage, StoreError> {
+        self.memory.entries(job, cursor).await
+    }
+
+    async fn correct_counts(
+        &self,
+        job: JobRef<'_>,
+        before: Counts,
+        found: Counts,
+        term: Term,
+    ) -> Result<bool, StoreError> {
+        self.memory.correct_counts(job, before, found, term).await
     }
 
     async fn steer(&self, job: JobRef<'_>, steer: Steer<'_>, term: Term) -> Result<SteerOutcome, StoreError> {
@@ -331,7 +345,7 @@ async fn a_store_without_memory_is_up_and_loses_dead_entries() {
     let live =
         [one, two].map(|key| LiveExecutor { key, uid: key, capacity: Some(Capacity::Spot), states_ratio: false });
     let (state, grace) = (JobState { live: &live, ..JobState::default() }, 5 * SECOND);
-    bench.ledger.memory.reconcile(JOB, &state, Timing::only_grace(grace), Term(1)).await.expect("a reconcile");
+    bench.ledger.memory.reconcile(JOB, &state, grace, Term(1)).await.expect("a reconcile");
     assert_eq!(bench.executors(JOB).await, 2);
     sleep(10 * SECOND).await;
     assert_eq!(bench.executors(JOB).await, 1);
@@ -472,9 +486,9 @@ async fn the_policy_of_a_job_without_a_driver_is_restored_to_what_the_last_recon
     let store = async |policy: Policy| {
         let live = [LiveExecutor { key: "spark-1-exec-1", uid: "uid", capacity: None, states_ratio: false }];
         let state = JobState { live: &live, overrides: policy.into(), ..JobState::default() };
-        let timing = Timing::only_grace(60 * SECOND);
+        let grace = 60 * SECOND;
         let term = bench.ledger.get(JOB).await.expect("a ledger").unwrap_or_default().term();
-        bench.ledger.memory.reconcile(JOB, &state, timing, term).await.expect("a policy");
+        bench.ledger.memory.reconcile(JOB, &state, grace, term).await.expect("a policy");
     };
     store(ratio("0.3")).await;
     sleep(10 * SECOND).await;
@@ -736,11 +750,9 @@ async fn a_ledger_is_told_to_avoid_a_type_once_and_again_after_it_was_lost() {
         count(call);
         if call == Call::Heartbeat && !std::mem::replace(&mut is_lost, true) {
             memory.heartbeat(7).now_or_never().expect("it does not wait")?;
-            let ended = JobState { ended: true, ..JobState::default() };
-            memory
-                .reconcile(JOB, &ended, Timing::only_grace(Duration::ZERO), Term(1))
-                .now_or_never()
-                .expect("nor this")?;
+            let gone = ["spark-1-exec-1", "spark-1-exec-2", "spark-1-exec-3"];
+            let ended = JobState { gone: &gone, ended: true, ..JobState::default() };
+            memory.reconcile(JOB, &ended, Duration::ZERO, Term(1)).now_or_never().expect("nor this")?;
             assert_eq!(memory.get(JOB).now_or_never().expect("nor this")?, None);
         }
         Ok(())

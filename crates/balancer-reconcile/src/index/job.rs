@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use balancer_core::{Capacity, InvalidField, JobId, JobState, LiveExecutor, Policy, PolicyOverrides};
+use balancer_core::{Capacity, Counts, InvalidField, JobId, JobState, LiveExecutor, Policy, PolicyOverrides};
 
 /// All live pods with one job id. Usually they are one job: a driver and its executors. Several drivers with one job id
 /// are several jobs.
@@ -29,6 +29,10 @@ pub(super) struct Team {
     /// The owner's uid, as the executor that was reported last states it.
     pub(super) owner_uid: Box<str>,
     pub(super) executors: HashMap<Arc<str>, Executor>,
+    /// The names of those that have another key in the ledger, by that key.
+    pub(super) generated: HashMap<Box<str>, Arc<str>>,
+    /// What they require by themselves.
+    pub(super) fixed: FixedCounts,
     /// Whether the owner is a live driver with the same job id.
     pub(super) has_driver: bool,
     /// Whether it was reported that the job's ratio has no effect.
@@ -48,7 +52,86 @@ pub(super) struct Executor {
     pub(super) generation: u32,
 }
 
+impl Team {
+    /// Adds an executor, of whose name the team has none.
+    pub(super) fn insert(&mut self, name: Arc<str>, executor: Executor) {
+        if let Some(key) = &executor.key {
+            self.generated.insert(key.clone(), Arc::clone(&name));
+        }
+        *self.fixed.of(executor.fixed) += 1;
+        self.executors.insert(name, executor);
+    }
+
+    pub(super) fn remove(&mut self, name: &str) -> Option<Executor> {
+        let executor = self.executors.remove(name)?;
+        if let Some(key) = &executor.key {
+            self.generated.remove(key);
+        }
+        *self.fixed.of(executor.fixed) -= 1;
+        Some(executor)
+    }
+}
+
+/// What the counts of a ledger must be according to the live executors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct CountBounds {
+    /// The executors of known capacity, on each.
+    pub(crate) least: Counts,
+    /// All executors.
+    pub(crate) most: u64,
+}
+
+impl CountBounds {
+    /// Whether a ledger with these counts, of which so many placements wait for their pods, may be right.
+    pub(crate) fn allow(self, counts: Counts, waiting: u64) -> bool {
+        let Self { least, most } = self;
+        counts.spot >= least.spot && counts.on_demand >= least.on_demand && counts.total() <= most + waiting
+    }
+}
+
+/// How many executors require each capacity by themselves, and how many none.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct FixedCounts {
+    spot: usize,
+    on_demand: usize,
+    none: usize,
+}
+
+impl FixedCounts {
+    fn of(&mut self, fixed: Option<Capacity>) -> &mut usize {
+        match fixed {
+            Some(Capacity::Spot) => &mut self.spot,
+            Some(Capacity::OnDemand) => &mut self.on_demand,
+            None => &mut self.none,
+        }
+    }
+
+    pub(super) fn add(&mut self, others: Self) {
+        self.spot += others.spot;
+        self.on_demand += others.on_demand;
+        self.none += others.none;
+    }
+
+    pub(super) fn total(self) -> usize {
+        self.spot + self.on_demand + self.none
+    }
+
+    /// The capacity that all of them require.
+    pub(super) fn common(self) -> Option<Capacity> {
+        match self {
+            Self { spot: 1.., on_demand: 0, none: 0 } => Some(Capacity::Spot),
+            Self { spot: 0, on_demand: 1.., none: 0 } => Some(Capacity::OnDemand),
+            _ => None,
+        }
+    }
+}
+
 impl Executor {
+    /// The key in the ledger of the executor with this name.
+    pub(super) fn key(&self, name: &Arc<str>) -> Arc<str> {
+        self.key.as_deref().map_or_else(|| Arc::clone(name), Arc::from)
+    }
+
     /// Whether it was sent to spot, and has no node yet.
     pub(super) fn waits_for_spot(&self) -> bool {
         self.node.is_none() && self.asked == Some(Capacity::Spot)
@@ -104,14 +187,14 @@ pub struct DriverRef {
     pub uid: String,
 }
 
-/// What the ledger of a job should contain, according to the cluster.
+/// What the ledger of a job should contain of some executors, according to the cluster.
 #[derive(Debug, Default)]
 pub struct DesiredState<'a> {
     pub(super) live: Vec<LiveExecutor<'a>>,
+    pub(super) gone: Vec<&'a str>,
     pub(super) overrides: PolicyOverrides,
     pub(super) ended: bool,
     pub(super) driver: Option<&'a str>,
-    pub(super) fixed: Option<FixedCapacity>,
 }
 
 impl DesiredState<'_> {
@@ -128,19 +211,10 @@ impl DesiredState<'_> {
         self.driver
     }
 
-    /// How many executors are live.
-    pub(crate) fn executors(&self) -> u32 {
-        u32::try_from(self.live.len()).unwrap_or(u32::MAX)
-    }
-
-    /// The capacity that all live executors require by themselves, if they require the same one.
-    pub(crate) fn fixed(&self) -> Option<FixedCapacity> {
-        self.fixed
-    }
-
     /// The same, as a ledger accepts it.
     pub fn job_state(&self) -> JobState<'_> {
-        JobState { live: &self.live, overrides: self.overrides, ended: self.ended, driver: self.driver }
+        let Self { live, gone, overrides, ended, driver } = self;
+        JobState { live, gone, overrides: *overrides, ended: *ended, driver: *driver }
     }
 }
 
@@ -175,6 +249,23 @@ impl FixedCapacity {
 mod tests {
     use super::*;
     use balancer_core::Ratio;
+
+    #[test]
+    fn counts_outside_their_bounds_are_wrong() {
+        let bounds = CountBounds { least: Counts { spot: 3, on_demand: 1 }, most: 5 };
+        for (spot, on_demand, waiting, allowed) in [
+            (3, 1, 0, true),
+            (4, 1, 0, true),
+            (3, 2, 0, true),
+            (2, 2, 0, false),
+            (4, 0, 0, false),
+            (4, 2, 0, false),
+            (4, 2, 1, true),
+        ] {
+            let counts = Counts { spot, on_demand };
+            assert_eq!(bounds.allow(counts, waiting), allowed, "{counts:?}, {waiting} waiting");
+        }
+    }
 
     #[test]
     fn a_stated_ratio_is_without_effect_unless_it_is_what_all_executors_require() {

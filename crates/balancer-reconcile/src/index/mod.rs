@@ -1,5 +1,6 @@
 //! The state of the cluster: every job's live pods, and the capacity of each node. Pure: no I/O and no clock.
 
+mod changes;
 mod invalid_annotation;
 mod job;
 mod nodes;
@@ -15,11 +16,14 @@ use balancer_core::{
     PolicyOverrides, SpotRatio,
 };
 
+use changes::add_change;
+pub use changes::{Change, ChangedJobs, Changes, Executors};
 pub use invalid_annotation::InvalidAnnotation;
 use invalid_annotation::InvalidAnnotations;
+pub(crate) use job::CountBounds;
 pub(crate) use job::FixedCapacity;
 pub use job::{DesiredState, DriverRef};
-use job::{Driver, Executor, Group, Team};
+use job::{Driver, Executor, FixedCounts, Group, Team};
 use nodes::NodeIndex;
 pub use shares::{Pool, Shares};
 
@@ -43,7 +47,7 @@ pub struct ClusterIndex {
     nodes: NodeIndex,
     /// The lists of each namespace's pods; `None` stands for all namespaces.
     lists: HashMap<Option<Arc<str>>, Lists>,
-    changed: HashMap<Arc<JobId>, Change>,
+    changed: ChangedJobs,
     invalid_annotations: InvalidAnnotations,
 }
 
@@ -66,15 +70,6 @@ struct Namespace {
     teams: HashMap<Arc<str>, Vec<Arc<JobId>>>,
 }
 
-/// What has changed in a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Change {
-    /// Something that the ledger may contain already, or that can wait.
-    Other,
-    /// An executor is gone, so Spark may request another one at any moment.
-    Loss,
-}
-
 /// The number of live jobs and executors, for the gauges. Jobs that have opted out are not counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
@@ -86,12 +81,6 @@ pub struct Totals {
     pub on_demand: u64,
     /// Executors whose capacity is not known yet.
     pub unknown: u64,
-}
-
-/// Adds a change; the most urgent one of a job counts.
-fn add_change(changed: &mut HashMap<Arc<JobId>, Change>, job: Arc<JobId>, change: Change) {
-    let known = changed.entry(job).or_insert(change);
-    *known = change.max(*known);
 }
 
 /// Whether an executor with the job's label value and this owner belongs to the job, if `primary` is the primary owner.
@@ -185,10 +174,11 @@ impl ClusterIndex {
     /// A node was listed, added or changed.
     pub fn apply_node(&mut self, name: &str, capacity: Option<Capacity>) {
         let Self { groups, teams, nodes, changed, .. } = self;
-        for team in nodes.apply(name, capacity) {
-            if let Some(job) = job_of(groups, teams, team) {
-                add_change(changed, job, Change::Other);
-            }
+        for id in nodes.apply(name, capacity) {
+            let (Some(job), Some(team)) = (job_of(groups, teams, id), teams.get(id)) else { continue };
+            let bound = team.executors.iter().filter(|(_, executor)| executor.node.as_deref() == Some(name));
+            let executors = Executors::Some(bound.map(|(name, executor)| executor.key(name)).collect());
+            add_change(changed, job, Change::Other, executors);
         }
     }
 
@@ -197,7 +187,7 @@ impl ClusterIndex {
         let Self { groups, teams, nodes, changed, .. } = self;
         for team in nodes.set_pool(name, pool) {
             if let Some(job) = job_of(groups, teams, team) {
-                add_change(changed, job, Change::Other);
+                add_change(changed, job, Change::Other, Executors::default());
             }
         }
     }
@@ -218,7 +208,7 @@ impl ClusterIndex {
     }
 
     /// The jobs that have changed since the last call, and how.
-    pub fn take_changed(&mut self) -> HashMap<Arc<JobId>, Change> {
+    pub fn take_changed(&mut self) -> ChangedJobs {
         mem::take(&mut self.changed)
     }
 
@@ -242,8 +232,15 @@ impl ClusterIndex {
 
     /// Whether the job has a live executor of this key.
     pub(crate) fn has_executor(&self, job: &JobId, key: &str) -> bool {
-        let is_generated = |executor: &Executor| executor.key.as_deref() == Some(key);
-        self.teams_of(job).any(|team| team.executors.contains_key(key) || team.executors.values().any(is_generated))
+        self.executor(job, key).is_some()
+    }
+
+    /// The job's live executor of this key, and the name of its pod.
+    fn executor(&self, job: &JobId, key: &str) -> Option<(&Arc<str>, &Executor)> {
+        self.teams_of(job).find_map(|team| {
+            let by_name = team.executors.get_key_value(key).filter(|(_, executor)| executor.key.is_none());
+            by_name.or_else(|| team.executors.get_key_value(team.generated.get(key)?))
+        })
     }
 
     /// The job of a live executor, by the name of its pod.
@@ -258,10 +255,7 @@ impl ClusterIndex {
 
     /// The capacity of the node of the job's executor of this key; `None` if it has no node.
     pub(crate) fn bound_capacity(&self, job: &JobId, key: &str) -> Option<Capacity> {
-        let is_generated = |executor: &&Executor| executor.key.as_deref() == Some(key);
-        let executor = self
-            .teams_of(job)
-            .find_map(|team| team.executors.get(key).or_else(|| team.executors.values().find(is_generated)))?;
+        let (_, executor) = self.executor(job, key)?;
         executor.node.as_ref()?;
         self.capacity(executor)
     }
@@ -307,29 +301,57 @@ impl ClusterIndex {
         (group.primary.as_deref() == Some(driver)).then_some(id)
     }
 
-    /// What the job's ledger should contain.
-    pub fn desired(&self, job: &JobId) -> DesiredState<'_> {
-        let (mut live, mut fixed, mut contains) = (Vec::new(), None, false);
-        for team in self.teams_of(job) {
-            contains = true;
-            live.reserve_exact(team.executors.len());
-            for (name, executor) in &team.executors {
-                let key = executor.key.as_deref().unwrap_or(name);
-                let states_ratio = executor.states_ratio;
-                live.push(LiveExecutor { key, uid: &executor.uid, capacity: self.capacity(executor), states_ratio });
-                let known = *fixed.get_or_insert(executor.fixed);
-                fixed = Some(executor.fixed.filter(|_| known == executor.fixed));
+    /// The keys of the job's live executors.
+    pub fn keys(&self, job: &JobId) -> impl Iterator<Item = Arc<str>> {
+        self.teams_of(job).flat_map(|team| team.executors.iter().map(|(name, executor)| executor.key(name)))
+    }
+
+    /// The job's live executor of this key, as its entry should be.
+    pub fn live(&self, job: &JobId, key: &str) -> Option<LiveExecutor<'_>> {
+        let (name, executor) = self.executor(job, key)?;
+        let key = executor.key.as_deref().unwrap_or(name);
+        let (capacity, states_ratio) = (self.capacity(executor), executor.states_ratio);
+        Some(LiveExecutor { key, uid: &executor.uid, capacity, states_ratio })
+    }
+
+    /// What the job's ledger should contain of the executors with these keys, and what it should say about the job.
+    pub fn desired<'a>(&'a self, job: &JobId, keys: impl IntoIterator<Item = &'a Arc<str>>) -> DesiredState<'a> {
+        let mut desired = DesiredState {
+            overrides: self.overrides(job),
+            ended: !self.contains(job),
+            driver: self.desired_driver(job),
+            ..DesiredState::default()
+        };
+        for key in keys {
+            match self.live(job, key) {
+                Some(live) => desired.live.push(live),
+                None => desired.gone.push(key),
             }
         }
-        if !contains {
-            return DesiredState { ended: true, ..DesiredState::default() };
+        desired
+    }
+
+    /// The counts that the job's ledger must have at least and at most, without placements that wait for their pods. It goes
+    /// through all executors.
+    pub(crate) fn bounds(&self, job: &JobId, is_opted_out: bool) -> CountBounds {
+        let mut bounds = CountBounds::default();
+        for executor in self.teams_of(job).flat_map(|team| team.executors.values()) {
+            bounds.most += 1;
+            // In a job that is opted out, others may be there, but need not.
+            if let Some(capacity) = self.capacity(executor).filter(|_| executor.states_ratio || !is_opted_out) {
+                bounds.least.add(capacity);
+            }
         }
-        let driver = self.desired_driver(job);
-        let states_ratio = self.stated(job).map(|driver| driver.states_ratio);
+        bounds
+    }
+
+    /// What all of the job's live executors require by themselves, if they require the same capacity.
+    pub(crate) fn fixed(&self, job: &JobId) -> Option<FixedCapacity> {
+        let mut all = FixedCounts::default();
+        self.teams_of(job).for_each(|team| all.add(team.fixed));
         // During a migration some may be of the original, which left no mark on those that it has placed.
-        let fixed = fixed.flatten().filter(|_| live.len() >= FixedCapacity::ENOUGH);
-        let fixed = fixed.map(|capacity| FixedCapacity { capacity, states_ratio });
-        DesiredState { live, overrides: self.overrides(job), ended: false, driver, fixed }
+        let capacity = all.common().filter(|_| all.total() >= FixedCapacity::ENOUGH)?;
+        Some(FixedCapacity { capacity, states_ratio: self.stated(job).map(|driver| driver.states_ratio) })
     }
 
     /// Counts everything that is live. `policy` returns what a job's ledger has, for those whose driver is not watched.
@@ -407,12 +429,13 @@ impl ClusterIndex {
         if let Some(owner_uid) = driver_uid.filter(|owner_uid| **owner_uid != *team.owner_uid) {
             team.owner_uid = owner_uid.into();
         }
-        let before = team.executors.remove(&name);
+        let before = team.remove(&name);
         let is_same = before.as_ref().is_some_and(|before| {
             let is_same_pod = *before.uid == *uid && before.states_ratio == states_ratio;
             is_same_pod && before.asked == asked && before.node.as_deref() == node
         });
         let waited = before.as_ref().is_some_and(Executor::waits_for_spot);
+        let key_before = before.as_ref().map(|before| before.key(&name));
         let mut bound = before.and_then(|before| before.node);
         if bound.as_deref() != node {
             if let Some(node) = bound.take() {
@@ -424,13 +447,17 @@ impl ClusterIndex {
         let uid = uid.into();
         let executor = Executor { key, uid, node: bound, asked, fixed, states_ratio, generation };
         self.nodes.set_waiting(&id, waited, executor.waits_for_spot());
-        team.executors.insert(name, executor);
+        let mut changed = Executors::one(executor.key(&name));
+        if let Some(before) = key_before {
+            changed.merge(Executors::one(before));
+        }
+        team.insert(name, executor);
         let is_first = team.executors.len() == 1;
         if is_first {
             self.note_busy(&id);
         }
         if !is_same || was_driver {
-            self.change(&id, Change::Other);
+            self.change(&id, Change::Other, changed);
         }
     }
 
@@ -453,12 +480,13 @@ impl ClusterIndex {
     fn delete_executor(&mut self, namespace: &str, name: &str) {
         let Some(pods) = self.namespaces.get_mut(namespace) else { return };
         let Some((name, id)) = pods.executors.remove_entry(name) else { return };
-        let executor = self.teams.get_mut(&id).and_then(|team| team.executors.remove(&name));
+        let executor = self.teams.get_mut(&id).and_then(|team| team.remove(&name));
+        let key = executor.as_ref().map_or_else(|| Arc::clone(&name), |executor| executor.key(&name));
         self.nodes.set_waiting(&id, executor.as_ref().is_some_and(Executor::waits_for_spot), false);
         if let Some(node) = executor.and_then(|executor| executor.node) {
             self.nodes.unbind(&node, &id);
         }
-        self.change(&id, Change::Loss);
+        self.change(&id, Change::Loss, Executors::one(key));
         self.note_busy(&id);
         self.leave(&id);
         self.forget_namespace(namespace);
@@ -493,7 +521,11 @@ impl ClusterIndex {
             in_use: overrides,
         };
         self.invalid_annotations.update(annotation, &invalid);
-        let is_same = before.is_some_and(|before| before.overrides == overrides);
+        let is_same = before.as_ref().is_some_and(|before| before.overrides == overrides);
+        let is_off = |overrides: &PolicyOverrides| overrides.spot_ratio == Some(SpotRatio::Off);
+        // In a job that was off, its executors were not added.
+        let was_off = before.is_none_or(|before| is_off(&before.overrides));
+        let counted = if was_off && !is_off(&overrides) { Executors::All } else { Executors::default() };
         let driver = Driver {
             uid: uid.into(),
             created: created.into(),
@@ -517,7 +549,7 @@ impl ClusterIndex {
             self.elect(&job, true);
         }
         if !is_same {
-            self.change_owned(namespace, &name);
+            self.change_owned(namespace, &name, &counted);
         }
     }
 
@@ -526,7 +558,7 @@ impl ClusterIndex {
         let Some(pods) = self.namespaces.get_mut(namespace) else { return false };
         let Some((name, driver)) = pods.drivers.remove_entry(name) else { return false };
         self.invalid_annotations.remove(namespace, &name);
-        self.change_owned(namespace, &name);
+        self.change_owned(namespace, &name, &Executors::default());
         if let Some(job) = driver.job {
             if let Some(group) = self.groups.get_mut(&job) {
                 let driver = (driver.created, Arc::clone(&name));
@@ -568,6 +600,8 @@ impl ClusterIndex {
             owner,
             owner_uid: Box::default(),
             executors: HashMap::new(),
+            generated: HashMap::new(),
+            fixed: FixedCounts::default(),
             has_driver: false,
             is_reported: false,
         };
@@ -628,25 +662,26 @@ impl ClusterIndex {
         if before.is_some() {
             let owners = [before, primary].into_iter().filter(Option::is_some);
             for team in owners.filter_map(|owner| group.teams.get(&owner)) {
-                add_change(&mut self.changed, Arc::clone(team), Change::Other);
+                add_change(&mut self.changed, Arc::clone(team), Change::Other, Executors::All);
             }
         }
-        add_change(&mut self.changed, id, Change::Other);
+        add_change(&mut self.changed, id, Change::Other, Executors::All);
     }
 
     /// The job to which the team belongs has changed.
-    fn change(&mut self, team: &JobId, change: Change) {
+    fn change(&mut self, team: &JobId, change: Change, executors: Executors) {
         if let Some(job) = job_of(&self.groups, &self.teams, team) {
-            add_change(&mut self.changed, job, change);
+            add_change(&mut self.changed, job, change, executors);
         }
     }
 
-    /// The policy of the jobs whose executors this pod owns may have changed.
-    fn change_owned(&mut self, namespace: &str, owner: &str) {
+    /// The policy of the jobs whose executors this pod owns may have changed. `executors` are those that count now and
+    /// did not before.
+    fn change_owned(&mut self, namespace: &str, owner: &str, executors: &Executors) {
         let teams = self.namespaces.get(namespace).and_then(|pods| pods.teams.get(owner));
         for team in teams.into_iter().flatten() {
             if let Some(job) = job_of(&self.groups, &self.teams, team) {
-                add_change(&mut self.changed, job, Change::Other);
+                add_change(&mut self.changed, job, Change::Other, executors.clone());
             }
         }
     }

@@ -35,11 +35,16 @@ fn apply_driver(index: &mut ClusterIndex, name: &str, annotations: Value) {
 }
 
 fn capacities(index: &ClusterIndex) -> Vec<Option<Capacity>> {
-    index.desired(&job()).live.iter().map(|live| live.capacity).collect()
+    index.keys(&job()).map(|key| index.live(&job(), &key).and_then(|live| live.capacity)).collect()
+}
+
+/// What the job's ledger should say about the job as a whole.
+fn desired<'a>(index: &'a ClusterIndex, job: &JobId) -> DesiredState<'a> {
+    index.desired(job, [])
 }
 
 fn policy(index: &ClusterIndex) -> Option<(String, u32)> {
-    let policy = index.desired(&job()).overrides.or(None)?;
+    let policy = desired(index, &job()).overrides.or(None)?;
     Some((policy.spot_ratio.to_string(), policy.on_demand_base))
 }
 
@@ -83,7 +88,7 @@ fn deleted_pods_leave_nothing_in_the_index() {
         }
         apply_driver(&mut index, "d", json!({"workload/spot-ratio": "x"}));
         index.init_pods_done(None);
-        assert_eq!(index.desired(&job()).live.len(), 10);
+        assert_eq!(index.keys(&job()).count(), 10);
     }
     index.init_pods(None);
     index.init_pods_done(None);
@@ -113,11 +118,11 @@ fn a_list_of_one_namespace_does_not_affect_another() {
 fn absent_fields_are_the_default_and_without_a_driver_nothing_is_stated() {
     let mut index = index();
     apply(&mut index, "e", "executor", |_| {});
-    assert_eq!(index.desired(&job()).overrides, PolicyOverrides::default());
+    assert_eq!(desired(&index, &job()).overrides, PolicyOverrides::default());
     apply_driver(&mut index, "d", json!({"workload/spot-ratio": "0.1"}));
     assert_eq!(policy(&index), Some(("0.1".into(), 0)));
     index.delete_pod("etl", "d");
-    assert_eq!(index.desired(&job()).overrides, PolicyOverrides::default());
+    assert_eq!(desired(&index, &job()).overrides, PolicyOverrides::default());
 }
 
 fn other_job(driver: &str) -> JobId {
@@ -138,13 +143,13 @@ fn owned(owner: &str) -> impl FnOnce(&mut Value) {
 }
 
 fn keys<'a>(index: &'a ClusterIndex, job: &JobId) -> Vec<&'a str> {
-    let mut keys: Vec<_> = index.desired(job).live.iter().map(|live| live.key).collect();
+    let mut keys: Vec<_> = index.keys(job).filter_map(|key| Some(index.live(job, &key)?.key)).collect();
     keys.sort_unstable();
     keys
 }
 
 fn ratio(index: &ClusterIndex, job: &JobId) -> Option<String> {
-    index.desired(job).overrides.spot_ratio.map(|ratio| ratio.to_string())
+    desired(index, job).overrides.spot_ratio.map(|ratio| ratio.to_string())
 }
 
 #[test]
@@ -154,7 +159,7 @@ fn several_live_drivers_with_one_job_id_are_several_jobs() {
     apply(&mut index, "e1", "executor", owned("new"));
     apply(&mut index, "e0", "executor", |_| {});
     assert_eq!(keys(&index, &job()), ["e0", "e1"]);
-    assert_eq!(index.desired(&job()).driver, Some("new"));
+    assert_eq!(desired(&index, &job()).driver, Some("new"));
     index.take_changed();
     apply(&mut index, "old", "driver", created(1, "0.1"));
     apply(&mut index, "e2", "executor", owned("old"));
@@ -162,7 +167,7 @@ fn several_live_drivers_with_one_job_id_are_several_jobs() {
     assert_eq!(keys(&index, &other_job("new")), ["e1"]);
     assert_eq!(ratio(&index, &job()).as_deref(), Some("0.1"));
     assert_eq!(ratio(&index, &other_job("new")).as_deref(), Some("0.9"));
-    assert_eq!(index.desired(&other_job("new")).driver, Some("new"));
+    assert_eq!(desired(&index, &other_job("new")).driver, Some("new"));
     let changed = index.take_changed();
     assert!(changed.contains_key(&job()) && changed.contains_key(&other_job("new")), "{changed:?}");
     assert_eq!((index.jobs().count(), index.totals(|_| None).jobs), (2, 2));
@@ -171,8 +176,8 @@ fn several_live_drivers_with_one_job_id_are_several_jobs() {
     // The oldest ends before its executors do: the next one becomes the job of the job id.
     index.delete_pod("etl", "old");
     assert_eq!((keys(&index, &job()), keys(&index, &other_job("old"))), (vec!["e0", "e1"], vec!["e2"]));
-    assert_eq!(index.desired(&job()).driver, Some("new"));
-    assert!(index.desired(&other_job("new")).ended);
+    assert_eq!(desired(&index, &job()).driver, Some("new"));
+    assert!(desired(&index, &other_job("new")).ended);
     let changed = index.take_changed();
     for changed_job in [job(), other_job("new"), other_job("old")] {
         assert!(changed.contains_key(&changed_job), "{changed_job:?} in {changed:?}");
@@ -241,7 +246,7 @@ fn the_oldest_driver_with_executors_is_preferred_else_the_newest() {
     apply(&mut index, "new", "driver", created(2, "0.9"));
     let primary = |index: &ClusterIndex| {
         let primary = index.primary(job().as_job_ref()).map(|primary| primary.to_string());
-        assert_eq!(index.desired(&job()).driver, primary.as_deref());
+        assert_eq!(desired(index, &job()).driver, primary.as_deref());
         (primary.unwrap_or_default(), ratio(index, &job()).unwrap_or_default())
     };
     let (new, old) = (("new".to_owned(), "0.9".to_owned()), ("old".to_owned(), "0.1".to_owned()));
@@ -313,7 +318,7 @@ fn a_ratio_is_without_effect_while_all_executors_require_the_same_capacity_by_th
     let selects = |capacity: &'static str| {
         move |pod: &mut Value| pod["spec"]["nodeSelector"] = json!({"karpenter.sh/capacity-type": capacity})
     };
-    let fixed = |index: &ClusterIndex| index.desired(&job()).fixed().map(|fixed| fixed.capacity);
+    let fixed = |index: &ClusterIndex| index.fixed(&job()).map(|fixed| fixed.capacity);
     apply(&mut index, "d", "driver", created(1, "0.7"));
     assert_eq!(fixed(&index), None);
     apply(&mut index, "e1", "executor", selects("spot"));
@@ -321,7 +326,7 @@ fn a_ratio_is_without_effect_while_all_executors_require_the_same_capacity_by_th
     assert_eq!(fixed(&index), None, "too few to tell");
     apply(&mut index, "e0", "executor", selects("spot"));
     assert_eq!(fixed(&index), Some(Capacity::Spot));
-    assert_eq!(index.desired(&job()).fixed().and_then(|fixed| fixed.states_ratio), Some(true));
+    assert_eq!(index.fixed(&job()).and_then(|fixed| fixed.states_ratio), Some(true));
     assert!(index.report_once(&job()) && !index.report_once(&job()));
     // The others make up for it.
     apply(&mut index, "e3", "executor", |_| {});
@@ -522,7 +527,7 @@ fn a_field_that_was_never_valid_is_left_to_the_ledger() {
     let mut index = index();
     apply_driver(&mut index, "d", json!({"workload/spot-ratio": "seven", "workload/on-demand-base": "4"}));
     assert_eq!(
-        index.desired(&job()).overrides,
+        desired(&index, &job()).overrides,
         PolicyOverrides { spot_ratio: None, ..PolicyOverrides::from(Policy { on_demand_base: 4, ..Policy::DEFAULT }) }
     );
     let reported = index.take_invalid_annotations(usize::MAX);
@@ -530,7 +535,7 @@ fn a_field_that_was_never_valid_is_left_to_the_ledger() {
 }
 
 fn changed(index: &mut ClusterIndex) -> Vec<Change> {
-    index.take_changed().into_values().collect()
+    index.take_changed().into_values().map(|changes| changes.change).collect()
 }
 
 #[test]

@@ -1,6 +1,5 @@
 //! One connection to a server: commands and their replies, and how long they may take.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
@@ -10,6 +9,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::credentials::Login;
 use super::scripts::Script;
 use crate::{StoreError, coalesce_wakeups};
 
@@ -17,17 +17,27 @@ use crate::{StoreError, coalesce_wakeups};
 const FULL: &str = "OOM";
 /// The error code of a read-only replica.
 pub(super) const READ_ONLY: &str = "READONLY";
+/// The error code of a server that wants a password first.
+pub(super) const NOT_LOGGED_IN: &str = "NOAUTH";
+/// The error code of a server that wants another password.
+const WRONG_PASSWORD: &str = "WRONGPASS";
+
+/// Whether a command is for a slot that is moving to the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Asking {
+    No,
+    Yes,
+}
 
 /// A connection that carries all calls at once.
 pub(super) struct Connection {
     redis: MultiplexedConnection,
-    /// How much longer than usual the calls in flight may take together, in µs. The server runs one script after
-    /// another, and answers nobody meanwhile.
-    extra: AtomicU64,
     /// A call timed out: does the server still answer?
     pub(super) probe_now: Notify,
     /// The server has become a read-only replica: another server is the master now.
     pub(super) read_only: Notify,
+    /// The server asks for a password, or for another one.
+    pub(super) not_logged_in: Notify,
 }
 
 impl Connection {
@@ -42,16 +52,27 @@ impl Connection {
         let (redis, io) = MultiplexedConnection::new_with_config(&silent, stream, config)
             .await
             .map_err(|error| store_error(&error))?;
-        let connection = Self { redis, extra: AtomicU64::new(0), probe_now: Notify::new(), read_only: Notify::new() };
+        let (probe_now, read_only, not_logged_in) = (Notify::new(), Notify::new(), Notify::new());
+        let connection = Self { redis, probe_now, read_only, not_logged_in };
         Ok((connection, IoTask(tokio::spawn(coalesce_wakeups(io)))))
     }
 
     /// Sends a command.
     pub(super) async fn send(&self, command: &Cmd) -> Result<Value, StoreError> {
-        match self.redis.clone().send_packed_command(command).await {
-            Ok(Value::ServerError(refusal)) => Err(refused(refusal.code(), refusal.details().unwrap_or_default())),
-            Ok(reply) => Ok(reply),
-            Err(error) => Err(store_error(&error)),
+        answer(self.redis.clone().send_packed_command(command).await)
+    }
+
+    /// Logs in, or logs in again.
+    pub(super) async fn authenticate(&self, login: &Login) -> Result<(), StoreError> {
+        // Not left to the redis crate, which reports every error as a wrong password.
+        let mut auth = redis::cmd("AUTH");
+        auth.arg(login.user.as_deref()).arg(&login.password);
+        match self.send(&auth).await {
+            Ok(_) => Ok(()),
+            Err(StoreError::Refused { code, detail }) => {
+                Err(StoreError::Refused { code, detail: login.redact(&detail) })
+            }
+            Err(error) => Err(error),
         }
     }
 
@@ -62,57 +83,61 @@ impl Connection {
         command: &Cmd,
         limit: Duration,
     ) -> Result<Value, StoreError> {
-        let Ok(reply) = timeout(limit, self.run(script, command)).await else {
+        timeout(limit, self.run(script, command, Asking::No)).await.unwrap_or_else(|_| {
             self.probe_now.notify_one();
-            return Err(StoreError::TimedOut(limit));
+            Err(StoreError::TimedOut(limit))
+        })
+    }
+
+    /// Sends a command, with a script that it runs.
+    pub(super) async fn run(
+        &self,
+        script: Option<&Script>,
+        command: &Cmd,
+        asking: Asking,
+    ) -> Result<Value, StoreError> {
+        let reply = match (self.send_as(command, asking).await, script) {
+            // The server was restarted, or got SCRIPT FLUSH.
+            (Err(StoreError::Refused { code, .. }), Some(script)) if code == "NOSCRIPT" => {
+                self.send(redis::cmd("SCRIPT").arg("LOAD").arg(script.code())).await?;
+                self.send_as(command, asking).await
+            }
+            (reply, _) => reply,
         };
-        if reply.as_ref().is_err_and(is_read_only) {
-            self.read_only.notify_one();
+        match &reply {
+            Err(error) if is_read_only(error) => self.read_only.notify_one(),
+            Err(StoreError::Refused { code, .. }) if code == NOT_LOGGED_IN || code == WRONG_PASSWORD => {
+                self.not_logged_in.notify_one();
+            }
+            _ => {}
         }
         reply
     }
 
-    async fn run(&self, script: Option<&Script>, command: &Cmd) -> Result<Value, StoreError> {
-        match (self.send(command).await, script) {
-            // The server was restarted, or got SCRIPT FLUSH.
-            (Err(StoreError::Refused { code, .. }), Some(script)) if code == "NOSCRIPT" => {
-                self.send(redis::cmd("SCRIPT").arg("LOAD").arg(script.code())).await?;
-                self.send(command).await
+    async fn send_as(&self, command: &Cmd, asking: Asking) -> Result<Value, StoreError> {
+        match asking {
+            Asking::No => self.send(command).await,
+            // In one message, because others use the connection too.
+            Asking::Yes => {
+                let mut both = redis::pipe();
+                both.cmd("ASKING").add_command(command.clone());
+                let mut connection = self.redis.clone();
+                answer(connection.send_packed_commands(&both, 1, 1).await.map(
+                    |replies| match replies.into_iter().next() {
+                        Some(reply) => reply,
+                        None => Value::Nil,
+                    },
+                ))
             }
-            (reply, _) => reply,
         }
-    }
-
-    /// Counts a call that may take longer than usual by `extra` as in flight, until the result is dropped.
-    pub(super) fn begin(&self, extra: Duration) -> InFlight<'_> {
-        let extra = u64::try_from(extra.as_micros()).unwrap_or(u64::MAX);
-        self.extra.fetch_add(extra, Ordering::Relaxed);
-        InFlight { connection: self, extra }
-    }
-
-    /// The time after which all calls in flight are over, if most of them may take `usual`.
-    pub(super) fn time_in_flight(&self, usual: Duration) -> Duration {
-        usual.saturating_add(Duration::from_micros(self.extra.load(Ordering::Relaxed)))
     }
 
     /// Whether the server answers at all. An error is an answer too.
     pub(super) async fn still_answers(&self, usual: Duration) -> bool {
-        match timeout(self.time_in_flight(usual), self.send(&redis::cmd("PING"))).await {
+        match timeout(usual, self.send(&redis::cmd("PING"))).await {
             Ok(Ok(_) | Err(StoreError::Refused { .. } | StoreError::Full(_))) => true,
             Ok(Err(_)) | Err(_) => false,
         }
-    }
-}
-
-/// A call that may take longer than usual.
-pub(super) struct InFlight<'a> {
-    connection: &'a Connection,
-    extra: u64,
-}
-
-impl Drop for InFlight<'_> {
-    fn drop(&mut self) {
-        self.connection.extra.fetch_sub(self.extra, Ordering::Relaxed);
     }
 }
 
@@ -130,6 +155,14 @@ impl IoTask {
 impl Drop for IoTask {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+fn answer(reply: Result<Value, RedisError>) -> Result<Value, StoreError> {
+    match reply {
+        Ok(Value::ServerError(refusal)) => Err(refused(refusal.code(), refusal.details().unwrap_or_default())),
+        Ok(reply) => Ok(reply),
+        Err(error) => Err(store_error(&error)),
     }
 }
 

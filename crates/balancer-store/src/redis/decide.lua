@@ -34,7 +34,7 @@ local function cap_in(words)
 end
 
 local driver, required, own_policy, looked_up = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local record = read_record('spot-state', 'avoid')
+local record = read_record('spot-state', 'avoid', 'kept-until')
 if belongs_to_another(record, driver) then return 'other' end
 
 local spot, on_demand, recounted = counts_of(record)

@@ -9,7 +9,7 @@
 local number = redis.pcall('SCARD', KEYS[1])
 if type(number) == 'table' then
   if not string.find(number.err, 'WRONGTYPE', 1, true) then return number end
-  redis.call('DEL', KEYS[1])
+  redis.call('UNLINK', KEYS[1])
   number = 0
 end
 for i = 3, math.min(#ARGV, 2 + tonumber(ARGV[2]) - number) do redis.call('SADD', KEYS[1], ARGV[i]) end

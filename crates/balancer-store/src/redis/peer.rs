@@ -1,17 +1,20 @@
 //! A scripted server for unit tests: it runs in this process, on in-memory streams, so that paused time is exact.
 
+use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use redis::RedisConnectionInfo;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep};
 
+use super::address::Address;
 use super::connection::{Connection, IoTask};
-use super::dial::{Dial, log_in};
+use super::credentials::{CredentialSource, Credentials, Login};
+use super::dial::{Dial, Network, log_in};
 use crate::StoreError;
 
 /// How the server answers a command.
@@ -35,6 +38,55 @@ struct State {
     dialled: Mutex<Vec<Instant>>,
     received: Mutex<Vec<String>>,
     close: Notify,
+    credentials: Credentials,
+}
+
+/// Servers by their ports. The name `all` stands for all of them, and any other one for itself.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Peers(pub(super) Arc<Mutex<HashMap<u16, Peer>>>);
+
+impl Network for Peers {
+    async fn resolve(&self, server: &Address) -> io::Result<Vec<Address>> {
+        let all = || self.0.lock().unwrap().keys().map(|port| Address { host: "h".to_owned(), port: *port }).collect();
+        Ok(if server.host == "all" { all() } else { vec![server.clone()] })
+    }
+
+    async fn open(&self, address: &Address, _: &str) -> Result<(Connection, IoTask), StoreError> {
+        let peer = self.0.lock().unwrap().get(&address.port).cloned();
+        let refused = || StoreError::NoConnection(format!("{address}: refused"));
+        peer.ok_or_else(refused)?.open().await.map_err(|_| refused())
+    }
+}
+
+/// A source of credentials that plays what the test sets, and counts how often it is asked.
+#[derive(Clone)]
+pub(super) struct Played(Arc<(Mutex<Result<&'static str, &'static str>>, AtomicUsize)>);
+
+impl Played {
+    /// Returns this password, which is to be renewed after a minute, or an error with this cause.
+    pub(super) fn new(answer: Result<&'static str, &'static str>) -> Self {
+        Self(Arc::new((Mutex::new(answer), AtomicUsize::new(0))))
+    }
+
+    pub(super) fn set(&self, answer: Result<&'static str, &'static str>) {
+        *self.0.0.lock().unwrap() = answer;
+    }
+
+    pub(super) fn asked(&self) -> usize {
+        self.0.1.load(Ordering::Relaxed)
+    }
+}
+
+impl CredentialSource for Played {
+    async fn login(&self) -> Result<(Login, Duration), StoreError> {
+        self.0.1.fetch_add(1, Ordering::Relaxed);
+        let answer = *self.0.0.lock().unwrap();
+        match answer {
+            Ok("panic") => panic!("a panic of the test's own"),
+            Ok(password) => Ok((Login { user: None, password: password.to_owned() }, Duration::from_secs(60))),
+            Err(cause) => Err(StoreError::NoConnection(cause.to_owned())),
+        }
+    }
 }
 
 impl Peer {
@@ -47,7 +99,14 @@ impl Peer {
             dialled: Mutex::default(),
             received: Mutex::default(),
             close: Notify::new(),
+            credentials: Credentials::fixed(Some(Login { user: None, password: "s3cret".to_owned() })),
         }))
+    }
+
+    /// The server with these credentials.
+    pub(super) fn with_credentials(self, credentials: Credentials) -> Self {
+        let Ok(state) = Arc::try_unwrap(self.0) else { panic!("the server is in use") };
+        Self(Arc::new(State { credentials, ..state }))
     }
 
     /// A server without faults.
@@ -84,6 +143,17 @@ impl Peer {
     /// The names of the commands received.
     pub(super) fn received(&self) -> Vec<String> {
         self.0.received.lock().unwrap().clone()
+    }
+
+    /// A connection on which nothing was sent yet.
+    pub(super) async fn open(&self) -> Result<(Connection, IoTask), StoreError> {
+        self.0.dialled.lock().unwrap().push(Instant::now());
+        if !self.0.is_up.load(Ordering::Relaxed) {
+            return Err(StoreError::NoConnection(format!("{self}: refused")));
+        }
+        let (client, server) = tokio::io::duplex(1 << 16);
+        tokio::spawn(self.clone().serve(server));
+        Connection::on(client).await
     }
 
     async fn serve(self, mut stream: DuplexStream) {
@@ -144,14 +214,14 @@ fn number(buffer: &[u8], at: usize) -> Option<(usize, usize)> {
 
 impl Dial for Peer {
     async fn dial(&self) -> Result<(Connection, IoTask), StoreError> {
-        self.0.dialled.lock().unwrap().push(Instant::now());
         assert!(!self.0.panics_next.swap(false, Ordering::Relaxed), "a panic of the test's own");
-        if !self.0.is_up.load(Ordering::Relaxed) {
-            return Err(StoreError::NoConnection(format!("{self}: refused")));
-        }
-        let (client, server) = tokio::io::duplex(1 << 16);
-        tokio::spawn(self.clone().serve(server));
-        log_in(client, &RedisConnectionInfo::default().set_password("s3cret")).await
+        let (connection, io) = self.open().await?;
+        log_in(&connection, self.credentials(), 0).await?;
+        Ok((connection, io))
+    }
+
+    fn credentials(&self) -> &Credentials {
+        &self.0.credentials
     }
 }
 

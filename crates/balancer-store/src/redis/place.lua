@@ -1,22 +1,44 @@
 -- Decides an executor's capacity and adds the executor, in one step. Called again for the same executor, it returns
 -- the same capacity and counts the executor once. The pod may be a new one of that name, so its uid is unknown again.
 --
+-- The usual call runs five commands: HMGET, HGET, TIME, and HSET of each key.
+--
 -- KEYS, ARGV[1], ARGV[2..7], returns: as at the top of shared.lua and decide.lua
+local fields = {}
+local function put(field, value)
+  fields[#fields + 1] = field
+  fields[#fields + 1] = value
+end
+
+time = time or now()
+local is_first = spot + on_demand == (capacity and not before and 1 or 0)
 if capacity then
-  call('HSET', KEYS[2], ARGV[2], capacity .. ' ' .. (time or now()) .. ' -')
-  if recounted or not format or before and before ~= capacity then
-    write_counts(spot, on_demand, format)
+  call('HSET', KEYS[2], ARGV[2], capacity .. ' ' .. time .. ' -')
+  put('wait:' .. ARGV[2], time)
+  if recounted or before and before ~= capacity then
+    put('spot', spot)
+    put('on-demand', on_demand)
+    if recounted == 'estimated' then put('estimated', 1) end
   elseif not before then
-    call('HSET', KEYS[1], capacity, capacity == 'spot' and spot or on_demand)
+    put(capacity, capacity == 'spot' and spot or on_demand)
   end
-  if probing then call('HSET', KEYS[1], 'spot-state', probing) end
+  if probing then put('spot-state', probing) end
 end
 if stores then
-  if stores_policy then
-    call('HSET', KEYS[1], 'v', format or FORMAT, 'policy', merge_policies(policy, looked_up))
-  end
+  if stores_policy then put('policy', merge_policies(policy, looked_up)) end
   -- Once in the life of a ledger.
-  if driver and driver ~= '' and not record[5] then call('HSET', KEYS[1], 'driver', driver) end
+  if driver and driver ~= '' and not record[5] then put('driver', driver) end
+  if not format and #fields > 0 then put('v', FORMAT) end
 end
-touch()
+local keep = (is_first or recounted) and math.floor(tonumber(ARGV[1]) * 1.5) or renewal(record[8], time)
+if #fields > 0 then
+  if keep then put('kept-until', string.format('%.0f', tonumber(time) + keep)) end
+  call('HSET', KEYS[1], unpack(fields))
+  if keep then
+    call('PEXPIRE', KEYS[1], keep)
+    call('PEXPIRE', KEYS[2], keep)
+  end
+else
+  touch(record[8], false, is_first, time)
+end
 return outcome

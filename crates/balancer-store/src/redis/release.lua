@@ -10,13 +10,15 @@
 --
 -- Returns  1 if the executor counted as spot, 0 if it counted as on-demand, nil if nothing was removed; "other", with
 --          nothing changed, if the ledger belongs to another driver
-local record = read_record('released')
+local record = read_record('released', 'kept-until')
 if belongs_to_another(record, ARGV[3]) then return 'other' end
 local uid = ARGV[4]
 
+local time = now()
+
 -- The stored releases with this one in front, and whether it was among them before.
 local function with_this_one()
-  local this = now() .. ' ' .. uid
+  local this = time .. ' ' .. uid
   local releases, number, most, again = { #this .. ':' .. this }, 1, tonumber(ARGV[5]), false
   each_release(record[6], function(before, _, release)
     if before == uid then
@@ -35,22 +37,25 @@ if entry then local _, stored = rest_of(entry) known = stored end
 
 local released, again
 if uid then released, again = with_this_one() end
-local removed
+local removed, is_empty = nil, not entry and call('HLEN', KEYS[2]) == 0
 if known == uid or known == '-' and not again then
-  local spot, on_demand = counts_of(record)
-  local left = spot + on_demand
   if entry then
+    local spot, on_demand, recounted = counts_of(record)
+    -- Counts that were edited may say so wrongly.
+    is_empty = spot + on_demand <= 1 and call('HLEN', KEYS[2]) == 1
     removed = capacity_of(entry) == 'spot' and 1 or 0
-    left = left - 1
     call('HDEL', KEYS[2], ARGV[2])
-    write_counts(spot - removed, on_demand - (1 - removed), record[4])
+    if known == '-' then call('HDEL', KEYS[1], 'wait:' .. ARGV[2]) end
+    write_counts(math.max(0, spot - removed), math.max(0, on_demand - (1 - removed)), record[4])
+    if recounted == 'estimated' then call('HSET', KEYS[1], 'estimated', 1) end
   end
   -- There is no ledger without a policy and executors. The other key went with its last entry.
-  if left == 0 and not is_policy(record[3]) then
-    call('DEL', KEYS[1])
+  if is_empty and not is_policy(record[3]) then
+    call('UNLINK', KEYS[1])
+    return removed
   elseif released then
     call('HSET', KEYS[1], 'released', released)
   end
 end
-touch()
+touch(record[7], false, is_empty, time)
 return removed

@@ -10,25 +10,29 @@
 local stored = stored_term(ARGV[2])
 if is_later(stored, ARGV[2]) then return stored end
 
-local record = read_record()
-local spot, on_demand = counts_of(record)
-local removed = 0
+local record = read_record('kept-until')
+local spot, on_demand, recounted = counts_of(record)
+local number, removed = call('HLEN', KEYS[2]), 0
 for i = 3, #ARGV, 2 do
-  local entry = call('HGET', KEYS[2], ARGV[i + 1])
+  local entry = removed < number and call('HGET', KEYS[2], ARGV[i + 1])
   if entry then
     local placed_at, uid = rest_of(entry)
     if uid == '-' and placed_at == ARGV[i] then
       call('HDEL', KEYS[2], ARGV[i + 1])
+      call('HDEL', KEYS[1], 'wait:' .. ARGV[i + 1])
       removed = removed + 1
       if capacity_of(entry) == 'spot' then spot = spot - 1 else on_demand = on_demand - 1 end
     end
   end
 end
+spot, on_demand = math.max(0, spot), math.max(0, on_demand)
 -- There is no ledger without a policy and executors. The other key went with its last entry.
-if spot + on_demand == 0 and not is_policy(record[3]) then
-  call('DEL', KEYS[1])
+if removed == number and not is_policy(record[3]) then
+  call('UNLINK', KEYS[1])
+  return { removed, 0, 0 }
 elseif removed > 0 then
   write_counts(spot, on_demand, record[4])
+  if recounted == 'estimated' then call('HSET', KEYS[1], 'estimated', 1) end
 end
-touch()
+touch(record[6], false, removed == number)
 return { removed, spot, on_demand }

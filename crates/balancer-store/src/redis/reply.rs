@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use balancer_core::{
     Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, LearnOutcome, LedgerFault, Millis, PlaceOutcome, Placed,
     Policy, ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, SpotState, Spread, SteerOutcome, Steering,
-    Term, Unconfirmed,
+    Term, Unconfirmed, Waiting,
 };
 use redis::Value;
 
 use super::transport::KeyPage;
-use crate::{Cursor, JobRecord, StoreError};
+use crate::{Cursor, EntryPage, JobRecord, StoreError};
 
 /// Whether a script has changed nothing, because the ledger belongs to another driver than the one that the call names.
 pub(super) fn belongs_to_another_driver(reply: &Value) -> bool {
@@ -125,29 +125,61 @@ pub(super) fn reconciled(reply: &Value) -> Result<ReconcileOutcome, StoreError> 
         }
         let [missing, stale, wrong_capacity, spot, on_demand] = numbers(reply)?;
         let Value::Array(parts) = reply else { return None };
-        let [recheck_after, policy, fault, Value::Array(unconfirmed), ..] = parts.get(5..)? else { return None };
+        let [Value::Int(is_exact), Value::Int(recheck_after), policy, fault, more @ ..] = parts.get(5..)? else {
+            return None;
+        };
+        let [Value::Int(more_waiting), Value::Array(waiting), ..] = more else { return None };
         let fault = match text(fault)? {
             "" => None,
             "term" => Some(LedgerFault::Term),
             "type" => Some(LedgerFault::Type),
             _ => return None,
         };
-        let Value::Int(recheck_after) = recheck_after else { return None };
-        let unconfirmed = unconfirmed.chunks_exact(2).map(|placement| {
-            let [placed_at, executor] = placement else { return None };
-            Some(Unconfirmed { placed_at: text(placed_at)?.parse().ok()?, key: text(executor)?.to_owned() })
+        let waiting = waiting.chunks_exact(3).map(|placement| {
+            let [placed_at, Value::Int(age), executor] = placement else { return None };
+            let placement = Unconfirmed { placed_at: text(placed_at)?.parse().ok()?, key: text(executor)?.to_owned() };
+            Some(Waiting { placement, age: u64::try_from(*age).ok()? })
         });
         Some(ReconcileOutcome::Done(ReconcileSummary {
             drift: Drift { missing, stale, wrong_capacity },
             counts: Counts { spot, on_demand },
+            has_exact_counts: *is_exact == 1,
             policy: policy_of(policy),
+            waiting: waiting.collect::<Option<_>>()?,
+            more_waiting: *more_waiting == 1,
             recheck_after: u64::try_from(*recheck_after).ok(),
-            unconfirmed: unconfirmed.collect::<Option<_>>()?,
             fault,
-            steering: steering_of(parts.get(9), parts.get(10)),
+            steering: steering_of(parts.get(11), parts.get(12)),
         }))
     };
     read().ok_or_else(|| invalid(reply))
+}
+
+/// The reply of `correct_counts.lua`.
+pub(super) fn is_corrected(reply: &Value) -> Result<bool, StoreError> {
+    match reply {
+        Value::Int(is_corrected @ 0..=1) => Ok(*is_corrected == 1),
+        _ => Err(invalid(reply)),
+    }
+}
+
+/// The reply to `HSCAN` of a job's entries: the cursor of the next page, 0 after the last one, and names and entries. An
+/// entry that no script wrote counts as it does for the scripts.
+pub(super) fn entry_page(reply: &Value) -> Result<EntryPage, StoreError> {
+    let Value::Array(parts) = reply else { return Err(invalid(reply)) };
+    let [next, Value::Array(pods)] = parts.as_slice() else { return Err(invalid(reply)) };
+    let Some(next) = text(next).and_then(|next| next.parse::<u64>().ok()) else { return Err(invalid(reply)) };
+    let entries = pods.chunks_exact(2).filter_map(|pod| {
+        let [executor, entry] = pod else { return None };
+        let entry = text(entry)?;
+        let is_spot = entry.starts_with("spot ");
+        let unknown = || {
+            let capacity = if is_spot { Capacity::Spot } else { Capacity::OnDemand };
+            Entry { capacity, placed_at: 0, uid: None }
+        };
+        Some((text(executor)?.to_owned(), read_entry(entry).unwrap_or_else(unknown)))
+    });
+    Ok(EntryPage { entries: entries.collect(), next: (next != 0).then(|| Cursor::new(next.to_string())) })
 }
 
 /// The reply of `remove_unconfirmed.lua`.
@@ -260,7 +292,7 @@ fn read_released(value: &Value) -> Option<Vec<(String, Millis)>> {
     Some(released)
 }
 
-fn text(value: &Value) -> Option<&str> {
+pub(super) fn text(value: &Value) -> Option<&str> {
     match value {
         Value::BulkString(bytes) => std::str::from_utf8(bytes).ok(),
         _ => None,

@@ -12,8 +12,15 @@
 --            spot-state whether spot is open to the job: not there if it is; "starved <since, ms> <retry at, ms>" if it
 --                       is closed; "probing <since, ms> <executor>" if one executor probes it
 --            avoid      the instance types that new spot executors should avoid, with a space between them
+--            kept-until when both keys will expire at the earliest, in ms
+--            estimated  1 if the counts are an estimate, because a large ledger had lost them
+--            wait:<executor>  for each entry without a uid, when it was placed, in ms
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
--- ARGV[1]  of every script except peek and get: how long both keys are kept after this call, in ms
+-- ARGV[1]  of every script except peek and get: how long both keys are kept after this call at least, in ms; half as long
+--          again at most
+--
+-- While a slot moves from one node of a cluster to another, a script may not use a key after its last field was removed: the
+-- key is then the other node's. So scripts count entries before they remove some, and not after it.
 --
 -- A newer version may add fields to the record and words to the policy, and may raise v. This version keeps them.
 local call = redis.call
@@ -119,26 +126,50 @@ local function belongs_to_another(record, driver)
   return string.sub(KEYS[1], -#own) ~= own
 end
 
--- The number on spot, on on-demand, and whether they had to be taken anew. The stored counts are right as long as both
--- are there and their sum is the number of entries. It is not if a key was evicted or edited by hand; then they are
--- counted from the entries, the only step whose cost grows with the job.
-local function counts_of(record)
-  local spot, on_demand = whole(record[1]), whole(record[2])
-  local right = spot and on_demand and spot + on_demand == call('HLEN', KEYS[2])
-  if not right then
-    local entries = call('HVALS', KEYS[2])
-    spot = 0
-    for _, entry in ipairs(entries) do
-      if capacity_of(entry) == 'spot' then spot = spot + 1 end
-    end
-    on_demand = #entries - spot
+-- The entries that are counted one by one. A larger ledger that has lost its counts gets an estimate, because no script
+-- may keep the server busy; the reconciler then goes through all entries, and corrects it.
+local MAX_COUNTED = 512
+
+-- The counts of these entries.
+local function count(entries)
+  local spot = 0
+  for _, entry in ipairs(entries) do
+    if capacity_of(entry) == 'spot' then spot = spot + 1 end
   end
-  return spot, on_demand, not right
+  return spot, #entries - spot
 end
 
--- Stores both counts, with the format of the record, which is never lowered.
-local function write_counts(spot, on_demand, format)
-  call('HSET', KEYS[1], 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot)
+-- The number on spot, on on-demand, and whether that is an estimate, from the entries.
+local function recount(number)
+  if number <= MAX_COUNTED then
+    local spot, on_demand = count(call('HVALS', KEYS[2]))
+    return spot, on_demand, false
+  end
+  local page, sample = call('HSCAN', KEYS[2], 0, 'COUNT', MAX_COUNTED)[2], {}
+  for i = 2, #page, 2 do sample[#sample + 1] = page[i] end
+  local spot = math.floor(number * count(sample) / #sample + 0.5)
+  return spot, number - spot, true
+end
+
+-- The stored counts; nil if one of them is missing.
+local function stored_counts(record)
+  local spot, on_demand = whole(record[1]), whole(record[2])
+  if spot and on_demand then return spot, on_demand end
+end
+
+-- The number on spot, on on-demand, and nothing if they are stored; else whether they were 'counted' or 'estimated'.
+-- They are not stored if the record was evicted, or edited by hand.
+local function counts_of(record)
+  local spot, on_demand = stored_counts(record)
+  if spot then return spot, on_demand end
+  local is_estimate
+  spot, on_demand, is_estimate = recount(call('HLEN', KEYS[2]))
+  return spot, on_demand, is_estimate and 'estimated' or 'counted'
+end
+
+-- Stores both counts, with the format of the record, which is never lowered, and further fields and values.
+local function write_counts(spot, on_demand, format, ...)
+  call('HSET', KEYS[1], 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot, ...)
 end
 
 -- Calls `visit` with the uid, the time and the text of each release in the record's field. Each is stored after its
@@ -171,8 +202,24 @@ local function stored_term(callers)
   return term, false
 end
 
--- Both keys are kept equally long: one without the other would mean nothing.
-local function touch()
-  call('PEXPIRE', KEYS[1], ARGV[1])
-  call('PEXPIRE', KEYS[2], ARGV[1])
+-- How long both keys are kept, in ms, if this call has to renew that; nil if the time that is left is enough. They are
+-- renewed for longer than this call asks for, so that few calls have to. `kept_until` is the record's field.
+local function renewal(kept_until, time)
+  local ttl = tonumber(ARGV[1])
+  local left = (whole(kept_until) or 0) - tonumber(time)
+  local longest = math.floor(ttl * 1.5)
+  return (left < ttl or left > longest) and longest or nil
+end
+
+-- Keeps both keys equally long, because one without the other would mean nothing. `is_new` if one of them may be new, and
+-- so have no time to expire yet. `is_empty` if there is no entry, and so no second key.
+local function touch(kept_until, is_new, is_empty, time)
+  time = time or now()
+  local keep = is_new and math.floor(tonumber(ARGV[1]) * 1.5) or renewal(kept_until, time)
+  if not keep then return end
+  if not is_empty then call('PEXPIRE', KEYS[2], keep) end
+  if call('PEXPIRE', KEYS[1], keep) == 1 then
+    -- A server without free memory may refuse it. Then the next call renews again.
+    redis.pcall('HSET', KEYS[1], 'kept-until', string.format('%.0f', tonumber(time) + keep))
+  end
 end

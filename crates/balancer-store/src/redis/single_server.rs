@@ -7,8 +7,7 @@ use std::time::Duration;
 use redis::{Cmd, Value};
 use tokio::sync::{Notify, watch};
 
-use super::address::Address;
-use super::dial::Dial;
+use super::dial::{Dial, Server};
 use super::reply;
 use super::scripts::Script;
 use super::supervisor::{Status, keep_supervising};
@@ -17,10 +16,12 @@ use crate::{Cursor, StoreError};
 
 /// How many of the server's keys it goes through for one page, at about 1 µs each.
 const KEYS_PER_PAGE: usize = 500;
+/// The set of jobs of which executors were placed.
+const PLACED_KEY: &str = "exec-placed";
 const HEARTBEAT_KEY: &str = "exec-heartbeat";
 
 /// One server. A task reconnects to it whenever the connection breaks.
-pub(super) struct SingleServer<D = Address> {
+pub(super) struct SingleServer<D = Server> {
     server: Arc<D>,
     timeout: Duration,
     status: watch::Receiver<Status>,
@@ -31,17 +32,33 @@ impl<D: Dial> SingleServer<D> {
     /// Starts the task that connects, and waits for its first attempt, at most for `timeout`. `on_panic` is called each
     /// time the task has panicked.
     pub(super) async fn connect(server: D, timeout: Duration, on_panic: impl Fn() + Send + 'static) -> Self {
+        let mut connecting = Self::start(server, timeout, on_panic);
+        connecting.first_attempt().await;
+        connecting
+    }
+
+    /// Starts the task that connects, and does not wait for it.
+    pub(super) fn start(server: D, timeout: Duration, on_panic: impl Fn() + Send + 'static) -> Self {
         let server = Arc::new(server);
         let connecting = StoreError::NoConnection(format!("still connecting to {server}"));
-        let (sender, mut status) = watch::channel(Err(connecting));
+        let (sender, status) = watch::channel(Err(connecting));
         let reconnect_now = Arc::new(Notify::new());
         tokio::spawn(keep_supervising(Arc::clone(&server), timeout, Arc::clone(&reconnect_now), sender, on_panic));
-        // The transport is usable in any case.
-        let _ = tokio::time::timeout(timeout, status.changed()).await;
         Self { server, timeout, status, reconnect_now }
     }
 
-    fn connection(&self) -> Status {
+    /// Waits for the first attempt to connect. The transport is usable in any case.
+    async fn first_attempt(&mut self) {
+        let _ = tokio::time::timeout(self.timeout, self.status.changed()).await;
+    }
+
+    /// Whether there is a connection.
+    pub(super) fn is_connected(&self) -> bool {
+        self.status.borrow().is_ok()
+    }
+
+    /// The connection now, or why there is none. Then the task connects soon.
+    pub(super) fn connection(&self) -> Status {
         self.status.borrow().clone().inspect_err(|_| self.reconnect_now.notify_one())
     }
 }
@@ -51,16 +68,26 @@ impl<D: Dial + fmt::Debug> Transport for SingleServer<D> {
         self.connection()?.call(Some(script), &command, self.timeout).await
     }
 
-    async fn run_longer(&self, script: &Script, command: Cmd, extra: Duration) -> Result<Value, StoreError> {
-        let connection = self.connection()?;
-        let _in_flight = connection.begin(extra);
-        connection.call(Some(script), &command, connection.time_in_flight(self.timeout)).await
-    }
-
     async fn heartbeat(&self, script: &Script, ttl: &str, value: u64) -> Result<Value, StoreError> {
         let mut command = redis::cmd("EVALSHA");
         command.arg(script.sha()).arg(1).arg(HEARTBEAT_KEY).arg(ttl).arg(value);
         self.run(script, command).await
+    }
+
+    async fn note_placed(&self, script: &Script, ttl: &str, most: usize, jobs: Vec<String>) -> Result<(), StoreError> {
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(ttl).arg(most).arg(jobs);
+        self.run(script, command).await.map(drop)
+    }
+
+    async fn take_placed(&self, script: &Script, most: usize) -> Result<Vec<Value>, StoreError> {
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(most);
+        Ok(vec![self.run(script, command).await?])
+    }
+
+    async fn read(&self, command: Cmd) -> Result<Value, StoreError> {
+        self.connection()?.call(None, &command, self.timeout).await
     }
 
     async fn list_keys(&self, pattern: &str, cursor: Option<Cursor>) -> Result<KeyPage, StoreError> {

@@ -10,8 +10,9 @@
 local stored = stored_term(ARGV[2])
 if is_later(stored, ARGV[2]) then return stored end
 
-local record = read_record('spot-state')
-if not is_policy(record[3]) and call('HLEN', KEYS[2]) == 0 then return nil end
+local record = read_record('spot-state', 'kept-until')
+local is_empty = call('HLEN', KEYS[2]) == 0
+if is_empty and not is_policy(record[3]) then return nil end
 local field, value = 'spot-state', nil
 if ARGV[3] == 'close' then
   local time = tonumber(now())
@@ -25,5 +26,5 @@ if value then
 else
   call('HDEL', KEYS[1], field)
 end
-touch()
+touch(record[7], false, is_empty)
 return 1

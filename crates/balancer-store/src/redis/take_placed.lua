@@ -6,7 +6,7 @@
 -- Returns  the jobs
 local jobs = redis.pcall('SPOP', KEYS[1], ARGV[1])
 if jobs.err and string.find(jobs.err, 'WRONGTYPE', 1, true) then
-  redis.call('DEL', KEYS[1])
+  redis.call('UNLINK', KEYS[1])
   return {}
 end
 return jobs

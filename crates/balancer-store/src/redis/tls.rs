@@ -2,7 +2,8 @@
 //! `SSL_CERT_FILE` and `SSL_CERT_DIR` name.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustls::crypto::ring;
 use rustls::pki_types::ServerName;
@@ -11,12 +12,27 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
+/// How long the certificate store is not read again. A renewed one takes effect after this time.
+const KEPT: Duration = Duration::from_secs(60);
+
+/// The settings that were made last, and when.
+static LAST: Mutex<Option<(Instant, Arc<ClientConfig>)>> = Mutex::new(None);
+
 pub(super) async fn secure(stream: TcpStream, host: &str) -> io::Result<TlsStream<TcpStream>> {
     let server = ServerName::try_from(host.to_owned()).map_err(io::Error::other)?;
-    // Once for each connection, so that a renewed certificate store takes effect; on a thread for blocking work,
-    // because it reads many files.
-    let config = tokio::task::spawn_blocking(config).await.map_err(io::Error::other)??;
-    TlsConnector::from(Arc::new(config)).connect(server, stream).await
+    TlsConnector::from(current().await?).connect(server, stream).await
+}
+
+async fn current() -> io::Result<Arc<ClientConfig>> {
+    if let Some((made, config)) = &*LAST.lock().unwrap_or_else(PoisonError::into_inner)
+        && made.elapsed() < KEPT
+    {
+        return Ok(Arc::clone(config));
+    }
+    // On a thread for blocking work, because it reads many files.
+    let config = Arc::new(tokio::task::spawn_blocking(config).await.map_err(io::Error::other)??);
+    *LAST.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), Arc::clone(&config)));
+    Ok(config)
 }
 
 fn config() -> io::Result<ClientConfig> {

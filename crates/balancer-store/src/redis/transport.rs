@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::future::Future;
-use std::time::Duration;
 
 use redis::{Cmd, Value};
 
@@ -18,23 +17,31 @@ pub(super) trait Transport: fmt::Debug + Send + Sync {
     /// hash slot. One round trip, or three if the server does not have the script yet.
     fn run(&self, script: &Script, command: Cmd) -> impl Future<Output = Result<Value, StoreError>> + Send;
 
-    /// Like [`run`](Self::run), for a script that may take longer than others by `extra`. The connection stays open
-    /// for it, although other calls time out meanwhile.
-    fn run_longer(
-        &self,
-        script: &Script,
-        command: Cmd,
-        extra: Duration,
-    ) -> impl Future<Output = Result<Value, StoreError>> + Send;
-
     /// Runs the heartbeat script on every server that holds a part of the ledgers, because each of them may lose its
-    /// part. Returns the value stored before, or nil if a server stored none or another one.
+    /// part. Returns the value stored before if all that answered had the same; nil if one of them had none or another
+    /// one. It is an error only if no server answers: one that does not answer now has an older value later.
     fn heartbeat(
         &self,
         script: &Script,
         ttl: &str,
         value: u64,
     ) -> impl Future<Output = Result<Value, StoreError>> + Send;
+
+    /// Runs the script that notes jobs, each `<namespace>:<job id>`, on the servers that hold their ledgers. It is an
+    /// error if a server does not answer.
+    fn note_placed(
+        &self,
+        script: &Script,
+        ttl: &str,
+        most: usize,
+        jobs: Vec<String>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send;
+
+    /// Runs the script that takes noted jobs, at most `most` from each server. It is an error only if no server answers.
+    fn take_placed(&self, script: &Script, most: usize) -> impl Future<Output = Result<Vec<Value>, StoreError>> + Send;
+
+    /// Runs a command that is not a script on the server that holds the key, which is the command's first argument.
+    fn read(&self, command: Cmd) -> impl Future<Output = Result<Value, StoreError>> + Send;
 
     /// A page of the hashes whose keys match `pattern`, from all servers; the first page without a cursor. A key that
     /// exists during the whole listing is returned at least once.

@@ -10,6 +10,7 @@
 {{- end }}
 {{- if not .Values.settings.maxNewJobsPerMinute }}{{ $missing = append $missing "settings.maxNewJobsPerMinute" }}{{ end }}
 {{- if not .Values.settings.capacityProfile }}{{ $missing = append $missing "settings.capacityProfile" }}{{ end }}
+{{- if not .Values.redis.mode }}{{ $missing = append $missing "redis.mode" }}{{ end }}
 {{- if kindIs "invalid" .Values.settings.maxPoolShare }}{{ $missing = append $missing "settings.maxPoolShare" }}{{ end }}
 {{- if not .Values.admission.deletionTimeoutSeconds }}{{ $missing = append $missing "admission.deletionTimeoutSeconds" }}{{ end }}
 {{- with $missing }}
@@ -193,7 +194,7 @@ checksum/redis: {{ include "spot-balancer.redisNewPassword" . | sha256sum }}
 
 {{/* The keys and commands that webhook and reconciler use, as an ACL rule. */}}
 {{- define "spot-balancer.redisRights" -}}
-~exec-* +@connection +evalsha +script|load +@hash +get +set +del +pexpire +scan +time +scard +sadd +spop
+~exec-* +@connection +evalsha +script|load +@hash +get +set +del +unlink +pexpire +scan +time +scard +sadd +spop +role +info +cluster|slots +cluster|info +asking
 {{- end }}
 
 {{/* The password of the bundled Redis as an environment variable. The kubelet puts it where $(REDIS_PASSWORD) stands. */}}
@@ -219,7 +220,39 @@ checksum/redis: {{ include "spot-balancer.redisNewPassword" . | sha256sum }}
   {{- else }}
   valueFrom: {secretKeyRef: {name: {{ .Values.redis.existingSecret.name | quote }}, key: {{ .Values.redis.existingSecret.key | quote }}}}
   {{- end }}
-{{- if .Values.redis.ca }}
+- name: REDIS_MODE
+  value: {{ .Values.redis.mode | quote }}
+{{- if .Values.redis.passwordSecret.name }}
+- name: REDIS_PASSWORD_FILE
+  value: /redis-password/password
+{{- end }}
+{{- with .Values.redis.sentinel }}
+{{- if .master }}
+- name: REDIS_SENTINEL_MASTER
+  value: {{ .master | quote }}
+{{- end }}
+{{- if .username }}
+- name: REDIS_SENTINEL_USERNAME
+  value: {{ .username | quote }}
+{{- end }}
+{{- if .passwordSecret.name }}
+- name: REDIS_SENTINEL_PASSWORD_FILE
+  value: /redis-sentinel-password/password
+{{- end }}
+{{- end }}
+{{- with .Values.redis.awsIam }}
+{{- if .service }}
+- name: REDIS_AWS_IAM
+  value: {{ .service | quote }}
+- name: REDIS_AWS_CACHE_NAME
+  value: {{ .cacheName | quote }}
+{{- if .region }}
+- name: AWS_REGION
+  value: {{ .region | quote }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if or .Values.redis.ca .Values.redis.caSecret.name }}
 - name: SSL_CERT_FILE
   value: /redis-ca/ca.crt
 {{- end }}
@@ -645,7 +678,7 @@ subjects:
 {{- end }}
 
 {{/* Pods read the Redis URL and CA at startup only, and the pod template does not contain them. The checksum restarts
-the pods when one of them changes. */}}
+the pods when one of them changes. Passwords in files are read again. */}}
 {{- define "spot-balancer.podAnnotations" -}}
 {{- $root := index . 0 -}}
 {{- $redis := $root.Values.redis -}}
@@ -660,10 +693,19 @@ checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
 {{- end }}
 {{- end }}
 
-{{/* The volumes of webhook and reconciler and their mounts: the CA of an external Redis, and those of the values. */}}
+{{/* The volumes of webhook and reconciler and their mounts: passwords and CA of external Redis servers, and those of the
+values. A subPath would keep a changed password from the pod. */}}
 {{- define "spot-balancer.sharedMounts" -}}
-{{- if and (eq .Values.store "redis") .Values.redis.ca }}
+{{- if eq .Values.store "redis" }}
+{{- if .Values.redis.passwordSecret.name }}
+- {name: redis-password, mountPath: /redis-password, readOnly: true}
+{{- end }}
+{{- if .Values.redis.sentinel.passwordSecret.name }}
+- {name: redis-sentinel-password, mountPath: /redis-sentinel-password, readOnly: true}
+{{- end }}
+{{- if or .Values.redis.ca .Values.redis.caSecret.name }}
 - {name: redis-ca, mountPath: /redis-ca, readOnly: true}
+{{- end }}
 {{- end }}
 {{- with .Values.extraVolumeMounts }}
 {{ toYaml . }}
@@ -671,9 +713,35 @@ checksum/redis: {{ printf "%s\n%s" $redis.url $redis.ca | sha256sum }}
 {{- end }}
 
 {{- define "spot-balancer.sharedVolumes" -}}
-{{- if and (eq .Values.store "redis") .Values.redis.ca }}
+{{- if eq .Values.store "redis" }}
+{{- with .Values.redis.passwordSecret }}
+{{- if .name }}
+- name: redis-password
+  secret:
+    secretName: {{ .name | quote }}
+    defaultMode: 0440
+    items: [{key: {{ .key | quote }}, path: password}]
+{{- end }}
+{{- end }}
+{{- with .Values.redis.sentinel.passwordSecret }}
+{{- if .name }}
+- name: redis-sentinel-password
+  secret:
+    secretName: {{ .name | quote }}
+    defaultMode: 0440
+    items: [{key: {{ .key | quote }}, path: password}]
+{{- end }}
+{{- end }}
+{{- if .Values.redis.ca }}
 - name: redis-ca
   configMap: {name: {{ printf "%s-ca" (include "spot-balancer.redis" .) | quote }}}
+{{- else if .Values.redis.caSecret.name }}
+- name: redis-ca
+  secret:
+    secretName: {{ .Values.redis.caSecret.name | quote }}
+    defaultMode: 0440
+    items: [{key: {{ .Values.redis.caSecret.key | quote }}, path: ca.crt}]
+{{- end }}
 {{- end }}
 {{- with .Values.extraVolumes }}
 {{ toYaml . }}

@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use tokio::time::{Instant, sleep};
 
-use super::super::peer::{Answer, Peer, well};
+use super::super::credentials::Credentials;
+use super::super::peer::{Answer, Peer, Played, well};
 use super::super::scripts::Scripts;
 use super::*;
 
@@ -115,18 +116,6 @@ async fn a_server_that_answers_the_probe_keeps_its_connection() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_longer_call_gives_the_probe_more_time_too() {
-    let peer = Peer::healthy();
-    let server = connect(&peer).await;
-    peer.play(except("EVALSHA", Answer::Late(5 * SECOND, ":1\r\n")));
-    let scripts = Scripts::default();
-    let long = server.run_longer(&scripts.reconcile, redis::cmd("EVALSHA"), 9 * SECOND);
-    let (long, usual) = tokio::join!(long, call(&server));
-    assert_eq!((long, usual.0), (Ok(Value::Int(1)), Err(StoreError::TimedOut(TIMEOUT))));
-    assert_eq!(peer.dialled().len(), 1);
-}
-
-#[tokio::test(start_paused = true)]
 async fn a_read_only_replica_is_left_and_its_calls_in_flight_are_answered() {
     let peer = Peer::healthy();
     let server = connect(&peer).await;
@@ -231,4 +220,71 @@ async fn connecting_ends_with_the_last_handle() {
     peer.close();
     sleep(60 * SECOND).await;
     assert_eq!(peer.dialled().len(), 1);
+}
+
+/// A server without faults, with the password that a source plays.
+async fn with_source(source: &Played) -> Peer {
+    Peer::healthy().with_credentials(Credentials::from_source(source.clone(), SECOND, || {}).await)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_changed_password_is_used_on_the_live_connection() {
+    let source = Played::new(Ok("one"));
+    let peer = with_source(&source).await;
+    let server = connect(&peer).await;
+    source.set(Ok("two"));
+    sleep(59 * SECOND).await;
+    peer.play(except("EVALSHA", Answer::Late(SECOND / 2, ":1\r\n")));
+    for _ in 0..4 {
+        assert_eq!(call(&server).await.0, Ok(Value::Int(1)));
+    }
+    let received = peer.received();
+    assert_eq!((received.iter().filter(|name| *name == "AUTH").count(), peer.dialled().len()), (2, 1), "{received:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_connection_whose_server_refuses_the_changed_password_stays_in_use() {
+    let source = Played::new(Ok("one"));
+    let peer = with_source(&source).await;
+    let server = connect(&peer).await;
+    peer.play(except("AUTH", Answer::Reply("-WRONGPASS invalid username-password pair\r\n")));
+    source.set(Ok("two"));
+    sleep(360 * SECOND).await;
+    let asked = || peer.received().iter().filter(|name| *name == "AUTH").count();
+    // With pauses up to a minute, and the source is asked for another one each time.
+    assert!((9..=17).contains(&asked()) && source.asked() > asked(), "{} and {}", asked(), source.asked());
+    assert_eq!((call(&server).await.0, peer.dialled().len()), (Ok(Value::Int(1)), 1));
+    peer.play(well);
+    source.set(Ok("three"));
+    sleep(61 * SECOND).await;
+    let done = asked();
+    sleep(300 * SECOND).await;
+    assert_eq!((asked(), peer.dialled().len()), (done, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_refused_password_is_read_again_and_the_changed_one_is_used_at_once() {
+    let source = Played::new(Ok("one"));
+    let peer = with_source(&source).await;
+    peer.play(except("AUTH", Answer::Reply("-WRONGPASS invalid username-password pair\r\n")));
+    let server = connect(&peer).await;
+    sleep(30 * SECOND).await;
+    assert!(error(&server).await.contains("WRONGPASS"));
+    source.set(Ok("two"));
+    peer.play(well);
+    sleep(2 * SECOND).await;
+    assert_eq!(call(&server).await.0, Ok(Value::Int(1)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_asks_for_the_password_later_is_connected_again() {
+    for refusal in ["-NOAUTH Authentication required.\r\n", "-WRONGPASS invalid username-password pair\r\n"] {
+        let peer = Peer::healthy();
+        let server = connect(&peer).await;
+        peer.play(except("EVALSHA", Answer::Reply(refusal)));
+        assert_eq!(call(&server).await.0.map_err(|error| error.kind()), Err("refused"));
+        peer.play(well);
+        sleep(SECOND / 10).await;
+        assert_eq!((call(&server).await.0, peer.dialled().len()), (Ok(Value::Int(1)), 2));
+    }
 }

@@ -1,0 +1,125 @@
+//! Reconciles all ledgers, some at a time: jobs that change meanwhile do not wait for the others.
+
+use std::sync::Arc;
+use std::vec::IntoIter;
+
+use balancer_core::JobId;
+use balancer_store::{Cursor, Ledger};
+use tokio::time::Instant;
+
+use crate::index::Executors;
+use crate::queue::Due;
+use crate::reconcile_jobs::BATCH;
+use crate::resync::Resync;
+use crate::state::{Parts, Progress, State};
+
+/// A resync that has begun.
+#[derive(Debug)]
+pub(crate) struct ResyncRun {
+    resync: Resync,
+    started_at: Instant,
+    /// The jobs of the cluster that are still to come.
+    jobs: IntoIter<Arc<JobId>>,
+    /// The next page of the jobs that the store has; `None` after the last one.
+    page: Option<Option<Cursor>>,
+    number: usize,
+    ended: usize,
+}
+
+/// The ledgers that a resync has reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reached {
+    All,
+    /// The store is up, but cannot list its jobs.
+    Some,
+    /// The store is down, or another process leads.
+    Interrupted,
+    /// Others are still to come.
+    NotAll,
+}
+
+impl<L: Ledger> State<'_, L> {
+    /// Starts to reconcile all ledgers: of the jobs in the cluster, and of those that only the store has.
+    pub(crate) fn start_resync(&mut self, resync: Resync) {
+        self.plan.begin();
+        let started_at = resync.lists_started_at.unwrap_or_else(Instant::now);
+        let jobs: Vec<_> = self.index.jobs().cloned().collect();
+        let number = jobs.len();
+        let run = ResyncRun { resync, started_at, jobs: jobs.into_iter(), page: Some(None), number, ended: 0 };
+        self.resync = Some(run);
+    }
+
+    /// Whether the resync goes on at once. At its end it waits for the comparisons that it has started.
+    pub(crate) fn has_resync_step(&self) -> bool {
+        self.resync.as_ref().is_some_and(|run| {
+            run.jobs.len() > 0 || run.page.is_some() || self.comparisons.is_empty() || !self.may_write()
+        })
+    }
+
+    /// Reconciles some ledgers more. A resync that is interrupted or incomplete stays pending.
+    pub(crate) async fn resync_step(&mut self) {
+        let Some(mut run) = self.resync.take() else { return };
+        match self.go_on(&mut run).await {
+            Reached::NotAll => self.resync = Some(run),
+            Reached::All => {
+                let Parts { metrics, .. } = &self.reconciler.parts;
+                let ResyncRun { resync, started_at, number, ended, .. } = run;
+                let (took, cause) = (started_at.elapsed(), resync.cause);
+                metrics.resynced(cause, took);
+                tracing::info!(cause = cause.as_str(), jobs = number, ended, ?took, "resync finished");
+                self.plan.finish();
+                self.reach(Progress::Synced);
+            }
+            Reached::Some => self.plan.postpone(Instant::now()),
+            Reached::Interrupted => self.plan.interrupt(),
+        }
+    }
+
+    async fn go_on(&mut self, run: &mut ResyncRun) -> Reached {
+        if !self.may_write() {
+            return Reached::Interrupted;
+        }
+        let jobs: Vec<_> = run.jobs.by_ref().take(BATCH).collect();
+        let batch = if !jobs.is_empty() {
+            let due = |job| Due { changed_at: self.queue.remove(&job), job, executors: Executors::All };
+            jobs.into_iter().map(due).collect()
+        } else if let Some(cursor) = run.page.take() {
+            if cursor.is_none() {
+                self.plan.forget_skipped();
+            }
+            let Parts { ledger, metrics, .. } = &self.reconciler.parts;
+            match ledger.list_jobs(cursor).await {
+                Ok(listed) => {
+                    run.page = listed.next.map(Some);
+                    let ended = self.ended_of(listed.jobs);
+                    run.ended += ended.len();
+                    ended
+                }
+                Err(error) => {
+                    metrics.store_failed(&error);
+                    if !self.is_store_up().await {
+                        return Reached::Interrupted;
+                    }
+                    tracing::warn!(store = error.kind(), %error, "cannot list the jobs of the store; retrying the resync");
+                    return Reached::Some;
+                }
+            }
+        } else {
+            return if self.comparisons.is_empty() { Reached::All } else { Reached::NotAll };
+        };
+        if self.reconcile_batch(batch).await { Reached::NotAll } else { Reached::Interrupted }
+    }
+
+    /// Those of the jobs that have no live pod, in the namespaces that are in sync.
+    fn ended_of(&mut self, jobs: Vec<JobId>) -> Vec<Due> {
+        let settings = &self.reconciler.parts.settings;
+        let is_unknown = |job: &JobId| settings.watches(&job.namespace) && !self.index.contains(job);
+        let (ended, skipped): (Vec<_>, Vec<_>) =
+            jobs.into_iter().filter(is_unknown).partition(|job| self.sync.is_synced(&job.namespace));
+        for job in skipped {
+            self.plan.skip(&job.namespace);
+        }
+        let due = |job| Due { job: Arc::new(job), changed_at: None, executors: Executors::All };
+        ended.into_iter().map(due).collect()
+    }
+}

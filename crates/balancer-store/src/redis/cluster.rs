@@ -1,0 +1,458 @@
+//! The transport for a cluster: a connection to each primary, and the slots of each.
+//!
+//! It is our own and not the redis crate's, because a call for one node may not wait for another node, nor for the slots to
+//! be asked for anew (ARCHITECTURE, section "The store's transport"). Calls read the slots from a value that one task in
+//! the background replaces.
+
+mod refresh;
+mod slots;
+#[cfg(test)]
+mod tests;
+mod topology;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use redis::{Arg, Cmd, Value};
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
+
+use self::refresh::RefreshTimer;
+use self::slots::{SlotMap, redirected, slot_of};
+use self::topology::{Primary, Topology};
+use super::address::Address;
+use super::connection::{Asking, Connection};
+use super::credentials::Credentials;
+use super::dial::{Dial, Network, Server, Tcp};
+use super::reply;
+use super::scripts::Script;
+use super::servers::OnPanic;
+use super::single_server::SingleServer;
+use super::supervisor::restart_after_panics;
+use super::transport::{KeyPage, Transport};
+use crate::{Cursor, StoreError};
+
+/// How often one call follows a slot from node to node. More is a cluster that does not agree with itself.
+const MAX_HOPS: usize = 3;
+/// While a slot moves, a node may have one of a ledger's keys only. The slot's node is asked again after this time.
+const TRY_AGAIN_AFTER: Duration = Duration::from_millis(5);
+/// The most that a node has to say which slots it knows of. No call waits for it.
+const ASK_TIMEOUT: Duration = Duration::from_millis(500);
+/// The same, if it has to be connected to first.
+const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// The addresses that are tried at once, if they have no connection.
+const MAX_DIALLED: usize = 32;
+/// How often a listing starts anew because the slots have moved.
+const MAX_RESTARTS: u32 = 3;
+/// How many of a server's keys it goes through for one page, at about 1 µs each.
+const KEYS_PER_PAGE: usize = 500;
+
+/// A primary. A task reconnects to it whenever the connection breaks.
+pub(super) struct Node<N: Network = Tcp> {
+    address: Address,
+    server: SingleServer<Server<N>>,
+}
+
+impl<N: Network> Node<N> {
+    fn is_connected(&self) -> bool {
+        self.server.is_connected()
+    }
+}
+
+impl<N: Network> fmt::Debug for Node<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}{}", self.address, if self.is_connected() { "" } else { " (not connected)" })
+    }
+}
+
+/// A cluster.
+pub(super) struct Cluster<N: Network = Tcp> {
+    shared: Arc<Shared<N>>,
+    /// Ends the task in the background when it is dropped.
+    _used: watch::Receiver<()>,
+}
+
+struct Shared<N: Network> {
+    network: N,
+    seeds: Vec<Address>,
+    credentials: Credentials,
+    timeout: Duration,
+    on_panic: OnPanic,
+    topology: watch::Sender<Arc<Topology<N>>>,
+    /// Something has shown that the slots have moved.
+    refresh_now: Notify,
+}
+
+impl<N: Network> Cluster<N> {
+    /// Starts the task that finds the nodes, and waits for its first attempt, at most for `timeout`. `on_panic` is called
+    /// each time a task has panicked.
+    pub(super) async fn connect(
+        network: N,
+        seeds: Vec<Address>,
+        credentials: Credentials,
+        timeout: Duration,
+        on_panic: OnPanic,
+    ) -> Self {
+        let (topology, mut changed) = watch::channel(Arc::default());
+        let refresh_now = Notify::new();
+        let shared = Shared { network, seeds, credentials, timeout, on_panic, topology, refresh_now };
+        let shared = Arc::new(shared);
+        let (sender, used) = watch::channel(());
+        let (refreshed, on_panic) = (Arc::clone(&shared), Arc::clone(&shared.on_panic));
+        let sender = Arc::new(sender);
+        let refreshing = move || keep_refreshing(Arc::clone(&refreshed), Arc::clone(&sender));
+        tokio::spawn(restart_after_panics(refreshing, move || on_panic()));
+        // The transport is usable in any case.
+        let _ = tokio::time::timeout(timeout, async {
+            let _ = changed.changed().await;
+            let nodes = shared.topology();
+            while !nodes.primaries.iter().all(|primary| primary.node.is_connected()) {
+                sleep(TRY_AGAIN_AFTER).await;
+            }
+        })
+        .await;
+        Self { shared, _used: used }
+    }
+}
+
+impl<N: Network> Shared<N> {
+    fn topology(&self) -> Arc<Topology<N>> {
+        Arc::clone(&self.topology.borrow())
+    }
+
+    /// Sends a command to the primary of the slot, and follows the slot if it has moved. The time limit is for everything.
+    /// The connection that was asked last is probed if it has not answered.
+    async fn call(&self, script: Option<&Script>, command: &Cmd, slot: u16) -> Result<Value, StoreError> {
+        let asked = Mutex::new(None);
+        let reply = timeout(self.timeout, self.follow(script, command, slot, &asked)).await.unwrap_or_else(|_| {
+            if let Some(connection) = asked.lock().unwrap_or_else(PoisonError::into_inner).take() {
+                let connection: Arc<Connection> = connection;
+                connection.probe_now.notify_one();
+            }
+            Err(StoreError::TimedOut(self.timeout))
+        });
+        if reply.as_ref().is_err_and(is_about_slots) {
+            self.refresh_now.notify_one();
+        }
+        reply
+    }
+
+    async fn follow(
+        &self,
+        script: Option<&Script>,
+        command: &Cmd,
+        slot: u16,
+        asked: &Mutex<Option<Arc<Connection>>>,
+    ) -> Result<Value, StoreError> {
+        let topology = self.topology();
+        let mut node = Arc::clone(&topology.owner(slot)?.node);
+        let (mut asking, mut hops) = (Asking::No, 0);
+        let patient_until = Instant::now() + self.timeout / 2;
+        loop {
+            let connection = node.server.connection()?;
+            *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&connection));
+            let reply = connection.run(script, command, asking).await;
+            let Err(StoreError::Refused { code, detail }) = &reply else { return reply };
+            let to = match code.as_str() {
+                "MOVED" => {
+                    self.refresh_now.notify_one();
+                    asking = Asking::No;
+                    redirected(detail, &node.address)
+                }
+                "ASK" => {
+                    asking = Asking::Yes;
+                    redirected(detail, &node.address)
+                }
+                "TRYAGAIN" if Instant::now() < patient_until => {
+                    sleep(TRY_AGAIN_AFTER).await;
+                    continue;
+                }
+                _ => return reply,
+            };
+            let Some(to) = to.filter(|_| hops < MAX_HOPS) else { return reply };
+            hops += 1;
+            // The task in the background connects to a node that is new. No call waits for that.
+            node = self.topology().node(&to).ok_or_else(|| {
+                self.refresh_now.notify_one();
+                StoreError::NoConnection(format!("slot {slot} has moved to {to}; connecting"))
+            })?;
+        }
+    }
+
+    /// Runs a command on each primary at once, and returns its reply. `command` gets the tag that is in one of its slots.
+    async fn on_each(&self, script: &Script, command: impl Fn(u32) -> Cmd) -> Vec<Result<Value, StoreError>> {
+        let topology = self.topology();
+        let calls = topology.primaries.iter().map(|primary| self.call_primary(script, command(primary.tag), primary));
+        let replies = join_all(calls).await;
+        match replies.is_empty() {
+            true => vec![Err(StoreError::NoConnection("no node of the cluster has answered yet".to_owned()))],
+            false => replies,
+        }
+    }
+
+    /// Sends a command to this primary. If its slot has moved, that is an error.
+    async fn call_primary(&self, script: &Script, command: Cmd, primary: &Primary<N>) -> Result<Value, StoreError> {
+        let reply = match primary.node.server.connection() {
+            Ok(connection) => connection.call(Some(script), &command, self.timeout).await,
+            Err(error) => Err(error),
+        };
+        if reply.as_ref().is_err_and(is_about_slots) {
+            self.refresh_now.notify_one();
+        }
+        reply
+    }
+}
+
+/// Whether another node may have the slots by now.
+fn is_about_slots(error: &StoreError) -> bool {
+    match error {
+        StoreError::NoConnection(_) | StoreError::TimedOut(_) => true,
+        StoreError::Refused { code, .. } => {
+            ["MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "READONLY", "MASTERDOWN"].contains(&code.as_str())
+        }
+        StoreError::Full(_) | StoreError::InvalidReply(_) => false,
+    }
+}
+
+/// Keeps the topology, until the last user of the cluster is gone.
+async fn keep_refreshing<N: Network>(shared: Arc<Shared<N>>, used: Arc<watch::Sender<()>>) {
+    let mut timer = RefreshTimer::new(Instant::now());
+    loop {
+        tokio::select! {
+            () = used.closed() => return,
+            () = shared.refresh_now.notified() => timer.request(Instant::now()),
+            () = sleep_until(timer.due()) => {
+                if let Some(map) = shared.ask_for_slots().await {
+                    shared.replace(map);
+                }
+                timer.finished(shared.topology().is_healthy(), Instant::now());
+            }
+        }
+    }
+}
+
+impl<N: Network> Shared<N> {
+    /// Asks the nodes for the slots. Of several answers, that of the node that knows of the latest election is right.
+    async fn ask_for_slots(&self) -> Option<SlotMap> {
+        let topology = self.topology();
+        let mut tasks = JoinSet::new();
+        let mut connected = BTreeSet::new();
+        for primary in &topology.primaries {
+            if let Ok(connection) = primary.node.server.connection() {
+                let address = primary.node.address.clone();
+                connected.insert(address.clone());
+                tasks.spawn(async move { timeout(ASK_TIMEOUT, slots_of(&connection, &address)).await.ok()?.ok() });
+            }
+        }
+        // The node that becomes primary when another one fails is among these.
+        if !topology.is_healthy() {
+            let known = topology.primaries.iter().map(|primary| &primary.node.address);
+            let others: BTreeSet<_> = known.chain(&topology.map.replicas).chain(&self.seeds).collect();
+            for address in others.into_iter().filter(|address| !connected.contains(address)).take(MAX_DIALLED) {
+                let server = self.server(address.clone());
+                tasks.spawn(async move {
+                    let asked = async {
+                        let (connection, _io) = server.dial().await?;
+                        slots_of(&connection, &server.address).await
+                    };
+                    timeout(DIAL_TIMEOUT, asked).await.ok()?.ok()
+                });
+            }
+        }
+        let mut best: Option<(u64, SlotMap)> = None;
+        while let Some(answer) = tasks.join_next().await {
+            let Some((epoch, map)) = answer.ok().flatten() else { continue };
+            let rank = (epoch, map.covered());
+            if best.as_ref().is_none_or(|(epoch, best)| (*epoch, best.covered()) < rank) {
+                best = Some((epoch, map));
+            }
+        }
+        best.map(|(_, map)| map).filter(|map| !map.ranges.is_empty())
+    }
+
+    /// Uses other slots from now on. Connections to nodes that have none are closed after the calls in flight.
+    fn replace(&self, map: SlotMap) {
+        let before = self.topology();
+        if before.map == map {
+            return;
+        }
+        let connect = |address: Address| {
+            let on_panic = Arc::clone(&self.on_panic);
+            let server = SingleServer::start(self.server(address.clone()), self.timeout, move || on_panic());
+            Arc::new(Node { address, server })
+        };
+        drop(self.topology.send_replace(Arc::new(before.next(map, connect))));
+        let linger = self.timeout;
+        tokio::spawn(async move {
+            sleep(linger).await;
+            drop(before);
+        });
+    }
+
+    fn server(&self, address: Address) -> Server<N> {
+        Server { address, network: self.network.clone(), database: 0, credentials: self.credentials.clone() }
+    }
+}
+
+/// The slots that a node knows of, and the number of the latest election that it knows of: 0 if it does not say.
+async fn slots_of(connection: &Connection, address: &Address) -> Result<(u64, SlotMap), StoreError> {
+    let map = SlotMap::parse(&connection.send(redis::cmd("CLUSTER").arg("SLOTS")).await?, address)?;
+    let epoch = match connection.send(redis::cmd("CLUSTER").arg("INFO")).await {
+        Ok(Value::BulkString(info)) => std::str::from_utf8(&info).ok().and_then(|info| {
+            info.lines().find_map(|line| line.strip_prefix("cluster_current_epoch:")?.trim().parse().ok())
+        }),
+        // A managed cluster may not answer that.
+        _ => None,
+    };
+    Ok((epoch.unwrap_or_default(), map))
+}
+
+/// The slot of the key that is the argument `at` of a command.
+fn slot_of_argument(command: &Cmd, at: usize) -> u16 {
+    match command.args_iter().nth(at) {
+        Some(Arg::Simple(key)) => slot_of(key),
+        _ => 0,
+    }
+}
+
+impl<N: Network> Transport for Cluster<N> {
+    async fn run(&self, script: &Script, command: Cmd) -> Result<Value, StoreError> {
+        // After EVALSHA, the hash and the number of keys.
+        self.shared.call(Some(script), &command, slot_of_argument(&command, 3)).await
+    }
+
+    async fn read(&self, command: Cmd) -> Result<Value, StoreError> {
+        self.shared.call(None, &command, slot_of_argument(&command, 1)).await
+    }
+
+    async fn heartbeat(&self, script: &Script, ttl: &str, value: u64) -> Result<Value, StoreError> {
+        let command = |tag| {
+            let mut command = redis::cmd("EVALSHA");
+            command.arg(script.sha()).arg(1).arg(format!("exec-heartbeat:{{{tag}}}")).arg(ttl).arg(value);
+            command
+        };
+        let mut before: Option<Value> = None;
+        let mut failed = None;
+        for reply in self.shared.on_each(script, command).await {
+            match reply {
+                Ok(value) if before.as_ref().is_none_or(|before| *before == value) => before = Some(value),
+                Ok(_) => return Ok(Value::Nil),
+                Err(error) => failed = Some(error),
+            }
+        }
+        match (before, failed) {
+            (Some(before), _) => Ok(before),
+            (None, Some(error)) => Err(error),
+            (None, None) => Ok(Value::Nil),
+        }
+    }
+
+    async fn note_placed(&self, script: &Script, ttl: &str, most: usize, jobs: Vec<String>) -> Result<(), StoreError> {
+        let topology = self.shared.topology();
+        let (mut of_primaries, mut result) = (BTreeMap::<u32, (&Primary<N>, Vec<String>)>::new(), Ok(()));
+        for job in jobs {
+            match topology.owner(slot_of(format!("exec-count:{{{job}}}").as_bytes())) {
+                Ok(primary) => of_primaries.entry(primary.tag).or_insert((primary, Vec::new())).1.push(job),
+                Err(error) => result = Err(error),
+            }
+        }
+        let calls = of_primaries.into_iter().map(|(tag, (primary, jobs))| {
+            let mut command = redis::cmd("EVALSHA");
+            command.arg(script.sha()).arg(1).arg(format!("exec-placed:{{{tag}}}")).arg(ttl).arg(most).arg(jobs);
+            self.shared.call_primary(script, command, primary)
+        });
+        for reply in join_all(calls).await {
+            result = result.and(reply.map(drop));
+        }
+        result
+    }
+
+    async fn take_placed(&self, script: &Script, most: usize) -> Result<Vec<Value>, StoreError> {
+        let command = |tag| {
+            let mut command = redis::cmd("EVALSHA");
+            command.arg(script.sha()).arg(1).arg(format!("exec-placed:{{{tag}}}")).arg(most);
+            command
+        };
+        let (mut taken, mut failed) = (Vec::new(), None);
+        for reply in self.shared.on_each(script, command).await {
+            match reply {
+                Ok(jobs) => taken.push(jobs),
+                Err(error) => failed = Some(error),
+            }
+        }
+        match failed {
+            Some(error) if taken.is_empty() => Err(error),
+            _ => Ok(taken),
+        }
+    }
+
+    async fn list_keys(&self, pattern: &str, cursor: Option<Cursor>) -> Result<KeyPage, StoreError> {
+        let topology = self.shared.topology();
+        let mut place = Place::read(cursor.as_ref())?;
+        if place.topology != topology.number {
+            // Keys may have moved from a node that is still to come to one that is done.
+            let restarts = if cursor.is_some() { place.restarts + 1 } else { 0 };
+            if restarts > MAX_RESTARTS {
+                return Err(StoreError::NoConnection("slots keep moving while jobs are listed".to_owned()));
+            }
+            place = Place { restarts, topology: topology.number, ..Place::default() };
+        }
+        let Some(primary) = topology.primaries.get(place.primary) else {
+            self.shared.refresh_now.notify_one();
+            return Err(StoreError::NoConnection("no node of the cluster has answered yet".to_owned()));
+        };
+        let mut command = redis::cmd("SCAN");
+        command.arg(place.cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_PAGE).arg("TYPE").arg("hash");
+        let connection = primary.node.server.connection().inspect_err(|_| self.shared.refresh_now.notify_one())?;
+        let page = reply::key_page(&connection.call(None, &command, self.shared.timeout).await?)?;
+        let next = match page.next.as_ref().and_then(|next| next.as_str().parse().ok()) {
+            Some(cursor) => Some(Place { cursor, ..place }),
+            None => Some(Place { primary: place.primary + 1, cursor: 0, ..place })
+                .filter(|next| next.primary < topology.primaries.len()),
+        };
+        Ok(KeyPage { keys: page.keys, next: next.map(Place::write) })
+    }
+}
+
+/// How far a listing has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Place {
+    restarts: u32,
+    /// The topology in which the nodes are numbered.
+    topology: u64,
+    primary: usize,
+    cursor: u64,
+}
+
+impl Place {
+    fn write(self) -> Cursor {
+        let Self { restarts, topology, primary, cursor } = self;
+        Cursor::new(format!("{restarts} {topology} {primary} {cursor}"))
+    }
+
+    fn read(cursor: Option<&Cursor>) -> Result<Self, StoreError> {
+        let Some(cursor) = cursor else { return Ok(Self::default()) };
+        let read = || {
+            let mut numbers = cursor.as_str().split(' ');
+            Some(Self {
+                restarts: numbers.next()?.parse().ok()?,
+                topology: numbers.next()?.parse().ok()?,
+                primary: numbers.next()?.parse().ok()?,
+                cursor: numbers.next()?.parse().ok()?,
+            })
+        };
+        read().ok_or_else(|| StoreError::InvalidReply(format!("not a cursor of a cluster: {}", cursor.as_str())))
+    }
+}
+
+impl<N: Network> fmt::Debug for Cluster<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let topology = self.shared.topology();
+        let primaries: Vec<_> = topology.primaries.iter().map(|primary| &primary.node).collect();
+        f.debug_struct("Cluster").field("seeds", &self.shared.seeds).field("primaries", &primaries).finish()
+    }
+}
