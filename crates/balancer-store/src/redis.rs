@@ -302,7 +302,7 @@ impl Ledger for RedisLedger {
         let script = &self.shared.scripts.reconcile;
         let JobState { live, gone, overrides, ended, driver } = *state;
         let driver = driver.unwrap_or_default();
-        let grace = u64::try_from(grace.as_millis()).unwrap_or(MAX_MILLIS).min(MAX_MILLIS);
+        let grace = grace.as_millis().min(MAX_MILLIS.into());
         let names: usize = live.iter().map(|live| live.key.len() + live.uid.len() + "on-demand+".len()).sum();
         let gone_names: usize = gone.iter().map(|key| key.len()).sum();
         // Ninety-six bytes hold the grace, a policy, a term and the rest.

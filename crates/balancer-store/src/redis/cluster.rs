@@ -23,17 +23,16 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use self::refresh::RefreshTimer;
 use self::slots::{SlotMap, redirected, slot_of};
-use self::topology::{Primary, Topology};
+use self::topology::{Primary, Topology, no_answer};
 use super::address::Address;
 use super::connection::{Asking, Connection};
 use super::credentials::Credentials;
 use super::dial::{Dial, Network, Server, Tcp};
-use super::reply;
 use super::scripts::Script;
 use super::servers::OnPanic;
 use super::single_server::SingleServer;
 use super::supervisor::restart_after_panics;
-use super::transport::{KeyPage, Transport};
+use super::transport::{HEARTBEAT_KEY, KeyPage, PLACED_KEY, Transport};
 use crate::{Cursor, StoreError};
 
 /// How often one call follows a slot from node to node. More is a cluster that does not agree with itself.
@@ -48,8 +47,6 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 const MAX_DIALLED: usize = 32;
 /// How often a listing starts anew because the slots have moved.
 const MAX_RESTARTS: u32 = 3;
-/// How many of a server's keys it goes through for one page, at about 1 µs each.
-const KEYS_PER_PAGE: usize = 500;
 
 /// A primary. A task reconnects to it whenever the connection breaks.
 pub(super) struct Node<N: Network = Tcp> {
@@ -103,8 +100,7 @@ impl<N: Network> Cluster<N> {
         let shared = Arc::new(shared);
         let (sender, used) = watch::channel(());
         let (refreshed, on_panic) = (Arc::clone(&shared), Arc::clone(&shared.on_panic));
-        let sender = Arc::new(sender);
-        let refreshing = move || keep_refreshing(Arc::clone(&refreshed), Arc::clone(&sender));
+        let refreshing = move || keep_refreshing(Arc::clone(&refreshed), sender.clone());
         tokio::spawn(restart_after_panics(refreshing, move || on_panic()));
         // The transport is usable in any case.
         let _ = tokio::time::timeout(timeout, async {
@@ -176,10 +172,8 @@ impl<N: Network> Shared<N> {
             let Some(to) = to.filter(|_| hops < MAX_HOPS) else { return reply };
             hops += 1;
             // The task in the background connects to a node that is new. No call waits for that.
-            node = self.topology().node(&to).ok_or_else(|| {
-                self.refresh_now.notify_one();
-                StoreError::NoConnection(format!("slot {slot} has moved to {to}; connecting"))
-            })?;
+            let connecting = || StoreError::NoConnection(format!("slot {slot} has moved to {to}; connecting"));
+            node = self.topology().node(&to).ok_or_else(connecting)?;
         }
     }
 
@@ -189,17 +183,14 @@ impl<N: Network> Shared<N> {
         let calls = topology.primaries.iter().map(|primary| self.call_primary(script, command(primary.tag), primary));
         let replies = join_all(calls).await;
         match replies.is_empty() {
-            true => vec![Err(StoreError::NoConnection("no node of the cluster has answered yet".to_owned()))],
+            true => vec![Err(no_answer())],
             false => replies,
         }
     }
 
     /// Sends a command to this primary. If its slot has moved, that is an error.
     async fn call_primary(&self, script: &Script, command: Cmd, primary: &Primary<N>) -> Result<Value, StoreError> {
-        let reply = match primary.node.server.connection() {
-            Ok(connection) => connection.call(Some(script), &command, self.timeout).await,
-            Err(error) => Err(error),
-        };
+        let reply = primary.node.server.run(script, command).await;
         if reply.as_ref().is_err_and(is_about_slots) {
             self.refresh_now.notify_one();
         }
@@ -219,7 +210,7 @@ fn is_about_slots(error: &StoreError) -> bool {
 }
 
 /// Keeps the topology, until the last user of the cluster is gone.
-async fn keep_refreshing<N: Network>(shared: Arc<Shared<N>>, used: Arc<watch::Sender<()>>) {
+async fn keep_refreshing<N: Network>(shared: Arc<Shared<N>>, used: watch::Sender<()>) {
     let mut timer = RefreshTimer::new(Instant::now());
     loop {
         tokio::select! {
@@ -331,8 +322,8 @@ impl<N: Network> Transport for Cluster<N> {
 
     async fn heartbeat(&self, script: &Script, ttl: &str, value: u64) -> Result<Value, StoreError> {
         let command = |tag| {
-            let mut command = redis::cmd("EVALSHA");
-            command.arg(script.sha()).arg(1).arg(format!("exec-heartbeat:{{{tag}}}")).arg(ttl).arg(value);
+            let mut command = script.on_key(format!("{HEARTBEAT_KEY}:{{{tag}}}"));
+            command.arg(ttl).arg(value);
             command
         };
         let mut before: Option<Value> = None;
@@ -361,8 +352,8 @@ impl<N: Network> Transport for Cluster<N> {
             }
         }
         let calls = of_primaries.into_iter().map(|(tag, (primary, jobs))| {
-            let mut command = redis::cmd("EVALSHA");
-            command.arg(script.sha()).arg(1).arg(format!("exec-placed:{{{tag}}}")).arg(ttl).arg(most).arg(jobs);
+            let mut command = script.on_key(format!("{PLACED_KEY}:{{{tag}}}"));
+            command.arg(ttl).arg(most).arg(jobs);
             self.shared.call_primary(script, command, primary)
         });
         for reply in join_all(calls).await {
@@ -373,8 +364,8 @@ impl<N: Network> Transport for Cluster<N> {
 
     async fn take_placed(&self, script: &Script, most: usize) -> Result<Vec<Value>, StoreError> {
         let command = |tag| {
-            let mut command = redis::cmd("EVALSHA");
-            command.arg(script.sha()).arg(1).arg(format!("exec-placed:{{{tag}}}")).arg(most);
+            let mut command = script.on_key(format!("{PLACED_KEY}:{{{tag}}}"));
+            command.arg(most);
             command
         };
         let (mut taken, mut failed) = (Vec::new(), None);
@@ -403,12 +394,13 @@ impl<N: Network> Transport for Cluster<N> {
         }
         let Some(primary) = topology.primaries.get(place.primary) else {
             self.shared.refresh_now.notify_one();
-            return Err(StoreError::NoConnection("no node of the cluster has answered yet".to_owned()));
+            return Err(no_answer());
         };
-        let mut command = redis::cmd("SCAN");
-        command.arg(place.cursor).arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_PAGE).arg("TYPE").arg("hash");
-        let connection = primary.node.server.connection().inspect_err(|_| self.shared.refresh_now.notify_one())?;
-        let page = reply::key_page(&connection.call(None, &command, self.shared.timeout).await?)?;
+        if !primary.node.is_connected() {
+            self.shared.refresh_now.notify_one();
+        }
+        let cursor = Cursor::new(place.cursor.to_string());
+        let page = primary.node.server.list_keys(pattern, Some(cursor)).await?;
         let next = match page.next.as_ref().and_then(|next| next.as_str().parse().ok()) {
             Some(cursor) => Some(Place { cursor, ..place }),
             None => Some(Place { primary: place.primary + 1, cursor: 0, ..place })

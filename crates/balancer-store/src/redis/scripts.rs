@@ -1,5 +1,7 @@
 //! The scripts, composed when this crate is compiled, each with the hash that calls it.
 
+use redis::{Cmd, ToRedisArgs};
+
 /// One script and its hash.
 pub(super) struct Script(redis::Script, &'static str);
 
@@ -11,6 +13,13 @@ impl Script {
     /// The hash that `EVALSHA` takes.
     pub(super) fn sha(&self) -> &str {
         self.0.get_hash()
+    }
+
+    /// The call of a script on one key. Its arguments follow.
+    pub(super) fn on_key(&self, key: impl ToRedisArgs) -> Cmd {
+        let mut command = redis::cmd("EVALSHA");
+        command.arg(self.sha()).arg(1).arg(key);
+        command
     }
 
     /// The code that `SCRIPT LOAD` takes.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::BackoffBuilder;
 use redis::{Cmd, Value};
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
@@ -15,18 +15,9 @@ use super::mode::{Detection, Kind, Undetected};
 use super::scripts::Script;
 use super::sentinel::Primary;
 use super::single_server::SingleServer;
-use super::supervisor::restart_after_panics;
+use super::supervisor::{BACKOFF, MAX_PAUSE, restart_after_panics};
 use super::transport::{KeyPage, Transport};
 use crate::{Cursor, StoreError};
-
-/// Pauses between two attempts to find out, doubled up to between 1 and 2 s.
-const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
-    .with_jitter()
-    .with_min_delay(Duration::from_millis(25))
-    .with_max_delay(Duration::from_secs(1))
-    .without_max_times();
-/// The longest of these pauses.
-const MAX_PAUSE: Duration = Duration::from_secs(2);
 
 /// Reports a panic of a task.
 pub(super) type OnPanic = Arc<dyn Fn() + Send + Sync>;
@@ -121,20 +112,19 @@ impl Target {
         let Self { detection, sentinel_master, timeout, on_panic } = self;
         let Detection { network, servers, credentials, sentinel_credentials, database, .. } = detection.clone();
         let on_panic = Arc::clone(on_panic);
-        let on_panic = move || on_panic();
         match kind {
             Kind::Standalone => {
                 let Some(address) = servers.into_iter().next() else { return Err("REDIS_URL has no host".to_owned()) };
                 let server = Server { address, network, database, credentials };
-                Ok(Found::Single(SingleServer::connect(server, *timeout, on_panic).await))
+                Ok(Found::Single(SingleServer::connect(server, *timeout, move || on_panic()).await))
             }
             Kind::Sentinel => {
                 let name = sentinel_master.clone().unwrap_or_default();
                 let primary = Primary::new(network, (servers, sentinel_credentials), name, database, credentials);
-                Ok(Found::Sentinel(SingleServer::connect(primary, *timeout, on_panic).await))
+                Ok(Found::Sentinel(SingleServer::connect(primary, *timeout, move || on_panic()).await))
             }
             Kind::ClusterNode => {
-                Ok(Found::Cluster(Cluster::connect(network, servers, credentials, *timeout, Arc::new(on_panic)).await))
+                Ok(Found::Cluster(Cluster::connect(network, servers, credentials, *timeout, on_panic).await))
             }
         }
     }

@@ -11,14 +11,11 @@ use super::dial::{Dial, Server};
 use super::reply;
 use super::scripts::Script;
 use super::supervisor::{Status, keep_supervising};
-use super::transport::{KeyPage, Transport};
+use super::transport::{HEARTBEAT_KEY, KeyPage, PLACED_KEY, Transport};
 use crate::{Cursor, StoreError};
 
 /// How many of the server's keys it goes through for one page, at about 1 µs each.
 const KEYS_PER_PAGE: usize = 500;
-/// The set of jobs of which executors were placed.
-const PLACED_KEY: &str = "exec-placed";
-const HEARTBEAT_KEY: &str = "exec-heartbeat";
 
 /// One server. A task reconnects to it whenever the connection breaks.
 pub(super) struct SingleServer<D = Server> {
@@ -69,20 +66,20 @@ impl<D: Dial + fmt::Debug> Transport for SingleServer<D> {
     }
 
     async fn heartbeat(&self, script: &Script, ttl: &str, value: u64) -> Result<Value, StoreError> {
-        let mut command = redis::cmd("EVALSHA");
-        command.arg(script.sha()).arg(1).arg(HEARTBEAT_KEY).arg(ttl).arg(value);
+        let mut command = script.on_key(HEARTBEAT_KEY);
+        command.arg(ttl).arg(value);
         self.run(script, command).await
     }
 
     async fn note_placed(&self, script: &Script, ttl: &str, most: usize, jobs: Vec<String>) -> Result<(), StoreError> {
-        let mut command = redis::cmd("EVALSHA");
-        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(ttl).arg(most).arg(jobs);
+        let mut command = script.on_key(PLACED_KEY);
+        command.arg(ttl).arg(most).arg(jobs);
         self.run(script, command).await.map(drop)
     }
 
     async fn take_placed(&self, script: &Script, most: usize) -> Result<Vec<Value>, StoreError> {
-        let mut command = redis::cmd("EVALSHA");
-        command.arg(script.sha()).arg(1).arg(PLACED_KEY).arg(most);
+        let mut command = script.on_key(PLACED_KEY);
+        command.arg(most);
         Ok(vec![self.run(script, command).await?])
     }
 
@@ -94,8 +91,7 @@ impl<D: Dial + fmt::Debug> Transport for SingleServer<D> {
         let mut command = redis::cmd("SCAN");
         command.arg(cursor.as_ref().map_or("0", Cursor::as_str));
         command.arg("MATCH").arg(pattern).arg("COUNT").arg(KEYS_PER_PAGE).arg("TYPE").arg("hash");
-        let reply = self.connection()?.call(None, &command, self.timeout).await?;
-        reply::key_page(&reply)
+        reply::key_page(&self.read(command).await?)
     }
 }
 

@@ -17,10 +17,10 @@ use crate::StoreError;
 /// The most that connecting may take. No call waits for it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest pause between two attempts to connect.
-const MAX_PAUSE: Duration = Duration::from_secs(2);
+pub(super) const MAX_PAUSE: Duration = Duration::from_secs(2);
 /// Pauses double from 25 to 50 ms, up to between 1 and 2 s. They are random, so that a server that comes back is not
 /// met by all its clients at once.
-const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
+pub(super) const BACKOFF: ExponentialBuilder = ExponentialBuilder::new()
     .with_jitter()
     .with_min_delay(Duration::from_millis(25))
     .with_max_delay(Duration::from_secs(1))

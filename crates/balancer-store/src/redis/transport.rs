@@ -8,6 +8,11 @@ use redis::{Cmd, Value};
 use super::scripts::Script;
 use crate::{Cursor, StoreError};
 
+/// The heartbeat of a server. In a cluster, a hash tag follows.
+pub(super) const HEARTBEAT_KEY: &str = "exec-heartbeat";
+/// The jobs of which executors were placed. In a cluster, a hash tag follows.
+pub(super) const PLACED_KEY: &str = "exec-placed";
+
 /// Sends commands to the servers that hold the keys.
 ///
 /// A call never waits for a connection. It fails at once while there is no connection to the server that it needs,

@@ -28,6 +28,11 @@ pub(super) struct Primary<N: Network> {
     pub(super) tag: u32,
 }
 
+/// No primary is known.
+pub(super) fn no_answer() -> StoreError {
+    StoreError::NoConnection("no node of the cluster has answered yet".to_owned())
+}
+
 impl<N: Network> Default for Topology<N> {
     /// Nothing is known.
     fn default() -> Self {
@@ -63,11 +68,9 @@ impl<N: Network> Topology<N> {
     /// The primary of a slot.
     pub(super) fn owner(&self, slot: u16) -> Result<&Primary<N>, StoreError> {
         let index = self.owners.get(usize::from(slot)).copied().flatten();
-        index.and_then(|index| self.primaries.get(usize::from(index))).ok_or_else(|| {
-            StoreError::NoConnection(match self.primaries.is_empty() {
-                true => "no node of the cluster has answered yet".to_owned(),
-                false => format!("no node of the cluster has slot {slot}"),
-            })
+        index.and_then(|index| self.primaries.get(usize::from(index))).ok_or_else(|| match self.primaries.is_empty() {
+            true => no_answer(),
+            false => StoreError::NoConnection(format!("no node of the cluster has slot {slot}")),
         })
     }
 
