@@ -56,6 +56,7 @@ pub mod nodes;
 pub mod original;
 pub mod other_webhook;
 pub mod parts;
+pub mod placement;
 pub mod platforms;
 pub mod pods;
 pub mod port;

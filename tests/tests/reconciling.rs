@@ -4,10 +4,11 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{JobRef, PlaceRequest, Policy, PolicyOverrides};
+use balancer_core::{JobRef, PlaceRequest, Policy};
 use balancer_store::{Ledger, RedisLedger, RedisOptions};
 use balancer_tests::account::Account;
 use balancer_tests::control_plane::Plane;
+use balancer_tests::placement::request;
 use balancer_tests::pods::{self, executor, set_phase};
 use balancer_tests::reconciler::{Reconciler, ReconcilerOptions};
 use balancer_tests::registration::Registration;
@@ -340,14 +341,7 @@ async fn the_ledger_of_an_idle_running_job_does_not_expire() -> Result<()> {
 /// Enters a placement of an executor that has no pod.
 async fn enter(ledger: &RedisLedger, job: JobRef<'_>) -> Result<()> {
     let policy = Policy { spot_ratio: "0.5".parse()?, ..Policy::default() };
-    let request = PlaceRequest {
-        key: "nobody",
-        required: None,
-        overrides: PolicyOverrides::default(),
-        policy: Some(policy),
-        may_create: true,
-        driver: None,
-    };
+    let request = PlaceRequest { policy: Some(policy), ..request("nobody") };
     ledger.place(job, &request).await?;
     Ok(())
 }

@@ -6,13 +6,12 @@ use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{
-    Capacity, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, SpotRatio, Term,
-};
+use balancer_core::{Capacity, JobRef, JobState, LiveExecutor, PlaceOutcome, PlaceRequest, Policy, SpotRatio, Term};
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::certificate::authority;
 use balancer_tests::helm::repository;
 use balancer_tests::need;
+use balancer_tests::placement::request;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait;
 use redis::{Cmd, FromRedisValue, cmd};
@@ -33,19 +32,7 @@ async fn connect(url: &str, timeout: Duration) -> Result<RedisLedger> {
 
 async fn place(ledger: &RedisLedger, executor: &str) -> Result<PlaceOutcome, StoreError> {
     let policy = Some(Policy { spot_ratio: SpotRatio::ONE, ..Policy::default() });
-    ledger
-        .place(
-            JOB,
-            &PlaceRequest {
-                key: executor,
-                required: None,
-                overrides: PolicyOverrides::default(),
-                policy,
-                may_create: true,
-                driver: None,
-            },
-        )
-        .await
+    ledger.place(JOB, &PlaceRequest { policy, ..request(executor) }).await
 }
 
 async fn ask<T: FromRedisValue>(server: &RedisServer, command: &Cmd) -> Result<T> {
@@ -297,14 +284,7 @@ async fn the_documented_rights_are_enough_and_each_is_used() -> Result<()> {
 
         // Both ways in which a ledger ends.
         let other = JobRef { app_id: "spark-2", ..JOB };
-        let required = PlaceRequest {
-            key: "e1",
-            required: Some(Capacity::Spot),
-            overrides: PolicyOverrides::default(),
-            policy: None,
-            may_create: true,
-            driver: None,
-        };
+        let required = PlaceRequest { required: Some(Capacity::Spot), ..request("e1") };
         ledger.place(other, &required).await?;
         ledger.release(other, "e1", None, None).await?;
         ledger.place(other, &required).await?;

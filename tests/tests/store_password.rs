@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, SpotRatio};
+use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, SpotRatio};
 use balancer_store::{ConnectError, Ledger, RedisLedger, RedisOptions, RedisPassword, StoreError};
 use balancer_tests::need;
+use balancer_tests::placement::request;
 use balancer_tests::process::scratch_path;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait;
@@ -23,14 +24,7 @@ fn options(file: &Path) -> RedisOptions {
 
 async fn place(ledger: &RedisLedger) -> Result<PlaceOutcome, StoreError> {
     let policy = Some(Policy { spot_ratio: SpotRatio::ONE, ..Policy::default() });
-    let request = PlaceRequest {
-        key: "e1",
-        required: None,
-        overrides: PolicyOverrides::default(),
-        policy,
-        may_create: true,
-        driver: None,
-    };
+    let request = PlaceRequest { policy, ..request("e1") };
     ledger.place(JOB, &request).await
 }
 

@@ -10,6 +10,7 @@ use balancer_core::{
 };
 use balancer_store::{Ledger, RedisLedger, RedisOptions, StoreError};
 use balancer_tests::need;
+use balancer_tests::placement::request;
 use balancer_tests::redis::RedisServer;
 use balancer_tests::wait;
 use redis::aio::MultiplexedConnection;
@@ -135,17 +136,6 @@ impl Bench {
 
 fn policy(ratio: &str, base: u32) -> Result<Policy> {
     Ok(Policy { on_demand_base: base, ..Policy { spot_ratio: ratio.parse()?, ..Policy::default() } })
-}
-
-fn request(executor: &str) -> PlaceRequest<'_> {
-    PlaceRequest {
-        key: executor,
-        required: None,
-        overrides: PolicyOverrides::default(),
-        policy: None,
-        may_create: true,
-        driver: None,
-    }
 }
 
 fn live(executor: &str, capacity: Option<Capacity>) -> LiveExecutor<'_> {

@@ -4,10 +4,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, PolicyOverrides, SpotRatio};
+use balancer_core::{JobRef, PlaceOutcome, PlaceRequest, Policy, SpotRatio};
 use balancer_store::{Ledger, RedisLedger, RedisMode, RedisOptions, StoreError};
 use balancer_tests::certificate::authority;
 use balancer_tests::need;
+use balancer_tests::placement::request;
 use balancer_tests::redis::{RedisServer, ServerOptions, Servers};
 use balancer_tests::redis_sentinel::SentinelSet;
 use balancer_tests::wait;
@@ -33,14 +34,7 @@ async fn connect(set: &SentinelSet) -> Result<RedisLedger> {
 
 async fn place(ledger: &RedisLedger, executor: &str) -> Result<PlaceOutcome, StoreError> {
     let policy = Some(Policy { spot_ratio: SpotRatio::ONE, ..Policy::default() });
-    let request = PlaceRequest {
-        key: executor,
-        required: None,
-        overrides: PolicyOverrides::default(),
-        policy,
-        may_create: true,
-        driver: None,
-    };
+    let request = PlaceRequest { policy, ..request(executor) };
     let begin = Instant::now();
     let outcome = ledger.place(JOB, &request).await;
     assert!(begin.elapsed() < TIMEOUT + TOLERANCE, "a call took {:?}", begin.elapsed());

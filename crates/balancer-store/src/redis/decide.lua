@@ -37,7 +37,7 @@ local driver, required, own_policy, looked_up = ARGV[3], ARGV[4], ARGV[5], ARGV[
 local record = read_record('spot-state', 'avoid', 'kept-until')
 if belongs_to_another(record, driver) then return 'other' end
 
-local spot, on_demand, recounted = counts_of(record)
+local spot, on_demand, is_estimate, recounted = counts_of(record)
 local policy, format = record[3], record[4]
 local ratio, base = read_policy(policy)
 local has_policy = ratio and base

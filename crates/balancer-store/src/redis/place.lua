@@ -18,7 +18,7 @@ if capacity then
   if recounted or before and before ~= capacity then
     put('spot', spot)
     put('on-demand', on_demand)
-    if recounted == 'estimated' then put('estimated', 1) end
+    if is_estimate then put('estimated', 1) end
   elseif not before then
     put(capacity, capacity == 'spot' and spot or on_demand)
   end
@@ -30,9 +30,9 @@ if stores then
   if driver and driver ~= '' and not record[5] then put('driver', driver) end
   if not format and #fields > 0 then put('v', FORMAT) end
 end
-local keep = (is_first or recounted) and math.floor(tonumber(ARGV[1]) * 1.5) or renewal(record[8], time)
 if #fields > 0 then
-  if keep then put('kept-until', string.format('%.0f', tonumber(time) + keep)) end
+  local keep, keep_until = renewal(record[8], is_first or recounted, time)
+  if keep then put('kept-until', keep_until) end
   call('HSET', KEYS[1], unpack(fields))
   if keep then
     call('PEXPIRE', KEYS[1], keep)

@@ -171,9 +171,7 @@ local is_right = spot and spot + on_demand == before
 local is_estimate = before > 0 and record[11] and true or false
 if number == 0 then
   spot, on_demand, is_estimate = 0, 0, false
-elseif number <= MAX_COUNTED then
-  spot, on_demand, is_estimate = recount(number)
-elseif is_right then
+elseif number > MAX_COUNTED and is_right then
   spot, on_demand = spot + more.spot, on_demand + more['on-demand']
 else
   spot, on_demand, is_estimate = recount(number)

@@ -13,8 +13,7 @@ local is_right = spot and spot + on_demand == number
 if not is_right then
   local is_estimate
   spot, on_demand, is_estimate = recount(number)
-  write_counts(spot, on_demand, record[4])
-  if is_estimate then call('HSET', KEYS[1], 'estimated', 1) end
+  write_counts(spot, on_demand, record[4], is_estimate)
 end
 touch(record[8], not is_right, number == 0)
 return { spot, on_demand, policy, record[6], record[7] }

@@ -40,14 +40,13 @@ if uid then released, again = with_this_one() end
 local removed, is_empty = nil, not entry and call('HLEN', KEYS[2]) == 0
 if known == uid or known == '-' and not again then
   if entry then
-    local spot, on_demand, recounted = counts_of(record)
+    local spot, on_demand, is_estimate = counts_of(record)
     -- Counts that were edited may say so wrongly.
     is_empty = spot + on_demand <= 1 and call('HLEN', KEYS[2]) == 1
     removed = capacity_of(entry) == 'spot' and 1 or 0
     call('HDEL', KEYS[2], ARGV[2])
     if known == '-' then call('HDEL', KEYS[1], 'wait:' .. ARGV[2]) end
-    write_counts(math.max(0, spot - removed), math.max(0, on_demand - (1 - removed)), record[4])
-    if recounted == 'estimated' then call('HSET', KEYS[1], 'estimated', 1) end
+    write_counts(math.max(0, spot - removed), math.max(0, on_demand - (1 - removed)), record[4], is_estimate)
   end
   -- There is no ledger without a policy and executors. The other key went with its last entry.
   if is_empty and not is_policy(record[3]) then

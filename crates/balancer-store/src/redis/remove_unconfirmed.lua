@@ -11,7 +11,7 @@ local stored = stored_term(ARGV[2])
 if is_later(stored, ARGV[2]) then return stored end
 
 local record = read_record('kept-until')
-local spot, on_demand, recounted = counts_of(record)
+local spot, on_demand, is_estimate = counts_of(record)
 local number, removed = call('HLEN', KEYS[2]), 0
 for i = 3, #ARGV, 2 do
   local entry = removed < number and call('HGET', KEYS[2], ARGV[i + 1])
@@ -31,8 +31,7 @@ if removed == number and not is_policy(record[3]) then
   call('UNLINK', KEYS[1])
   return { removed, 0, 0 }
 elseif removed > 0 then
-  write_counts(spot, on_demand, record[4])
-  if recounted == 'estimated' then call('HSET', KEYS[1], 'estimated', 1) end
+  write_counts(spot, on_demand, record[4], is_estimate)
 end
 touch(record[6], false, removed == number)
 return { removed, spot, on_demand }

@@ -157,19 +157,24 @@ local function stored_counts(record)
   if spot and on_demand then return spot, on_demand end
 end
 
--- The number on spot, on on-demand, and nothing if they are stored; else whether they were 'counted' or 'estimated'.
--- They are not stored if the record was evicted, or edited by hand.
+-- The number on spot, on on-demand, whether that is an estimate, and whether they had to be taken anew. They are not
+-- stored if the record was evicted, or edited by hand.
 local function counts_of(record)
   local spot, on_demand = stored_counts(record)
-  if spot then return spot, on_demand end
+  if spot then return spot, on_demand, false, false end
   local is_estimate
   spot, on_demand, is_estimate = recount(call('HLEN', KEYS[2]))
-  return spot, on_demand, is_estimate and 'estimated' or 'counted'
+  return spot, on_demand, is_estimate, true
 end
 
--- Stores both counts, with the format of the record, which is never lowered, and further fields and values.
-local function write_counts(spot, on_demand, format, ...)
-  call('HSET', KEYS[1], 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot, ...)
+-- Stores both counts, and that they are an estimate, with the format of the record, which is never lowered.
+local function write_counts(spot, on_demand, format, is_estimate)
+  local fields = { 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot }
+  if is_estimate then
+    fields[7] = 'estimated'
+    fields[8] = 1
+  end
+  call('HSET', KEYS[1], unpack(fields))
 end
 
 -- Calls `visit` with the uid, the time and the text of each release in the record's field. Each is stored after its
@@ -202,24 +207,24 @@ local function stored_term(callers)
   return term, false
 end
 
--- How long both keys are kept, in ms, if this call has to renew that; nil if the time that is left is enough. They are
--- renewed for longer than this call asks for, so that few calls have to. `kept_until` is the record's field.
-local function renewal(kept_until, time)
+-- How long both keys are kept, in ms, and until when, if this call has to renew that; nil if the time that is left is
+-- enough. They are renewed for longer than this call asks for, so that few calls have to. `kept_until` is the record's
+-- field; `is_new` if one of the keys may be new, and so have no time to expire yet.
+local function renewal(kept_until, is_new, time)
   local ttl = tonumber(ARGV[1])
   local left = (whole(kept_until) or 0) - tonumber(time)
   local longest = math.floor(ttl * 1.5)
-  return (left < ttl or left > longest) and longest or nil
+  if is_new or left < ttl or left > longest then return longest, string.format('%.0f', tonumber(time) + longest) end
 end
 
--- Keeps both keys equally long, because one without the other would mean nothing. `is_new` if one of them may be new, and
--- so have no time to expire yet. `is_empty` if there is no entry, and so no second key.
+-- Keeps both keys equally long, because one without the other would mean nothing: see renewal. `is_empty` if there is no
+-- entry, and so no second key.
 local function touch(kept_until, is_new, is_empty, time)
-  time = time or now()
-  local keep = is_new and math.floor(tonumber(ARGV[1]) * 1.5) or renewal(kept_until, time)
+  local keep, keep_until = renewal(kept_until, is_new, time or now())
   if not keep then return end
   if not is_empty then call('PEXPIRE', KEYS[2], keep) end
   if call('PEXPIRE', KEYS[1], keep) == 1 then
     -- A server without free memory may refuse it. Then the next call renews again.
-    redis.pcall('HSET', KEYS[1], 'kept-until', string.format('%.0f', tonumber(time) + keep))
+    redis.pcall('HSET', KEYS[1], 'kept-until', keep_until)
   end
 end
