@@ -13,12 +13,8 @@ pub(crate) struct Comparison {
     cursor: Option<Cursor>,
     /// The live executors that no page has shown yet.
     unseen: HashSet<Arc<str>>,
-    /// The counts when it began; `None` as long as there was one page only.
-    before: Option<Counts>,
     /// The counts of the entries on the pages.
     found: Counts,
-    /// Whether something differed.
-    has_drift: bool,
 }
 
 /// What a page has shown.
@@ -33,7 +29,7 @@ pub(crate) struct Compared {
 impl Comparison {
     /// A comparison with these live executors, by their keys.
     pub(crate) fn new(live: impl Iterator<Item = Arc<str>>) -> Self {
-        Self { cursor: None, unseen: live.collect(), before: None, found: Counts::default(), has_drift: false }
+        Self { cursor: None, unseen: live.collect(), found: Counts::default() }
     }
 
     /// Where the next page begins.
@@ -57,24 +53,12 @@ impl Comparison {
             // Those that have ended meanwhile are named by their own change.
             differ.extend(self.unseen.drain().filter(|key| live(key).is_some()));
         }
-        self.has_drift |= !differ.is_empty();
         Compared { differ, is_last }
     }
 
-    /// Whether the counts when it began are still needed: it has more than one page.
-    pub(crate) fn needs_counts(&self) -> bool {
-        self.before.is_none()
-    }
-
-    /// These were the counts when it began.
-    pub(crate) fn begin_with(&mut self, counts: Counts) {
-        self.before = Some(counts);
-    }
-
-    /// The counts when a comparison of several pages began, and those of all entries, if nothing differed meanwhile. The
-    /// counts of a ledger of one page are right after each reconcile.
-    pub(crate) fn found(&self) -> Option<(Counts, Counts)> {
-        Some((self.before?, self.found)).filter(|_| !self.has_drift)
+    /// The counts of the entries on all pages so far.
+    pub(crate) fn found(&self) -> Counts {
+        self.found
     }
 }
 
@@ -139,24 +123,14 @@ mod tests {
         };
         let compared = comparison.add(second, live(&keys));
         assert_eq!(differ(&compared), ["missing", "other-uid", "unconfirmed", "waiting"]);
-        assert!(compared.is_last && comparison.found().is_none());
+        assert!(compared.is_last);
+        // One entry was listed twice.
+        assert_eq!(comparison.found(), Counts { spot: 6, on_demand: 1 });
     }
 
     #[test]
     fn an_executor_that_ends_meanwhile_is_not_missing() {
         let mut comparison = start(&["ended"]);
         assert!(comparison.add(EntryPage::default(), live(&[])).differ.is_empty());
-    }
-
-    #[test]
-    fn without_a_difference_the_counts_of_several_pages_are_known() {
-        let mut comparison = start(&["e1", "e2"]);
-        assert!(comparison.needs_counts());
-        comparison.begin_with(Counts { spot: 1, on_demand: 1 });
-        for (key, next) in [("e1", Some(Cursor::new("1"))), ("e2", None)] {
-            comparison.add(EntryPage { entries: vec![entry(key, Spot, Some(key))], next }, live(&["e1", "e2"]));
-        }
-        assert!(!comparison.needs_counts());
-        assert_eq!(comparison.found(), Some((Counts { spot: 1, on_demand: 1 }, Counts { spot: 2, on_demand: 0 })));
     }
 }

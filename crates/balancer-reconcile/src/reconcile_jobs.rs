@@ -30,6 +30,8 @@ const MOVED_AT_ONCE: usize = 64;
 const CONCURRENCY: usize = 8;
 /// Executors that are named in one call, which keeps the store busy for about a millisecond.
 const NAMED_AT_ONCE: usize = 256;
+/// A ledger of at most this many entries is counted anew by each call: see `Ledger::reconcile`.
+const COUNTED: usize = 512;
 /// Pages of a job's entries that are compared before others have their turn.
 const PAGES_PER_TURN: usize = 4;
 /// A job whose ledger could not be reconciled is retried after this time.
@@ -136,7 +138,13 @@ impl<L: Ledger> State<'_, L> {
     async fn attempt(&self, due: &Due, done: &mut Done) -> Result<(), Stopped> {
         let (ledger, job) = (&self.reconciler.parts.ledger, &due.job);
         match &due.executors {
-            Executors::All => done.comparison = Some(Comparison::new(self.index.keys(job))),
+            Executors::All => {
+                done.comparison = Some(Comparison::new(self.index.keys(job)));
+                if self.index.executors(job) > COUNTED {
+                    let term = self.reconciler.leadership.term().ok_or(Stopped::NotLeading)?;
+                    ledger.begin_count(job.as_job_ref(), term).await.map_err(Stopped::Failed)?;
+                }
+            }
             Executors::Some(keys) => self.name_all(job, keys, done).await?,
         }
         for _ in 0..PAGES_PER_TURN {
@@ -146,12 +154,10 @@ impl<L: Ledger> State<'_, L> {
             self.name_all(job, &compared.differ, done).await?;
             if compared.is_last {
                 done.has_compared = true;
-                self.correct_counts(job, &comparison, done).await?;
-            } else {
-                if comparison.needs_counts() {
-                    self.name(job, &[], done).await?;
-                    comparison.begin_with(done.summary.as_ref().map(|summary| summary.counts).unwrap_or_default());
+                if self.index.executors(job) > COUNTED {
+                    self.correct_counts(job, comparison.found(), done).await?;
                 }
+            } else {
                 done.comparison = Some(comparison);
             }
         }
@@ -162,14 +168,13 @@ impl<L: Ledger> State<'_, L> {
     }
 
     /// A large ledger whose entries are as they should be may still have other counts.
-    async fn correct_counts(&self, job: &JobId, comparison: &Comparison, done: &mut Done) -> Result<(), Stopped> {
-        let Some((before, found)) = comparison.found() else { return Ok(()) };
+    async fn correct_counts(&self, job: &JobId, found: Counts, done: &mut Done) -> Result<(), Stopped> {
         self.name(job, &[], done).await?;
         let summary = done.summary.as_ref();
         let is_right = summary.is_none_or(|summary| summary.counts == found && summary.has_exact_counts);
         let Some(term) = self.reconciler.leadership.term().filter(|_| !is_right) else { return Ok(()) };
         let ledger = &self.reconciler.parts.ledger;
-        let corrected = ledger.correct_counts(job.as_job_ref(), before, found, term).await.map_err(Stopped::Failed)?;
+        let corrected = ledger.correct_counts(job.as_job_ref(), found, term).await.map_err(Stopped::Failed)?;
         if corrected { self.name(job, &[], done).await } else { Ok(()) }
     }
 

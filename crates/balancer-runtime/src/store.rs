@@ -304,14 +304,12 @@ impl Ledger for Store {
         forward!(self.entries(job, cursor))
     }
 
-    async fn correct_counts(
-        &self,
-        job: JobRef<'_>,
-        before: Counts,
-        found: Counts,
-        term: Term,
-    ) -> Result<bool, StoreError> {
-        forward!(self.correct_counts(job, before, found, term))
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+        forward!(self.begin_count(job, term))
+    }
+
+    async fn correct_counts(&self, job: JobRef<'_>, found: Counts, term: Term) -> Result<bool, StoreError> {
+        forward!(self.correct_counts(job, found, term))
     }
 
     async fn remove_unconfirmed(

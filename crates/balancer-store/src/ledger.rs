@@ -105,8 +105,9 @@ pub trait Ledger: Send + Sync + 'static {
     ) -> impl Future<Output = Result<LearnOutcome, StoreError>> + Send;
 
     /// Corrects the entries of the executors that `state` names, unless the ledger was reconciled in a later term. Costs
-    /// as much as there are names, however large the job is; so large a job's changes are named in parts. See
-    /// [`JobLedger::reconcile`].
+    /// as much as there are names, however large the job is; so large a job's changes are named in parts. The counts
+    /// are exact afterwards in a ledger of up to 512 entries, and else unless they were changed by something other than this
+    /// trait's calls. See [`JobLedger::reconcile`].
     fn reconcile(
         &self,
         job: JobRef<'_>,
@@ -124,13 +125,16 @@ pub trait Ledger: Send + Sync + 'static {
         cursor: Option<Cursor>,
     ) -> impl Future<Output = Result<EntryPage, StoreError>> + Send;
 
+    /// Announces a listing of all entries whose result may be passed to [`correct_counts`](Self::correct_counts), unless the
+    /// ledger was reconciled in a later term. Returns whether the store follows it: not if there is no entry.
+    fn begin_count(&self, job: JobRef<'_>, term: Term) -> impl Future<Output = Result<bool, StoreError>> + Send;
+
     /// Replaces the job's counts by those that a listing of all entries has found, unless the ledger was reconciled in a
-    /// later term, the counts are no longer `before`, or the number of entries is another one. Returns whether the counts
-    /// are `found` now.
+    /// later term, or the counts should have changed since [`begin_count`](Self::begin_count), which has to be called in the
+    /// same term before the first page. Returns whether the counts are `found` now.
     fn correct_counts(
         &self,
         job: JobRef<'_>,
-        before: Counts,
         found: Counts,
         term: Term,
     ) -> impl Future<Output = Result<bool, StoreError>> + Send;

@@ -339,21 +339,22 @@ impl Ledger for RedisLedger {
         reply::entry_page(&self.shared.transport.read(command).await?)
     }
 
-    async fn correct_counts(
-        &self,
-        job: JobRef<'_>,
-        before: Counts,
-        found: Counts,
-        term: Term,
-    ) -> Result<bool, StoreError> {
-        let script = &self.shared.scripts.correct_counts;
-        let mut command = Self::command(script, job, 6, self.shared.ttl.len() + 100);
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+        let script = &self.shared.scripts.begin_count;
+        let mut command = Self::command(script, job, 2, self.shared.ttl.len() + 20);
         command.write_arg(self.shared.ttl.as_bytes());
         command.write_arg_fmt(term);
-        for number in [before.spot, before.on_demand, found.spot, found.on_demand] {
-            command.write_arg_fmt(number);
-        }
-        reply::is_corrected(&self.shared.transport.run(script, command).await?)
+        reply::is_done(&self.shared.transport.run(script, command).await?)
+    }
+
+    async fn correct_counts(&self, job: JobRef<'_>, found: Counts, term: Term) -> Result<bool, StoreError> {
+        let script = &self.shared.scripts.correct_counts;
+        let mut command = Self::command(script, job, 4, self.shared.ttl.len() + 60);
+        command.write_arg(self.shared.ttl.as_bytes());
+        command.write_arg_fmt(term);
+        command.write_arg_fmt(found.spot);
+        command.write_arg_fmt(found.on_demand);
+        reply::is_done(&self.shared.transport.run(script, command).await?)
     }
 
     async fn remove_unconfirmed(

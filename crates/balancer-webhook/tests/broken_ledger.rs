@@ -70,7 +70,11 @@ impl Ledger for Broken {
         self.fail()
     }
 
-    async fn correct_counts(&self, _: JobRef<'_>, _: Counts, _: Counts, _: Term) -> Result<bool, StoreError> {
+    async fn begin_count(&self, _: JobRef<'_>, _: Term) -> Result<bool, StoreError> {
+        self.fail()
+    }
+
+    async fn correct_counts(&self, _: JobRef<'_>, _: Counts, _: Term) -> Result<bool, StoreError> {
         self.fail()
     }
 

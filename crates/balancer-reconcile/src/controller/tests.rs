@@ -102,14 +102,12 @@ impl Ledger for Scripted {
         self.memory.entries(job, cursor).await
     }
 
-    async fn correct_counts(
-        &self,
-        job: JobRef<'_>,
-        before: Counts,
-        found: Counts,
-        term: Term,
-    ) -> Result<bool, StoreError> {
-        self.memory.correct_counts(job, before, found, term).await
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+        self.memory.begin_count(job, term).await
+    }
+
+    async fn correct_counts(&self, job: JobRef<'_>, found: Counts, term: Term) -> Result<bool, StoreError> {
+        self.memory.correct_counts(job, found, term).await
     }
 
     async fn steer(&self, job: JobRef<'_>, steer: Steer<'_>, term: Term) -> Result<SteerOutcome, StoreError> {

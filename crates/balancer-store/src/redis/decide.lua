@@ -34,7 +34,7 @@ local function cap_in(words)
 end
 
 local driver, required, own_policy, looked_up = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-local record = read_record('spot-state', 'avoid', 'kept-until')
+local record = read_record('spot-state', 'avoid', 'kept-until', 'counting')
 if belongs_to_another(record, driver) then return 'other' end
 
 local spot, on_demand, is_estimate, recounted = counts_of(record)
@@ -48,6 +48,11 @@ local stores_policy = not has_policy and looked_up and looked_up ~= ''
 
 local before = call('HGET', KEYS[2], ARGV[2])
 before = before and capacity_of(before)
+-- Counts that leave this entry out were edited.
+if before and (before == 'spot' and spot or on_demand) == 0 then
+  spot, on_demand, is_estimate = recount(call('HLEN', KEYS[2]))
+  recounted = true
+end
 
 local capacity, is_decided = before, false
 if required then

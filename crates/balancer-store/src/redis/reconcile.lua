@@ -46,7 +46,7 @@ local stored, is_invalid = stored_term(term)
 if is_later(stored, term) then return stored end
 if is_invalid then fault = 'term' end
 
-local record = read_record('term', 'released', 'spot-state', 'avoid', 'kept-until', 'estimated')
+local record = read_record('term', 'released', 'spot-state', 'avoid', 'kept-until', 'estimated', 'counting')
 -- What another driver wanted is no policy of this one.
 local is_handed_over = ARGV[8] ~= '' and record[5] and record[5] ~= ARGV[8]
 local policy = not is_handed_over and record[3] or nil
@@ -58,8 +58,9 @@ local time, grace = now(), tonumber(ARGV[2])
 
 -- By how much the corrections change the counts.
 local more = { spot = 0, ['on-demand'] = 0 }
--- Entries to remove and to write, how many of these are new, and fields of the record that say which entries wait.
-local remove, write, added, forget, waits = {}, {}, 0, {}, {}
+-- Entries to remove and to write, and how many of these are new; fields of the record to remove, and those that say which
+-- executors still wait, with their values.
+local remove, write, added, forget, waits, waiting_since = {}, {}, 0, {}, {}, {}
 local function correct(executor, before, after)
   if before then
     more[capacity_of(before)] = more[capacity_of(before)] - 1
@@ -82,22 +83,22 @@ local function age_of(placed_at)
   return age, placed_at
 end
 
--- The entries of executors, by their names; in parts, because a Lua call takes some thousand arguments at most.
-local function entries_of(names)
-  local entries = {}
+-- The values of fields, by their names; in parts, because a Lua call takes some thousand arguments at most.
+local function values_of(key, names)
+  local values = {}
   for first = 1, #names, 1000 do
     local last = math.min(first + 999, #names)
-    local found = call('HMGET', KEYS[2], unpack(names, first, last))
-    for at = first, last do entries[names[at]] = found[at - first + 1] or nil end
+    local found = call('HMGET', key, unpack(names, first, last))
+    for at = first, last do values[names[at]] = found[at - first + 1] or nil end
   end
-  return entries
+  return values
 end
 
 local first_live = 10 + tonumber(ARGV[9])
 local names = {}
 for i = 10, first_live - 1 do names[#names + 1] = ARGV[i] end
 for i = first_live, #ARGV, 3 do names[#names + 1] = ARGV[i] end
-local entries = entries_of(names)
+local entries = values_of(KEYS[2], names)
 
 for i = 10, first_live - 1 do
   local executor = ARGV[i]
@@ -110,9 +111,9 @@ for i = 10, first_live - 1 do
       forget[#forget + 1] = 'wait:' .. executor
       stale = stale + 1
     else
-      -- Another version may have placed it, and not noted that it waits.
-      waits[#waits + 1] = 'wait:' .. executor
-      waits[#waits + 1] = since
+      local field = 'wait:' .. executor
+      waits[#waits + 1] = field
+      waiting_since[field] = since
     end
   end
 end
@@ -159,21 +160,20 @@ local function in_parts(command, key, arguments)
 end
 local before = number
 number = before + added - #remove
+in_parts('HDEL', KEYS[1], forget)
 -- The key may not be emptied before it is written to.
 if before == #remove then in_parts('HSET', KEYS[2], write) end
 in_parts('HDEL', KEYS[2], remove)
-in_parts('HDEL', KEYS[1], forget)
 if before ~= #remove then in_parts('HSET', KEYS[2], write) end
 
 local spot, on_demand = stored_counts(record)
 if before == 0 then spot, on_demand = 0, 0 end
 local is_right = spot and spot + on_demand == before
 local is_estimate = before > 0 and record[11] and true or false
+if is_right then spot, on_demand = spot + more.spot, on_demand + more['on-demand'] end
 if number == 0 then
   spot, on_demand, is_estimate = 0, 0, false
-elseif number > MAX_COUNTED and is_right then
-  spot, on_demand = spot + more.spot, on_demand + more['on-demand']
-else
+elseif number <= MAX_COUNTED or not is_right or spot < 0 or on_demand < 0 then
   spot, on_demand, is_estimate = recount(number)
 end
 
@@ -188,11 +188,17 @@ end
 
 if record[3] and is_handed_over and not has_policy then call('HDEL', KEYS[1], 'policy') end
 if record[11] and not is_estimate then call('HDEL', KEYS[1], 'estimated') end
-local fields = waits
+local fields = {}
 local function put(field, value)
   fields[#fields + 1] = field
   fields[#fields + 1] = value
 end
+-- Another version may have placed an executor, and not stored that it waits.
+local stored_waits = values_of(KEYS[1], waits)
+for _, field in ipairs(waits) do
+  if stored_waits[field] ~= waiting_since[field] then put(field, waiting_since[field]) end
+end
+if record[12] and record[12] ~= '0' and (added > 0 or #remove > 0 or wrong_capacity > 0) then put('counting', 0) end
 if not record[4] or record[2] ~= tostring(on_demand) or record[1] ~= tostring(spot) or record[6] ~= term then
   put('v', record[4] or FORMAT)
   put('on-demand', on_demand)
@@ -204,22 +210,42 @@ if has_policy and policy ~= record[3] then put('policy', policy) end
 if ARGV[8] ~= '' and ARGV[8] ~= record[5] then put('driver', ARGV[8]) end
 in_parts('HSET', KEYS[1], fields)
 
--- The placements that wait, of those that one bounded step finds.
-local scanned = call('HSCAN', KEYS[1], 0, 'MATCH', 'wait:*', 'COUNT', 1000)
-local found = {}
-for i = 1, #scanned[2], 2 do
-  found[#found + 1] = { string.sub(scanned[2][i], #'wait:' + 1), scanned[2][i + 1] }
-end
+-- The oldest placements that wait, of those that a bounded step finds. In a hash from which most fields have gone, the first
+-- step may find none.
+local most, oldest, more_wait = tonumber(ARGV[7]), {}, false
 local function is_earlier(a, b)
   if a[2] ~= b[2] then return is_later(b[2], a[2]) end
   return a[1] < b[1]
 end
-table.sort(found, is_earlier)
-local oldest, more_wait = {}, scanned[1] ~= '0' or #found > tonumber(ARGV[7])
-for i = 1, math.min(#found, tonumber(ARGV[7])) do oldest[i] = found[i][1] end
-entries = number > 0 and entries_of(oldest) or {}
+-- Not table.sort of all: a thousand comparisons in Lua take longer than a hundred placements.
+local function keep_oldest(placement)
+  local at = #oldest
+  if at == most then
+    more_wait = true
+    if not is_earlier(placement, oldest[at]) then return end
+  else
+    at = at + 1
+  end
+  while at > 1 and is_earlier(placement, oldest[at - 1]) do
+    oldest[at] = oldest[at - 1]
+    at = at - 1
+  end
+  oldest[at] = placement
+end
+local cursor, steps = '0', 0
+repeat
+  local scanned = call('HSCAN', KEYS[1], cursor, 'MATCH', 'wait:*', 'COUNT', 512)
+  cursor, steps = scanned[1], steps + 1
+  for i = 1, #scanned[2], 2 do
+    keep_oldest({ string.sub(scanned[2][i], #'wait:' + 1), scanned[2][i + 1] })
+  end
+until cursor == '0' or #oldest > 0 or steps == 8
+if cursor ~= '0' then more_wait = true end
 local lost, anew, reported = {}, {}, {}
-for i, executor in ipairs(oldest) do
+names = {}
+for i, placement in ipairs(oldest) do names[i] = placement[1] end
+entries = number > 0 and values_of(KEYS[2], names) or {}
+for _, executor in ipairs(names) do
   local placed_at, uid = nil, nil
   if entries[executor] then placed_at, uid = rest_of(entries[executor]) end
   if uid ~= '-' then

@@ -10,7 +10,7 @@
 --
 -- Returns  1 if the executor counted as spot, 0 if it counted as on-demand, nil if nothing was removed; "other", with
 --          nothing changed, if the ledger belongs to another driver
-local record = read_record('released', 'kept-until')
+local record = read_record('released', 'kept-until', 'counting')
 if belongs_to_another(record, ARGV[3]) then return 'other' end
 local uid = ARGV[4]
 
@@ -41,12 +41,11 @@ local removed, is_empty = nil, not entry and call('HLEN', KEYS[2]) == 0
 if known == uid or known == '-' and not again then
   if entry then
     local spot, on_demand, is_estimate = counts_of(record)
-    -- Counts that were edited may say so wrongly.
-    is_empty = spot + on_demand <= 1 and call('HLEN', KEYS[2]) == 1
+    is_empty = call('HLEN', KEYS[2]) == 1
     removed = capacity_of(entry) == 'spot' and 1 or 0
     call('HDEL', KEYS[2], ARGV[2])
     if known == '-' then call('HDEL', KEYS[1], 'wait:' .. ARGV[2]) end
-    write_counts(math.max(0, spot - removed), math.max(0, on_demand - (1 - removed)), record[4], is_estimate)
+    write_counts(math.max(0, spot - removed), math.max(0, on_demand - (1 - removed)), record[4], is_estimate, record[8])
   end
   -- There is no ledger without a policy and executors. The other key went with its last entry.
   if is_empty and not is_policy(record[3]) then

@@ -10,7 +10,7 @@
 local stored = stored_term(ARGV[2])
 if is_later(stored, ARGV[2]) then return stored end
 
-local record = read_record('kept-until')
+local record = read_record('kept-until', 'counting')
 local spot, on_demand, is_estimate = counts_of(record)
 local number, removed = call('HLEN', KEYS[2]), 0
 for i = 3, #ARGV, 2 do
@@ -31,7 +31,7 @@ if removed == number and not is_policy(record[3]) then
   call('UNLINK', KEYS[1])
   return { removed, 0, 0 }
 elseif removed > 0 then
-  write_counts(spot, on_demand, record[4], is_estimate)
+  write_counts(spot, on_demand, record[4], is_estimate, record[7])
 end
 touch(record[6], false, removed == number)
 return { removed, spot, on_demand }

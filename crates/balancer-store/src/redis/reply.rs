@@ -155,10 +155,10 @@ pub(super) fn reconciled(reply: &Value) -> Result<ReconcileOutcome, StoreError> 
     read().ok_or_else(|| invalid(reply))
 }
 
-/// The reply of `correct_counts.lua`.
-pub(super) fn is_corrected(reply: &Value) -> Result<bool, StoreError> {
+/// The reply of `begin_count.lua` and `correct_counts.lua`.
+pub(super) fn is_done(reply: &Value) -> Result<bool, StoreError> {
     match reply {
-        Value::Int(is_corrected @ 0..=1) => Ok(*is_corrected == 1),
+        Value::Int(is_done @ 0..=1) => Ok(*is_done == 1),
         _ => Err(invalid(reply)),
     }
 }

@@ -14,10 +14,11 @@
 --            avoid      the instance types that new spot executors should avoid, with a space between them
 --            kept-until when both keys will expire at the earliest, in ms
 --            estimated  1 if the counts are an estimate, because a large ledger had lost them
+--            counting   the term in which a reconciler began to count all entries; 0 once an entry has changed since then
 --            wait:<executor>  for each entry without a uid, when it was placed, in ms
 -- KEYS[2]  exec-pods:{<namespace>:<job id>}, a hash: executor -> "<capacity> <placed at, ms> <uid, or ->"
--- ARGV[1]  of every script except peek and get: how long both keys are kept after this call at least, in ms; half as long
---          again at most
+-- ARGV[1]  of every script except peek and get: how long both keys are kept after this call at least, in ms; at most one
+--          and a half times as long
 --
 -- While a slot moves from one node of a cluster to another, a script may not use a key after its last field was removed: the
 -- key is then the other node's. So scripts count entries before they remove some, and not after it.
@@ -147,6 +148,8 @@ local function recount(number)
   end
   local page, sample = call('HSCAN', KEYS[2], 0, 'COUNT', MAX_COUNTED)[2], {}
   for i = 2, #page, 2 do sample[#sample + 1] = page[i] end
+  -- A hash from which most entries have gone may have nothing in its first places.
+  if #sample == 0 then return 0, number, true end
   local spot = math.floor(number * count(sample) / #sample + 0.5)
   return spot, number - spot, true
 end
@@ -167,13 +170,16 @@ local function counts_of(record)
   return spot, on_demand, is_estimate, true
 end
 
--- Stores both counts, and that they are an estimate, with the format of the record, which is never lowered.
-local function write_counts(spot, on_demand, format, is_estimate)
+-- Stores both counts, and that they are an estimate, with the format of the record, which is never lowered. `counting` is
+-- the record's field.
+local function write_counts(spot, on_demand, format, is_estimate, counting)
   local fields = { 'v', format or FORMAT, 'on-demand', on_demand, 'spot', spot }
-  if is_estimate then
-    fields[7] = 'estimated'
-    fields[8] = 1
+  local function put(field, value)
+    fields[#fields + 1] = field
+    fields[#fields + 1] = value
   end
+  if is_estimate then put('estimated', 1) end
+  if counting then put('counting', 0) end
   call('HSET', KEYS[1], unpack(fields))
 end
 
