@@ -54,7 +54,7 @@ pub(super) struct Scripts {
 impl Default for Scripts {
     fn default() -> Self {
         Self {
-            place: script!("shared.lua", "decide.lua", "place.lua"),
+            place: script!("fast_place.lua", "shared.lua", "decide.lua", "place.lua"),
             peek: script!("shared.lua", "decide.lua", "peek.lua"),
             release: script!("shared.lua", "release.lua"),
             learn: script!("shared.lua", "learn.lua"),
