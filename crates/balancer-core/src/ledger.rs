@@ -8,7 +8,7 @@ use crate::capacity::{Capacity, Counts};
 use crate::decide::decide;
 use crate::policy::{Policy, PolicyOverrides};
 use crate::ratio::SpotRatio;
-use crate::steering::{SpotState, Spread, Steer, SteerOutcome, Steering};
+use crate::steering::{SpotAnswer, SpotState, Spread, Steer, SteerOutcome, Steering};
 use crate::term::{Millis, Term};
 
 /// A request to place one executor.
@@ -74,18 +74,6 @@ pub struct Placed {
     pub is_new_job: bool,
     /// The job's executors, this one included.
     pub counts: Counts,
-}
-
-/// What a job's [`SpotState`] has changed about a placement.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum SpotAnswer {
-    /// Nothing.
-    #[default]
-    Unchanged,
-    /// The ratio would have sent the executor to spot, but spot is closed.
-    Closed,
-    /// The executor probes spot. It is still the one that does if the request is repeated.
-    Probe,
 }
 
 /// The answer to a request to store a job's policy.
@@ -367,16 +355,9 @@ impl JobLedger {
         match &self.steering.spot {
             SpotState::Probing { executor, .. } if executor == key => SpotAnswer::Probe,
             _ if !is_decided => SpotAnswer::Unchanged,
-            SpotState::Open => SpotAnswer::Unchanged,
-            // If the clock was set back behind the time at which spot was closed, the retry time says nothing.
-            SpotState::Starved { since, retry_at } if (*since..*retry_at).contains(&now) => SpotAnswer::Closed,
-            // A probe that has left the ledger, or spot, will not find out about spot.
-            SpotState::Probing { executor, .. }
-                if self.entries.get(executor).is_some_and(|probe| probe.capacity == Capacity::Spot) =>
-            {
-                SpotAnswer::Closed
+            state => {
+                state.answer(now, |probe| self.entries.get(probe).is_some_and(|probe| probe.capacity == Capacity::Spot))
             }
-            SpotState::Starved { .. } | SpotState::Probing { .. } => SpotAnswer::Probe,
         }
     }
 
@@ -389,13 +370,7 @@ impl JobLedger {
             return SteerOutcome::NoLedger;
         }
         match steer {
-            Steer::CloseSpot { retry_after } => {
-                let since = match self.steering.spot {
-                    SpotState::Open => now,
-                    SpotState::Starved { since, .. } | SpotState::Probing { since, .. } => since.min(now),
-                };
-                self.steering.spot = SpotState::Starved { since, retry_at: now.saturating_add(retry_after) };
-            }
+            Steer::CloseSpot { retry_after } => self.steering.spot = self.steering.spot.closed(retry_after, now),
             Steer::OpenSpot => self.steering.spot = SpotState::Open,
             Steer::Avoid(types) => self.steering.avoid = Steering::avoidable(types).map(str::to_owned).collect(),
         }

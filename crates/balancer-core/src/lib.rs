@@ -49,6 +49,7 @@ mod capacity;
 mod decide;
 mod ledger;
 mod policy;
+mod pools;
 mod ratio;
 mod steering;
 mod term;
@@ -66,7 +67,7 @@ pub use job_pod::{DriverPod, ExecutorPod, JobPod};
 pub use json::JsonError;
 pub use ledger::{
     Drift, Entry, JobLedger, JobState, LearnOutcome, LedgerFault, LiveExecutor, PlaceOutcome, PlaceRequest, Placed,
-    ReconcileOutcome, ReconcileSummary, RemovalOutcome, SpotAnswer, Unconfirmed, Waiting,
+    ReconcileOutcome, ReconcileSummary, RemovalOutcome, Unconfirmed, Waiting,
 };
 pub use patch::Patch;
 pub use platform::{CapacityLabels, CapacityProfile, CapacityProfileError, LabelValues, Toleration};
@@ -75,10 +76,11 @@ pub use policy::{
     DecodePolicyError, InvalidField, InvalidValue, MaxPoolShareError, Policy, PolicyField, PolicyOverrides,
     WholeNumberError,
 };
+pub use pools::{Pool, Shares};
 pub use profile::{NodeRequirements, Profile};
 pub use ratio::{Ratio, RatioError, SpotRatio, SpotRatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
-pub use steering::{SpotState, Spread, Steer, SteerOutcome, Steering};
+pub use steering::{SpotAnswer, SpotState, Spread, Steer, SteerOutcome, Steering};
 pub use term::{Millis, Term};
 pub use text::Text;

@@ -111,6 +111,12 @@ impl Ratio {
     pub const fn billionths(self) -> u32 {
         self.0
     }
+
+    /// Whether `part` is a larger share of `all` than this.
+    pub fn is_exceeded_by(self, part: u64, all: u64) -> bool {
+        let one = u128::from(Self::ONE_IN_BILLIONTHS);
+        u128::from(part) * one > u128::from(all) * u128::from(self.0)
+    }
 }
 
 impl FromStr for Ratio {

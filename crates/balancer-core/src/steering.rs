@@ -17,6 +17,16 @@ impl Steering {
     /// How many instance types are avoided at most. More than this are not stored.
     pub const MAX_AVOIDED: usize = 8;
 
+    /// From one replacement of a job's executors that find no spot to the next, in milliseconds, at least. Spark requests
+    /// replacements once a second, in batches.
+    pub const REPLACEMENT_PAUSE: Millis = 5_000;
+
+    /// How many of a job's executors that find no spot are replaced at once: one in ten of the live ones, at least one and
+    /// at most 100.
+    pub fn replaced_at_once(live: usize) -> usize {
+        (live / 10).clamp(1, 100)
+    }
+
     /// The first of these instance types that can be stored, at most [`Steering::MAX_AVOIDED`]: those that are values of a
     /// label.
     pub fn avoidable(types: &[String]) -> impl Iterator<Item = &str> {
@@ -45,6 +55,43 @@ pub enum SpotState {
         /// The executor's key in the ledger.
         executor: String,
     },
+}
+
+/// What a job's [`SpotState`] has changed about a placement.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SpotAnswer {
+    /// Nothing.
+    #[default]
+    Unchanged,
+    /// The ratio would have sent the executor to spot, but spot is closed.
+    Closed,
+    /// The executor probes spot. It is still the one that does if the request is repeated.
+    Probe,
+}
+
+impl SpotState {
+    /// What the state changes for an executor that the ratio alone sends to spot. `is_probe_on_spot` is whether the executor
+    /// with this key is in the ledger, on spot.
+    pub fn answer(&self, now: Millis, is_probe_on_spot: impl FnOnce(&str) -> bool) -> SpotAnswer {
+        match self {
+            Self::Open => SpotAnswer::Unchanged,
+            // If the clock was set back behind the time at which spot was closed, the retry time says nothing.
+            Self::Starved { since, retry_at } if (*since..*retry_at).contains(&now) => SpotAnswer::Closed,
+            // A probe that has left the ledger, or spot, will not find out about spot.
+            Self::Probing { executor, .. } if is_probe_on_spot(executor) => SpotAnswer::Closed,
+            Self::Starved { .. } | Self::Probing { .. } => SpotAnswer::Probe,
+        }
+    }
+
+    /// The state after spot was closed. If it is closed already, the retry time starts again.
+    #[must_use]
+    pub fn closed(&self, retry_after: Millis, now: Millis) -> Self {
+        let since = match self {
+            Self::Open => now,
+            Self::Starved { since, .. } | Self::Probing { since, .. } => now.min(*since),
+        };
+        Self::Starved { since, retry_at: now.saturating_add(retry_after) }
+    }
 }
 
 /// A change of a job's [`Steering`].

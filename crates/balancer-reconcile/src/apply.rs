@@ -1,11 +1,11 @@
 //! Applies the events of the watches to the index, and to the executors that wait for a node.
 
-use balancer_core::{Conventions, ExecutorPod, JobPod, NodeRequirements, Pod};
+use balancer_core::{Conventions, ExecutorPod, JobPod, NodeRequirements, Pod, Pool};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use tokio::time::Instant;
 
-use crate::index::{ClusterIndex, DriverRef, Pool};
+use crate::index::{ClusterIndex, DriverRef};
 use crate::stuck::{StuckExecutor, StuckExecutors};
 use crate::unschedulable::{Reason, Unschedulable};
 use crate::watch::{ClusterEvent, Event, Source, SyncStatus};

@@ -5,17 +5,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{JobId, SpotState};
+use balancer_core::{JobId, SpotState, Steering};
 use tokio::time::Instant;
 
 use crate::stuck::{PodVersion, StuckExecutor};
 
-/// From one step of a job to the next, at least. Spark requests replacements once a second, in batches.
-const MIN_PAUSE: Duration = Duration::from_secs(5);
-/// Of a job's live executors, one in so many is replaced in a step, and at least one.
-const SHARE: usize = 10;
-/// The most that are replaced in a step.
-const MAX_REPLACED: usize = 100;
+/// From one step of a job to the next, at least.
+const MIN_PAUSE: Duration = Duration::from_millis(Steering::REPLACEMENT_PAUSE);
 /// An answer about the nodes of executors that is older than this is asked for again.
 const CLEARED_FOR: Duration = Duration::from_secs(5);
 /// Calls that have not answered after this time never will. Each has a deadline of its own, so this is a defect.
@@ -283,7 +279,7 @@ impl Job {
             let is_due = view.stuck.iter().filter(is_ripe).any(|stuck| self.closes(stuck));
             return if is_due { Step::Close { retry_after: view.retry } } else { Step::None };
         }
-        let most = (view.live / SHARE).clamp(1, MAX_REPLACED);
+        let most = Steering::replaced_at_once(view.live);
         match &mut self.phase {
             Phase::Waiting { since } if now.duration_since(*since) < LOST_AFTER => Step::None,
             Phase::Going { deleted, changed } => {

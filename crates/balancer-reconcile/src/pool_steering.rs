@@ -9,7 +9,7 @@ use balancer_store::Ledger;
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
 
-use crate::blast_radius::{Place, avoided};
+use crate::blast_radius::Place;
 use crate::events::{Warning, WarningReason};
 use crate::state::{Parts, State};
 
@@ -83,7 +83,7 @@ impl<L: Ledger> State<'_, L> {
                 SpotRatio::Share(_) => self.index.shares(&job),
             };
             self.blast_radius.update(&job, &shares, policy.max_pool_share, now);
-            let avoid = avoided(&shares, policy.max_pool_share);
+            let avoid = shares.avoided(policy.max_pool_share);
             // Before its first reconcile it is not known what the ledger has. The reconcile leads here again.
             if self.audit.steering(&job).is_some_and(|known| known.avoid != avoid) {
                 steered.push((job, avoid));

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use balancer_core::{
     Capacity, CapacityProfile, Conventions, DriverPod, ExecutorPod, JobId, JobPod, JobRef, LiveExecutor, Pod, Policy,
-    PolicyOverrides, SpotRatio,
+    PolicyOverrides, Pool, SpotRatio,
 };
 
 use changes::add_change;
@@ -25,7 +25,6 @@ pub(crate) use job::FixedCapacity;
 pub use job::{DesiredState, DriverRef};
 use job::{Driver, Executor, FixedCounts, Group, Team};
 use nodes::NodeIndex;
-pub use shares::{Pool, Shares};
 
 /// All live executors and drivers by their jobs, and the capacities of the nodes.
 ///

@@ -3,9 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use balancer_core::{Capacity, CapacityProfile, JobId};
+use balancer_core::{Capacity, CapacityProfile, JobId, Pool};
 
-use super::shares::{Pool, TeamShares};
+use super::shares::TeamShares;
 
 /// The nodes that exist, or to which an executor is bound.
 #[derive(Debug, Default)]

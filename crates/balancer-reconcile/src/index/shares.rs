@@ -4,48 +4,11 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use balancer_core::{Capacity, JobId, Policy};
+use balancer_core::{Capacity, JobId, Policy, Pool, Shares};
 
 use super::ClusterIndex;
 
-/// Nodes that a cloud takes back together: those of one instance type in one zone.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Pool {
-    /// The instance type.
-    pub instance_type: Box<str>,
-    /// The zone.
-    pub zone: Box<str>,
-}
-
-impl Pool {
-    /// The label of a node's instance type.
-    pub const INSTANCE_TYPE_LABEL: &str = "node.kubernetes.io/instance-type";
-    /// The label of a node's zone.
-    pub const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
-
-    /// The pool of a node with these labels; `None` if it has not both.
-    pub fn of_node<'a>(label: impl Fn(&str) -> Option<&'a str>) -> Option<Self> {
-        let (instance_type, zone) = (label(Self::INSTANCE_TYPE_LABEL)?, label(Self::ZONE_LABEL)?);
-        Some(Self { instance_type: instance_type.into(), zone: zone.into() })
-    }
-}
-
-/// How the executors of a job are spread.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Shares {
-    /// The executors that are bound to a node.
-    pub bound: u32,
-    /// The most of them on one node. Executors without an owner count apart from those of the job's driver.
-    pub on_one_node: u32,
-    /// Those on spot nodes.
-    pub spot: u32,
-    /// Those on spot nodes whose pool is known, by their pools.
-    pub pools: Vec<(Arc<Pool>, u32)>,
-    /// The executors that were sent to spot and are not bound yet.
-    pub waiting: u32,
-}
-
-/// The same of one team.
+/// The [`Shares`] of one team.
 #[derive(Debug, Default)]
 pub(super) struct TeamShares {
     bound: u32,
