@@ -5,6 +5,7 @@
 //! Each command is a module with its `Arguments` and its `run`; [`output`] is how all of them print.
 
 mod output;
+mod simulate;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
@@ -27,6 +28,8 @@ enum Command {
         /// The shell
         shell: Shell,
     },
+    /// What a job costs, how long it takes and what it risks, by its spot ratio
+    Simulate(Box<simulate::Arguments>),
 }
 
 /// Runs one command, and reports an error on standard error.
@@ -52,5 +55,6 @@ fn execute(command: Command, out: &mut impl Write) -> anyhow::Result<()> {
             generate(shell, &mut Arguments::command(), "kubectl-spot_balancer", out);
             Ok(())
         }
+        Command::Simulate(arguments) => simulate::run(&arguments, out),
     }
 }

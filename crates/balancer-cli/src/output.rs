@@ -8,7 +8,6 @@ use serde::Serialize;
 
 /// The form of a command's output.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-#[allow(dead_code)]
 pub(crate) enum Format {
     /// A table with the columns that most people need
     Table,
@@ -19,7 +18,6 @@ pub(crate) enum Format {
 }
 
 /// Writes rows under a header, in columns that are as wide as their longest value and three spaces apart.
-#[allow(dead_code)]
 pub(crate) fn write_table(
     out: &mut impl Write,
     header: &[&str],
@@ -38,7 +36,6 @@ pub(crate) fn write_table(
 }
 
 /// Writes one JSON document and a line's end.
-#[allow(dead_code)]
 pub(crate) fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
     serde_json::to_writer_pretty(&mut *out, value)?;
     writeln!(out)

@@ -1,0 +1,169 @@
+//! `simulate`: what a job costs, how long it takes and what it risks, by its spot ratio and its on-demand base.
+
+mod input;
+mod model;
+mod report;
+mod run;
+
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::ProgressBar;
+use serde::Serialize;
+
+use crate::output::{Format, write_json, write_table};
+pub(crate) use input::Arguments;
+use input::{Input, Plan};
+use run::{Estimate, Forecast, Sampling, forecasts};
+
+/// From one change of the progress bar to the next.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Everything that the output is made of.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Simulation {
+    inputs: Vec<Input>,
+    runs: u32,
+    seed: u64,
+    /// Of the whole job on on-demand, without losses; `None` without a price.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    on_demand_cost: Option<f64>,
+    forecasts: Vec<Forecast>,
+}
+
+/// Simulates the job, and writes what to expect of it.
+///
+/// # Errors
+/// If options do not fit together, or the output cannot be written.
+pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result<()> {
+    let Plan { scenario, policies, on_demand_price, inputs } = arguments.plan()?;
+    let sampling = Sampling { runs: arguments.runs, seed: arguments.seed };
+    let jobs = u64::try_from(policies.len())?.saturating_mul(u64::from(sampling.runs));
+    // It shows itself only in a terminal.
+    let progress = ProgressBar::new(jobs);
+    progress.enable_steady_tick(TICK);
+    let forecasts = forecasts(&scenario, &policies, sampling, || progress.inc(1));
+    progress.finish_and_clear();
+    let hours = f64::from(scenario.job.executors) * scenario.job.hours;
+    let on_demand_cost = on_demand_price.map(|price| price * hours);
+    let simulation = Simulation { inputs, runs: sampling.runs, seed: sampling.seed, on_demand_cost, forecasts };
+    if let Some(path) = &arguments.html {
+        write_report(path, &simulation)?;
+    }
+    match arguments.output {
+        Format::Json => write_json(out, &simulation)?,
+        Format::Table | Format::Wide => write_text(out, &simulation, arguments.output == Format::Wide)?,
+    }
+    Ok(())
+}
+
+fn write_report(path: &Path, simulation: &Simulation) -> anyhow::Result<()> {
+    let report = report::render(simulation)?;
+    std::fs::write(path, report).with_context(|| format!("--html {}: cannot write the report", path.display()))
+}
+
+/// One column of the table: its name, and what it shows of a forecast.
+struct Column {
+    name: &'static str,
+    is_wide: bool,
+    of: fn(&Forecast) -> String,
+}
+
+/// The columns, in their order.
+const COLUMNS: &[Column] = &[
+    Column { name: "RATIO", is_wide: false, of: |forecast| forecast.ratio.clone() },
+    Column { name: "BASE", is_wide: false, of: |forecast| forecast.base.to_string() },
+    Column { name: "SPOT", is_wide: false, of: |forecast| forecast.spot.to_string() },
+    Column { name: "ON-DEMAND", is_wide: false, of: |forecast| forecast.on_demand.to_string() },
+    Column { name: "COST", is_wide: false, of: |forecast| percent(forecast.cost.value) },
+    Column { name: "COST 95 %", is_wide: true, of: |forecast| interval(forecast.cost, percent) },
+    Column { name: "TIME", is_wide: false, of: |forecast| hours(forecast.hours.mean.value) },
+    Column { name: "TIME 95 %", is_wide: true, of: |forecast| interval(forecast.hours.mean, hours) },
+    Column { name: "1 IN 100 TAKES", is_wide: true, of: |forecast| hours(forecast.hours.p99) },
+    Column { name: "ANY LOSS", is_wide: true, of: |forecast| percent(forecast.any_loss) },
+    Column { name: "THIRD LOST", is_wide: false, of: |forecast| percent(forecast.risk.value) },
+    Column { name: "THIRD LOST 95 %", is_wide: true, of: |forecast| interval(forecast.risk, percent) },
+    Column { name: "DONE AGAIN", is_wide: true, of: |forecast| percent(forecast.recomputed.value) },
+    Column { name: "WORST POOL", is_wide: false, of: |forecast| of_pool(forecast, |pool| percent(pool.share)) },
+    Column { name: "TIME IF LOST", is_wide: false, of: |forecast| of_pool(forecast, |pool| hours(pool.hours)) },
+    Column { name: "COST IF LOST", is_wide: true, of: |forecast| of_pool(forecast, |pool| percent(pool.cost)) },
+];
+
+fn write_text(out: &mut impl Write, simulation: &Simulation, is_wide: bool) -> anyhow::Result<()> {
+    let columns: Vec<&Column> = COLUMNS.iter().filter(|column| is_wide || !column.is_wide).collect();
+    let mut header: Vec<&str> = columns.iter().map(|column| column.name).collect();
+    header.extend(simulation.on_demand_cost.map(|_| "PRICE"));
+    let row = |forecast: &Forecast| {
+        let price = simulation.on_demand_cost.map(|cost| format!("{:.2}", cost * forecast.cost.value));
+        columns.iter().map(|column| (column.of)(forecast)).chain(price).collect()
+    };
+    write_table(out, &header, simulation.forecasts.iter().map(row))?;
+    writeln!(out)?;
+    for note in notes(simulation) {
+        writeln!(out, "{note}")?;
+    }
+    writeln!(out)?;
+    let rows = simulation.inputs.iter().map(|input| {
+        let reason = match input.reason {
+            "" => input.source.as_str().to_owned(),
+            reason => format!("{}: {reason}", input.source.as_str()),
+        };
+        vec![input.name.to_owned(), input.value.clone(), input.option.unwrap_or_default().to_owned(), reason]
+    });
+    write_table(out, &["INPUT", "VALUE", "OPTION", "FROM"], rows)?;
+    Ok(())
+}
+
+/// What the columns mean, and what is wrong with the result.
+fn notes(simulation: &Simulation) -> Vec<String> {
+    let mut notes = vec![
+        "COST and TIME are means; 100 % is the job on on-demand without losses.".to_owned(),
+        "THIRD LOST is the probability that the job loses more than a third of its executors at once.".to_owned(),
+        "WORST POOL is the share of the executors in the largest pool, and TIME IF LOST the run time if it is lost just before \
+         a stage ends."
+            .to_owned(),
+    ];
+    let unfinished = simulation.forecasts.iter().map(|forecast| forecast.unfinished).fold(0.0, f64::max);
+    if unfinished > 0.0 {
+        notes.push(format!(
+            "Up to {} of the jobs were given up, so their cost and time are higher than shown.",
+            percent(unfinished)
+        ));
+    }
+    notes
+}
+
+fn of_pool(forecast: &Forecast, text: impl Fn(&run::LargestPool) -> String) -> String {
+    forecast.largest_pool.as_ref().map_or_else(|| "-".to_owned(), text)
+}
+
+/// A share for people: at least two digits that are not zero.
+fn percent(share: f64) -> String {
+    let percent = share * 100.0;
+    match percent.abs() {
+        zero if zero == 0.0 => "0 %".to_owned(),
+        tiny if tiny < 0.001 => "<0.001 %".to_owned(),
+        small if small < 0.1 => format!("{percent:.3} %"),
+        medium if medium < 10.0 => format!("{percent:.2} %"),
+        _ => format!("{percent:.1} %"),
+    }
+}
+
+fn hours(hours: f64) -> String {
+    let decimals = match hours {
+        short if short < 1.0 => 3,
+        medium if medium < 100.0 => 2,
+        _ => 1,
+    };
+    format!("{hours:.decimals$} h")
+}
+
+fn interval(estimate: Estimate, text: impl Fn(f64) -> String) -> String {
+    format!("{} to {}", text(estimate.low), text(estimate.high))
+}
+
+#[cfg(test)]
+mod tests;
