@@ -481,3 +481,81 @@ fn spot_fallback_seconds(text: &str) -> Result<PolicyOverrides, InvalidField> {
 fn spot_retry_seconds(text: &str) -> Result<PolicyOverrides, InvalidField> {
     PolicyOverrides::parse_one(PolicyField::SpotRetrySeconds, text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixtures::{job, parse};
+    use super::*;
+
+    #[test]
+    fn an_invalid_value_names_the_option_the_value_and_what_is_accepted() {
+        for (options, says) in [
+            ("--executors 0 --hours 1", ["'0'", "--executors", "accepted: a whole number from 1 to 100000"]),
+            ("--executors 100001 --hours 1", ["'100001'", "--executors", "accepted: a whole number from 1 to 100000"]),
+            ("--executors 5 --hours 0", ["'0'", "--hours", "accepted: hours above 0 and up to 720"]),
+            ("--executors 5 --hours nan", ["'nan'", "--hours", "accepted: hours above 0 and up to 720"]),
+            ("--executors 5 --hours 1 --ratios 0.5,1.1", ["'1.1'", "--ratios", "accepted: a decimal from 0 to 1"]),
+            ("--executors 5 --hours 1 --rates 0.1,1", ["'1'", "--rates", "accepted: a probability from 0 to 0.999"]),
+            ("--executors 5 --hours 1 --discounts 2", ["'2'", "--discounts", "accepted: a share from 0 to 1"]),
+            ("--executors 5 --hours 1 --pools 0", ["'0'", "--pools", "accepted: a whole number from 1 to 100"]),
+            (
+                "--executors 5 --hours 1 --max-pool-share 0",
+                ["'0'", "--max-pool-share", "accepted: above 0 and up to 1"],
+            ),
+            ("--executors 5 --hours 1 --runs 1", ["'1'", "--runs", "accepted: a whole number from 100 to 1000000"]),
+            ("--executors 5 --hours 1 --spot-prices 1", ["not provided", "--on-demand-price", "Usage"]),
+            ("--executors 5", ["not provided", "--hours", "Usage"]),
+        ] {
+            let error = parse(options).unwrap_err().to_string();
+            assert!(says.iter().all(|part| error.contains(part)), "{options}: {error}");
+        }
+    }
+
+    #[test]
+    fn options_that_do_not_fit_together_are_refused() {
+        let error = |options: &str| job(options).plan().unwrap_err().to_string();
+        assert_eq!(
+            error("--pools 3 --rates 0.1,0.2"),
+            "--rates has 2 values for 3 pools; accepted: one value, or one for each pool"
+        );
+        assert_eq!(
+            error("--on-demand-price 1 --spot-prices 0.5,1.5"),
+            "--spot-prices 1.5 is above --on-demand-price 1; accepted: up to the on-demand price"
+        );
+        let many = (0..1001).map(|base| base.to_string()).collect::<Vec<_>>().join(",");
+        assert!(error(&format!("--ratios 1 --bases {many}")).starts_with("1001 ratios with bases"));
+    }
+
+    #[test]
+    fn lists_and_prices_describe_the_pools_and_the_cheapest_is_the_first() {
+        let pools = |options: &str| {
+            let pools = job(options).plan().unwrap().scenario.cloud.pools;
+            pools.into_iter().map(|pool| (pool.rate, pool.discount)).collect::<Vec<_>>()
+        };
+        assert_eq!(pools(""), [(0.05, 0.6); 4]);
+        assert_eq!(pools("--pools 2 --rates 0.2"), [(0.2, 0.6); 2]);
+        assert_eq!(pools("--rates 0.1,0.2 --discounts 0.5,0.7"), [(0.2, 0.7), (0.1, 0.5)]);
+        assert_eq!(pools("--on-demand-price 2 --spot-prices 0.5,1"), [(0.05, 0.75), (0.05, 0.5)]);
+    }
+
+    #[test]
+    fn what_is_not_stated_is_an_assumption_with_a_reason_or_a_default() {
+        let sources = |options: &str| {
+            let inputs = job(options).plan().unwrap().inputs;
+            let of = |name| inputs.iter().find(|input| input.option == Some(name)).unwrap().source;
+            assert!(inputs.iter().all(|input| (input.source == Source::Assumed) != input.reason.is_empty()));
+            [of("--rates"), of("--shuffle"), of("--max-pool-share"), of("--spot-preference")]
+        };
+        assert_eq!(sources(""), [Source::Assumed, Source::Assumed, Source::Default, Source::Default]);
+        let stated = "--rates 0.05 --shuffle 10 --max-pool-share 1 --spot-preference best-effort";
+        assert_eq!(sources(stated), [Source::Stated; 4]);
+    }
+
+    #[test]
+    fn a_cap_per_node_limits_what_is_lost_with_a_node() {
+        let per_node = |options: &str| job(options).plan().unwrap().scenario.cloud.executors_per_node;
+        assert_eq!(per_node("--executors-per-node 8"), 8);
+        assert_eq!(per_node("--executors-per-node 8 --max-executors-per-node 2"), 2);
+        assert_eq!(per_node("--executors-per-node 2 --max-executors-per-node 8"), 2);
+    }
+}

@@ -166,4 +166,6 @@ fn interval(estimate: Estimate, text: impl Fn(f64) -> String) -> String {
 }
 
 #[cfg(test)]
+mod fixtures;
+#[cfg(test)]
 mod tests;

@@ -9,7 +9,8 @@ use super::{COLUMNS, Simulation, notes};
 
 /// The size of a plot. On a phone it shrinks by a seventh, so its text stays readable.
 const SIZE: (u32, u32) = (420, 320);
-const FONT: (&str, i32) = ("sans-serif", 13);
+/// plotters shrinks it by a quarter.
+const FONT: (&str, i32) = ("sans-serif", 17);
 /// One colour for each base; they are told apart with any kind of colour blindness (Okabe and Ito).
 const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
@@ -130,6 +131,7 @@ fn cost_and_risk(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
         .y_desc("third lost at once, % of jobs")
         .x_labels(6)
         .y_labels(6)
+        .x_label_formatter(&|cost| format!("{cost:.0}"))
         .y_label_formatter(&|risk| axis(*risk, risks.end))
         .draw()?;
     for Series { colour, forecasts, .. } in all {
@@ -166,6 +168,7 @@ fn time_by_ratio(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
         .y_desc("run time, h")
         .x_labels(6)
         .y_labels(6)
+        .x_label_formatter(&|ratio| format!("{ratio:.1}"))
         .y_label_formatter(&|time| axis(*time, end))
         .draw()?;
     for Series { colour, forecasts, .. } in all {

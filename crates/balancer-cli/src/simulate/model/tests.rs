@@ -1,1 +1,202 @@
+use proptest::prelude::*;
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::SeedableRng;
 
+use super::super::fixtures::{parse, plan};
+use super::super::input::Plan;
+use super::*;
+
+/// The outcome if this is all that is lost.
+fn outcome(plan: &Plan, at_hours: f64, loss: Loss) -> Outcome {
+    model(plan).run(&mut Once, at_hours * 3600.0, loss)
+}
+
+fn model(plan: &Plan) -> Model<'_> {
+    Model::new(&plan.scenario, *plan.policies.first().expect("a policy"))
+}
+
+#[track_caller]
+fn assert_near(have: f64, want: f64) {
+    assert!((have - want).abs() < 1e-6 * want.abs().max(1.0), "{have} instead of {want}");
+}
+
+proptest! {
+    #[test]
+    fn without_losses_a_job_costs_one_less_the_discount_of_its_share_of_spot(
+        executors in 1u32..2000, ratio in 0u32..=100, base in 0u32..50, discount in 0u32..=100,
+    ) {
+        let options = format!(
+            "--executors {executors} --hours 1.5 --ratios {ratio}% --bases {base} --discounts {}",
+            f64::from(discount) / 100.0
+        );
+        let plan = parse(&options).unwrap().plan().unwrap();
+        let model = model(&plan);
+        let share = f64::from(u32::try_from(model.counts().spot).unwrap()) / f64::from(executors);
+        let undisturbed = model.undisturbed();
+        prop_assert_eq!(undisturbed.cost, 1.0 - share * (f64::from(discount) / 100.0));
+        prop_assert_eq!(undisturbed.hours, 1.5);
+        let wanted = f64::from(ratio) / 100.0 * f64::from(executors.saturating_sub(base));
+        prop_assert!((share * f64::from(executors) - wanted).abs() <= 1.0, "the ratio is kept");
+        // The simulation agrees if its only loss is after the end.
+        let simulated = model.run(&mut Once, 1e9, Loss::Pool(0));
+        prop_assert!((simulated.cost - undisturbed.cost).abs() < 1e-9 && (simulated.hours - 1.5).abs() < 1e-9);
+    }
+
+    #[test]
+    fn no_pool_gets_more_than_its_share_and_one_executor(executors in 1u32..500, percent in 25u32..=100) {
+        let options = format!("--executors {executors} --hours 1 --ratios 0.8 --max-pool-share {percent}%");
+        let plan = parse(&options).unwrap().plan().unwrap();
+        let model = model(&plan);
+        let most = f64::from(u32::try_from(model.counts().spot).unwrap()) * f64::from(percent) / 100.0 + 1.0;
+        let (_, largest) = model.largest_pool().unwrap();
+        prop_assert!(f64::from(largest) <= most, "{largest} of at most {most}");
+    }
+
+    #[test]
+    fn any_job_ends_with_values_that_are_possible(
+        executors in 1u32..200, ratio in 1u32..=10, rate in 1u32..999, hours in 1u32..200, share in 3u32..=10, seed: u64,
+        is_strict: bool, fallback in prop_oneof![Just(0), Just(120)],
+    ) {
+        let options = format!(
+            "--executors {executors} --hours {hours} --ratios {}% --rates {} --max-pool-share {}% --pool-wide 0.5 \
+             --spot-preference {} --spot-fallback-seconds {fallback}",
+            ratio * 10, f64::from(rate) / 1000.0, share * 10, if is_strict { "strict" } else { "best-effort" },
+        );
+        let plan = parse(&options).unwrap().plan().unwrap();
+        let outcome = model(&plan).disturbed(&mut ChaCha8Rng::seed_from_u64(seed));
+        prop_assert!(outcome.lost > 0, "{outcome:?}");
+        prop_assert!((0.0..=1.0).contains(&outcome.largest_loss) && outcome.largest_loss > 0.0, "{outcome:?}");
+        prop_assert!(outcome.hours >= f64::from(hours) * (1.0 - 1e-9), "{outcome:?}");
+        prop_assert!(outcome.cost.is_finite() && outcome.cost > 0.0 && outcome.recomputed >= 0.0, "{outcome:?}");
+    }
+}
+
+#[test]
+fn without_spot_nothing_can_be_lost() {
+    for options in ["--ratios 0 --rates 0.9", "--ratios 1 --bases 100 --rates 0.9", "--ratios 1 --rates 0"] {
+        assert_eq!(model(&plan(options)).disturbance(), 0.0, "{options}");
+    }
+    assert_eq!(model(&plan("--ratios 0")).largest_pool_lost(), None);
+}
+
+#[test]
+fn the_probability_of_a_loss_is_that_of_the_rates() {
+    // A tenth of the nodes in a month, all with their pool: one pool has all executors.
+    let rate = -(0.9f64.ln()) / 730.0;
+    let pool = plan("--ratios 1 --rates 0.1 --pool-wide 1");
+    assert_near(model(&pool).disturbance(), 1.0 - (-rate * 2.0).exp());
+    // Each alone: 25 nodes.
+    let nodes = plan("--ratios 1 --rates 0.1 --pool-wide 0");
+    assert_near(model(&nodes).disturbance(), 1.0 - (-rate * 2.0 * 25.0).exp());
+}
+
+#[test]
+fn the_work_of_lost_executors_is_done_again_unless_their_blocks_are_kept() {
+    let end = 2.0 * (1.0 - 1e-9);
+    let replaced = 125.0 / 3600.0;
+    let hours = |options: &str| outcome(&plan(&format!("--ratios 1 {options}")), end, Loss::Pool(0)).hours;
+    assert_near(hours(""), 2.0 + replaced + 2.0);
+    assert_near(hours("--shuffle 0"), 2.0 + replaced);
+    assert_near(hours("--stages 4"), 2.0 + replaced + 0.5);
+    assert_near(hours("--pvc-reuse"), 2.0 + replaced + 2.0 * (1.0 - KEPT_ON_VOLUMES));
+    // Nobody is left to receive blocks.
+    assert_near(hours("--decommission"), 2.0 + replaced + 2.0);
+    // Half of the executors have half of the blocks, and do the rest of the work until the others are replaced.
+    let half = |options: &str| outcome(&plan(&format!("--ratios 0.5 {options}")), end, Loss::Pool(0));
+    assert_near(half("").hours, 2.0 + 1.0 + replaced / 2.0);
+    assert_near(half("").recomputed, 0.5);
+    assert_near(half("--decommission --shuffle 10").recomputed, 0.0);
+    // 100 s at 0.1 GB/s are 10 GB of 20.
+    assert_near(half("--decommission --shuffle 20").recomputed, 0.25);
+}
+
+#[test]
+fn the_run_times_that_aws_has_measured_are_those_of_the_model() {
+    // 30 executors and 440 s; all are lost at the end. AWS: 1024 s, and 627 s with volumes.
+    let run = |options: &str| {
+        let plan = parse(&format!("--executors 30 --hours 0.12222222 --ratios 1 {options}")).unwrap().plan().unwrap();
+        model(&plan).largest_pool_lost().unwrap().hours * 3600.0
+    };
+    assert!((run("") / 1024.0 - 1.0).abs() < 0.05, "{}", run(""));
+    assert!((run("--pvc-reuse") / 627.0 - 1.0).abs() < 0.05, "{}", run("--pvc-reuse"));
+}
+
+#[test]
+fn a_job_that_lost_a_pool_continues_in_the_next_one() {
+    let lost = outcome(&plan("--ratios 0.7 --shuffle 0"), 1.0, Loss::Pool(0));
+    assert_near(lost.largest_loss, 0.7);
+    assert_eq!(lost.lost, 70);
+    // Both pools cost the same, and nodes that start cost as much as those that run.
+    assert_near(lost.cost, (1.0 - 0.7 * 0.6) * lost.hours / 2.0);
+    assert_near(lost.hours, 2.0 + 0.7 * 125.0 / 3600.0);
+}
+
+#[test]
+fn without_spot_best_effort_pays_and_strict_waits_and_the_fallback_is_between() {
+    let lost = |options: &str| {
+        let options = format!("--ratios 1 --pools 1 --shuffle 0 --shortage-minutes 30 {options}");
+        outcome(&plan(&options), 1.0, Loss::Pool(0))
+    };
+    let replaced = 125.0 / 3600.0;
+    let best_effort = lost("");
+    assert_near(best_effort.hours, 2.0 + replaced);
+    assert_near(best_effort.cost, 0.4 * 0.5 + 0.5 + replaced / 2.0);
+    assert_near(best_effort.waited, 0.0);
+    let strict = lost("--spot-preference strict");
+    assert_near(strict.hours, 2.0 + 0.5 + replaced);
+    assert_near(strict.cost, 0.4 * (1.0 + replaced / 2.0));
+    assert_near(strict.waited, 50.0);
+    // Ten of a hundred every five seconds, after two minutes.
+    let fallback = lost("--spot-preference strict --spot-fallback-seconds 120");
+    assert!(fallback.hours > best_effort.hours + 119.0 / 3600.0, "{fallback:?}");
+    assert!(fallback.hours < best_effort.hours + 180.0 / 3600.0, "{fallback:?}");
+    assert!(fallback.cost > strict.cost * 1.5 && fallback.waited < 10.0, "{fallback:?}");
+}
+
+#[test]
+fn a_probe_that_finds_spot_opens_it_for_the_executors_after_it() {
+    let plan = plan("--ratios 1 --pools 1 --spot-preference strict --spot-fallback-seconds 60 --shortage-minutes 0.5");
+    let (scenario, policy) = (&plan.scenario, plan.policies[0]);
+    let mut cluster = model(&plan).start;
+    let run_until = |cluster: &mut Cluster, until: f64| {
+        let mut now = 0.0;
+        while cluster.next_change(policy, now) <= until {
+            now = cluster.next_change(policy, now);
+            cluster.change(scenario, policy, now);
+        }
+    };
+    cluster.pools[0].out_until = 1000.0;
+    cluster.missing = 10;
+    cluster.request(scenario, policy, 0.0);
+    run_until(&mut cluster, 400.0);
+    assert!(matches!(cluster.spot, SpotState::Starved { .. }), "{:?}", cluster.spot);
+    assert_eq!(cluster.on_demand.running, 10);
+    cluster.missing = 2;
+    cluster.request(scenario, policy, 500.0);
+    assert!(matches!(cluster.spot, SpotState::Probing { .. }) && cluster.waiting() == 1, "one probes, one does not");
+    // It finds no spot either.
+    run_until(&mut cluster, 600.0);
+    assert!(matches!(cluster.spot, SpotState::Starved { .. }) && cluster.waiting() == 0, "{:?}", cluster.spot);
+    cluster.missing = 1;
+    cluster.request(scenario, policy, 990.0);
+    run_until(&mut cluster, 2000.0);
+    assert_eq!(cluster.spot, SpotState::Open);
+    assert_eq!(u64::from(cluster.running()), cluster.counts.total());
+}
+
+#[test]
+fn losses_within_three_minutes_are_one() {
+    let mut recent = Recent::default();
+    assert_eq!([recent.add(0.0, 3), recent.add(100.0, 4), recent.add(179.0, 5), recent.add(280.0, 6)], [3, 7, 12, 11]);
+}
+
+#[test]
+fn the_last_node_of_a_pool_may_be_lost_too() {
+    let plan = plan("--executors-per-node 4 --ratios 0.9");
+    let mut cluster = model(&plan).start;
+    cluster.pools[0].nodes.running = 10;
+    assert_eq!(cluster.clone().lose_node(0, 4, |nodes| nodes == 3.0, 0.0), 2);
+    assert_eq!(cluster.lose_node(0, 4, |_| false, 0.0), 4);
+    assert_eq!(cluster.pools[0].nodes.running, 6);
+    assert_eq!(cluster.pools[0].out_until, AVOIDED_AFTER_INTERRUPTION_SECONDS);
+}
