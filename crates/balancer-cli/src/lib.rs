@@ -36,7 +36,7 @@ enum Command {
 pub fn run(arguments: Arguments) -> ExitCode {
     let mut out = io::stdout().lock();
     match execute(arguments.command, &mut out).and_then(|()| Ok(out.flush()?)) {
-        // Whoever reads the output may stop before its end, as `head` does.
+        // The reader may stop before the end of the output, as `head` does.
         Err(error) if error.downcast_ref().is_some_and(|error: &io::Error| error.kind() == ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
         }

@@ -24,7 +24,7 @@ const MAX_RUNS: u32 = 1_000_000;
 )]
 pub(crate) struct Arguments {
     /// The executors of the job
-    #[arg(long, short = 'e', value_name = "NUMBER", value_parser = executors)]
+    #[arg(long, value_name = "NUMBER", value_parser = executors)]
     pub(crate) executors: u32,
 
     /// The hours that the job takes with all executors and without losses
@@ -328,8 +328,13 @@ impl Arguments {
         if let Some(price) = self.on_demand_price {
             inputs.stated(("--on-demand-price", "on-demand price per executor-hour"), price.to_string());
         }
-        let mut pools: Vec<_> =
-            rates.into_iter().zip(discounts).map(|(rate, discount)| SpotPool { rate, discount }).collect();
+        let pools = (1..).zip(rates).zip(discounts);
+        let pool = |((position, rate), discount): ((usize, f64), f64)| SpotPool {
+            name: format!("pool-{position}"),
+            rate,
+            discount,
+        };
+        let mut pools: Vec<SpotPool> = pools.map(pool).collect();
         // Karpenter takes the cheapest pool that has capacity. The sort is stable.
         pools.sort_by(|one, other| other.discount.total_cmp(&one.discount));
         let share = |value: f64| format!("{value}");
@@ -530,12 +535,15 @@ mod tests {
     fn lists_and_prices_describe_the_pools_and_the_cheapest_is_the_first() {
         let pools = |options: &str| {
             let pools = job(options).plan().unwrap().scenario.cloud.pools;
-            pools.into_iter().map(|pool| (pool.rate, pool.discount)).collect::<Vec<_>>()
+            pools.into_iter().map(|pool| (pool.name, pool.rate, pool.discount)).collect::<Vec<_>>()
         };
-        assert_eq!(pools(""), [(0.05, 0.6); 4]);
-        assert_eq!(pools("--pools 2 --rates 0.2"), [(0.2, 0.6); 2]);
-        assert_eq!(pools("--rates 0.1,0.2 --discounts 0.5,0.7"), [(0.2, 0.7), (0.1, 0.5)]);
-        assert_eq!(pools("--on-demand-price 2 --spot-prices 0.5,1"), [(0.05, 0.75), (0.05, 0.5)]);
+        let pool = |number: usize, rate, discount| (format!("pool-{number}"), rate, discount);
+        assert_eq!(pools(""), [1, 2, 3, 4].map(|number| pool(number, 0.05, 0.6)));
+        assert_eq!(pools("--pools 2 --rates 0.2"), [1, 2].map(|number| pool(number, 0.2, 0.6)));
+        let cheapest_last = "--rates 0.1,0.2 --discounts 0.5,0.7";
+        assert_eq!(pools(cheapest_last), [pool(2, 0.2, 0.7), pool(1, 0.1, 0.5)]);
+        let prices = "--on-demand-price 2 --spot-prices 0.5,1";
+        assert_eq!(pools(prices), [pool(1, 0.05, 0.75), pool(2, 0.05, 0.5)]);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::output::{Format, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
-use run::{Estimate, Forecast, Sampling, forecasts};
+use run::{Forecast, Sampling, forecasts};
 
 /// From one change of the progress bar to the next.
 const TICK: Duration = Duration::from_millis(100);
@@ -79,15 +79,19 @@ const COLUMNS: &[Column] = &[
     Column { name: "SPOT", is_wide: false, of: |forecast| forecast.spot.to_string() },
     Column { name: "ON-DEMAND", is_wide: false, of: |forecast| forecast.on_demand.to_string() },
     Column { name: "COST", is_wide: false, of: |forecast| percent(forecast.cost.value) },
-    Column { name: "COST 95 %", is_wide: true, of: |forecast| interval(forecast.cost, percent) },
+    Column { name: "COST ±", is_wide: true, of: |forecast| percent(forecast.cost.error()) },
     Column { name: "TIME", is_wide: false, of: |forecast| hours(forecast.hours.mean.value) },
-    Column { name: "TIME 95 %", is_wide: true, of: |forecast| interval(forecast.hours.mean, hours) },
+    Column { name: "TIME ±", is_wide: true, of: |forecast| seconds(forecast.hours.mean.error()) },
     Column { name: "1 IN 100 TAKES", is_wide: true, of: |forecast| hours(forecast.hours.p99) },
     Column { name: "ANY LOSS", is_wide: true, of: |forecast| percent(forecast.any_loss) },
     Column { name: "THIRD LOST", is_wide: false, of: |forecast| percent(forecast.risk.value) },
-    Column { name: "THIRD LOST 95 %", is_wide: true, of: |forecast| interval(forecast.risk, percent) },
+    Column { name: "THIRD LOST ±", is_wide: true, of: |forecast| percent(forecast.risk.error()) },
     Column { name: "DONE AGAIN", is_wide: true, of: |forecast| percent(forecast.recomputed.value) },
-    Column { name: "WORST POOL", is_wide: false, of: |forecast| of_pool(forecast, |pool| percent(pool.share)) },
+    Column {
+        name: "WORST POOL",
+        is_wide: false,
+        of: |forecast| of_pool(forecast, |pool| format!("{}: {}", pool.name, percent(pool.share))),
+    },
     Column { name: "TIME IF LOST", is_wide: false, of: |forecast| of_pool(forecast, |pool| hours(pool.hours)) },
     Column { name: "COST IF LOST", is_wide: true, of: |forecast| of_pool(forecast, |pool| percent(pool.cost)) },
 ];
@@ -120,7 +124,9 @@ fn write_text(out: &mut impl Write, simulation: &Simulation, is_wide: bool) -> a
 /// What the columns mean, and what is wrong with the result.
 fn notes(simulation: &Simulation) -> Vec<String> {
     let mut notes = vec![
-        "COST and TIME are means; 100 % is the job on on-demand without losses.".to_owned(),
+        "COST and TIME are means; 100 % is the job on on-demand without losses. Their 95 % error bars (±, -o wide) are those of \
+         the simulation, not of its assumptions."
+            .to_owned(),
         "THIRD LOST is the probability that the job loses more than a third of its executors at once.".to_owned(),
         "WORST POOL is the share of the executors in the largest pool, and TIME IF LOST the run time if it is lost just before \
          a stage ends."
@@ -144,7 +150,7 @@ fn of_pool(forecast: &Forecast, text: impl Fn(&run::LargestPool) -> String) -> S
 fn percent(share: f64) -> String {
     let percent = share * 100.0;
     match percent.abs() {
-        zero if zero == 0.0 => "0 %".to_owned(),
+        0.0 => "0 %".to_owned(),
         tiny if tiny < 0.001 => "<0.001 %".to_owned(),
         small if small < 0.1 => format!("{percent:.3} %"),
         medium if medium < 10.0 => format!("{percent:.2} %"),
@@ -161,8 +167,9 @@ fn hours(hours: f64) -> String {
     format!("{hours:.decimals$} h")
 }
 
-fn interval(estimate: Estimate, text: impl Fn(f64) -> String) -> String {
-    format!("{} to {}", text(estimate.low), text(estimate.high))
+/// A small number of hours.
+fn seconds(hours: f64) -> String {
+    format!("{:.2} s", hours * 3600.0)
 }
 
 #[cfg(test)]

@@ -45,6 +45,7 @@ pub(crate) struct Job {
 /// Spot nodes that the cloud reclaims together.
 #[derive(Clone, Debug)]
 pub(crate) struct SpotPool {
+    pub(crate) name: String,
     /// The probability that one node is interrupted within a month.
     pub(crate) rate: f64,
     /// The share of the on-demand price that spot saves.
@@ -168,8 +169,13 @@ impl<'a> Model<'a> {
         Counts { spot: u64::from(self.start.on_spot()), on_demand: u64::from(self.start.on_demand.running) }
     }
 
-    /// The pool with the most executors, and how many they are; `None` if there is no spot executor.
-    pub(crate) fn largest_pool(&self) -> Option<(usize, u32)> {
+    /// The name of the pool with the most executors, and how many they are; `None` if there is no spot executor.
+    pub(crate) fn largest_pool(&self) -> Option<(&'a str, u32)> {
+        let (at, executors) = self.largest()?;
+        Some((&self.scenario.cloud.pools.get(at)?.name, executors))
+    }
+
+    fn largest(&self) -> Option<(usize, u32)> {
         let pools = self.start.pools.iter().map(|pool| pool.nodes.running).enumerate();
         pools.filter(|(_, running)| *running > 0).max_by_key(|(at, running)| (*running, usize::MAX - at))
     }
@@ -196,7 +202,7 @@ impl<'a> Model<'a> {
 
     /// The outcome if nothing is lost except the largest pool, just before a stage ends.
     pub(crate) fn largest_pool_lost(&self) -> Option<Outcome> {
-        let (pool, _) = self.largest_pool()?;
+        let (pool, _) = self.largest()?;
         Some(self.run(&mut Once, self.seconds() * (1.0 - 1e-9), Loss::Pool(pool)))
     }
 
@@ -347,13 +353,16 @@ struct Cluster {
 
 impl Cluster {
     fn new(scenario: &Scenario) -> Self {
-        let name = |number: usize| Pool { instance_type: pool_name(number).into(), zone: "zone".into() };
-        let pool = |number| PoolState { name: Arc::new(name(number)), nodes: Nodes::default(), out_until: 0.0 };
+        let pool = |spot: &SpotPool| PoolState {
+            name: Arc::new(Pool { instance_type: spot.name.as_str().into(), zone: "zone".into() }),
+            nodes: Nodes::default(),
+            out_until: 0.0,
+        };
         Self {
             counts: Counts::default(),
             spot: SpotState::Open,
             has_probe: false,
-            pools: (0..scenario.cloud.pools.len()).map(pool).collect(),
+            pools: scenario.cloud.pools.iter().map(pool).collect(),
             on_demand: Nodes::default(),
             starting: VecDeque::new(),
             waiting: VecDeque::new(),
@@ -627,11 +636,6 @@ impl Cluster {
         self.remove_from_spot(lost);
         lost
     }
-}
-
-/// The name of a pool, from its position.
-pub(crate) fn pool_name(at: usize) -> String {
-    format!("pool-{}", at + 1)
 }
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "times are positive and far below 2^53 ms")]

@@ -122,7 +122,7 @@ fn cost_and_risk(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
         .margin(8)
         .x_label_area_size(40)
         .y_label_area_size(64)
-        .build_cartesian_2d(costs, 0.0..risks.end)?;
+        .build_cartesian_2d(costs, 0.0..risks.end * 1.15)?;
     chart
         .configure_mesh()
         .disable_mesh()
@@ -134,7 +134,7 @@ fn cost_and_risk(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
         .x_label_formatter(&|cost| format!("{cost:.0}"))
         .y_label_formatter(&|risk| axis(*risk, risks.end))
         .draw()?;
-    for Series { colour, forecasts, .. } in all {
+    for (row, Series { colour, forecasts, .. }) in (1..).zip(all) {
         let point = |forecast: &Forecast| (forecast.cost.value * 100.0, forecast.risk.value * 100.0);
         chart.draw_series(LineSeries::new(forecasts.iter().map(|forecast| point(forecast)), colour))?;
         for forecast in forecasts {
@@ -142,7 +142,9 @@ fn cost_and_risk(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
             let error = [(cost, forecast.risk.low * 100.0), (cost, forecast.risk.high * 100.0)];
             chart.draw_series([PathElement::new(error, colour)])?;
             chart.draw_series([Circle::new((cost, risk), 4, colour.filled())])?;
-            chart.draw_series([Text::new(forecast.ratio.clone(), (cost, risk), FONT)])?;
+            // In a row for each base, so that labels of points with the same risk do not cover each other.
+            let label = EmptyElement::at((cost, risk)) + Text::new(forecast.ratio.clone(), (-6, -16 * row - 4), FONT);
+            chart.draw_series([label])?;
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use rand_chacha::rand_core::SeedableRng;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::model::{Model, Outcome, Scenario, pool_name};
+use super::model::{Model, Outcome, Scenario};
 
 /// Above this share of the executors a loss counts as a risk.
 const RISKY_SHARE: f64 = 1.0 / 3.0;
@@ -30,6 +30,13 @@ pub(crate) struct Estimate {
     pub(crate) value: f64,
     pub(crate) low: f64,
     pub(crate) high: f64,
+}
+
+impl Estimate {
+    /// How far the further bound is from the value.
+    pub(crate) fn error(self) -> f64 {
+        (self.high - self.value).max(self.value - self.low)
+    }
 }
 
 /// How a value is spread over jobs.
@@ -114,8 +121,8 @@ fn forecast(scenario: &Scenario, policy: Policy, sampling: Sampling, finished: &
         .collect();
     let mixture = Mixture { disturbed: &outcomes, undisturbed, any_loss };
     let largest_pool =
-        model.largest_pool().zip(model.largest_pool_lost()).map(|((at, executors), outcome)| LargestPool {
-            name: pool_name(at),
+        model.largest_pool().zip(model.largest_pool_lost()).map(|((name, executors), outcome)| LargestPool {
+            name: name.to_owned(),
             executors,
             share: outcome.largest_loss,
             cost: outcome.cost,
