@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::output::{Format, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
-use run::{Forecast, Sampling, forecasts};
+use run::{Estimate, Forecast, Sampling, forecasts};
 
 /// From one change of the progress bar to the next.
 const TICK: Duration = Duration::from_millis(100);
@@ -84,7 +84,7 @@ const COLUMNS: &[Column] = &[
     Column { name: "TIME ±", is_wide: true, of: |forecast| seconds(forecast.hours.mean.error()) },
     Column { name: "1 IN 100 TAKES", is_wide: true, of: |forecast| hours(forecast.hours.p99) },
     Column { name: "ANY LOSS", is_wide: true, of: |forecast| percent(forecast.any_loss) },
-    Column { name: "THIRD LOST", is_wide: false, of: |forecast| percent(forecast.risk.value) },
+    Column { name: "THIRD LOST", is_wide: false, of: |forecast| probability(forecast.risk) },
     Column { name: "THIRD LOST ±", is_wide: true, of: |forecast| percent(forecast.risk.error()) },
     Column { name: "DONE AGAIN", is_wide: true, of: |forecast| percent(forecast.recomputed.value) },
     Column {
@@ -165,6 +165,15 @@ fn hours(hours: f64) -> String {
         _ => 1,
     };
     format!("{hours:.decimals$} h")
+}
+
+/// If no simulated job had it, the bound below which it is, because 0 would say too much.
+fn probability(estimate: Estimate) -> String {
+    if estimate.value > 0.0 || estimate.high <= 0.0 {
+        return percent(estimate.value);
+    }
+    let bound = percent(estimate.high);
+    if bound.starts_with('<') { bound } else { format!("<{bound}") }
 }
 
 /// A small number of hours.

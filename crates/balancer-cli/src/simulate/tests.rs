@@ -15,6 +15,15 @@ fn shares_keep_two_digits_that_tell_something() {
 }
 
 #[test]
+fn a_risk_that_no_simulated_job_met_is_shown_as_its_bound() {
+    let shown = |value, high| probability(Estimate { value, low: 0.0, high });
+    assert_eq!(
+        [shown(0.0, 0.0), shown(0.0, 0.004), shown(0.0, 1e-7), shown(0.003, 0.004)],
+        ["0 %", "<0.40 %", "<0.001 %", "0.30 %"]
+    );
+}
+
+#[test]
 fn the_price_is_shown_if_it_is_stated() {
     assert!(!output("--ratios 0").contains("PRICE"));
     let text = output("--ratios 0 --on-demand-price 0.2 -o wide");
