@@ -2,7 +2,7 @@
 //! installation, and helps to choose a ratio. It works with the caller's own kubeconfig and permissions, and needs no server
 //! of ours.
 //!
-//! Each command is a module with its `Arguments` and its `run`; [`output`] is how all of them print.
+//! Each command is a module with its `Arguments` and its `run`; `output` is how all of them print.
 
 mod output;
 mod simulate;
