@@ -3,8 +3,10 @@
 use std::fmt;
 use std::future::Future;
 use std::io;
+use std::time::Duration;
 
 use tokio::net::TcpStream;
+use tokio::time::timeout;
 
 use super::address::Address;
 use super::connection::{Connection, IoTask};
@@ -97,6 +99,27 @@ pub(super) fn name_server(error: StoreError, server: impl fmt::Display) -> Store
         StoreError::NoConnection(cause) => StoreError::NoConnection(format!("{server}: {cause}")),
         other => other,
     }
+}
+
+/// An error of a server that refuses a command, with the server's name.
+pub(super) fn name_refusing(error: StoreError, server: impl fmt::Display) -> StoreError {
+    match error {
+        StoreError::Refused { code, detail } => {
+            StoreError::Refused { code, detail: format!("{detail} (from {server})") }
+        }
+        other => other,
+    }
+}
+
+/// Limits the time of connecting to a server and asking it.
+pub(super) async fn within<T>(
+    limit: Duration,
+    server: impl fmt::Display,
+    connect: impl Future<Output = Result<T, StoreError>>,
+) -> Result<T, StoreError> {
+    timeout(limit, connect).await.unwrap_or_else(|_| {
+        Err(StoreError::NoConnection(format!("{server} did not answer within {limit:?} of connecting")))
+    })
 }
 
 /// Logs in, and checks that the server is ready.

@@ -4,12 +4,11 @@ use std::time::Duration;
 
 use redis::{Cmd, Value};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
 use super::address::Address;
 use super::connection::{Connection, NOT_LOGGED_IN};
 use super::credentials::Credentials;
-use super::dial::{Network, name_server};
+use super::dial::{Network, name_refusing, name_server, within};
 use super::options::RedisMode;
 use super::reply::text;
 use crate::StoreError;
@@ -55,9 +54,7 @@ impl<N: Network> Detection<N> {
         for server in self.servers.clone() {
             let detection = self.clone();
             tasks.spawn(async move {
-                let late =
-                    || StoreError::NoConnection(format!("{server} did not answer within {TIMEOUT:?} of connecting"));
-                let kind = timeout(TIMEOUT, detection.ask(&server)).await.unwrap_or_else(|_| Err(late()));
+                let kind = within(TIMEOUT, &server, detection.ask(&server)).await;
                 (server, kind)
             });
         }
@@ -120,12 +117,7 @@ impl<N: Network> Detection<N> {
     /// Asks one server. `None` if it answers, but not what it is.
     async fn ask(&self, server: &Address) -> Result<Option<Kind>, StoreError> {
         let (connection, _io) = self.network.open(server, &server.host).await?;
-        self.ask_on(&connection).await.map_err(|error| match error {
-            StoreError::Refused { code, detail } => {
-                StoreError::Refused { code, detail: format!("{detail} (from {server})") }
-            }
-            error => name_server(error, server),
-        })
+        self.ask_on(&connection).await.map_err(|error| name_refusing(name_server(error, server), server))
     }
 
     async fn ask_on(&self, connection: &Connection) -> Result<Option<Kind>, StoreError> {

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::future::Future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use tokio::time::{sleep, timeout};
 use super::address::Address;
 use super::connection::{Connection, IoTask};
 use super::credentials::Credentials;
-use super::dial::{Dial, Network, log_in, name_server};
+use super::dial::{Dial, Network, log_in, name_refusing, name_server, within};
 use super::reply::text;
 use crate::StoreError;
 
@@ -216,12 +215,7 @@ impl<N: Network> Shared<N> {
                     .ok_or_else(|| StoreError::NoConnection("it does not answer as a sentinel does".to_owned())),
             }
         };
-        answer.await.map_err(|error| match error {
-            StoreError::Refused { code, detail } => {
-                StoreError::Refused { code, detail: format!("{detail} (from the sentinel {address})") }
-            }
-            error => name_server(error, address),
-        })
+        answer.await.map_err(|error| name_refusing(name_server(error, address), format_args!("the sentinel {address}")))
     }
 
     /// Connects to the server that sentinels name.
@@ -318,16 +312,6 @@ impl Findings {
         });
         StoreError::NoConnection(format!("no sentinel answers: {}", causes.collect::<Vec<_>>().join("; ")))
     }
-}
-
-/// Limits the time.
-async fn within<T>(
-    limit: Duration,
-    server: &Address,
-    connect: impl Future<Output = Result<T, StoreError>>,
-) -> Result<T, StoreError> {
-    let late = || StoreError::NoConnection(format!("{server} did not answer within {limit:?} of connecting"));
-    timeout(limit, connect).await.unwrap_or_else(|_| Err(late()))
 }
 
 /// The reply to `SENTINEL GET-MASTER-ADDR-BY-NAME`.

@@ -11,7 +11,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use super::connection::{Connection, IoTask, NOT_LOGGED_IN, READ_ONLY};
 use super::credentials::Credentials;
-use super::dial::Dial;
+use super::dial::{Dial, within};
 use crate::StoreError;
 
 /// The most that connecting may take. No call waits for it.
@@ -325,12 +325,9 @@ async fn supervise<D: Dial>(
 }
 
 async fn connect(server: &Arc<impl Dial>) -> Event {
-    match timeout(CONNECT_TIMEOUT, server.dial()).await {
-        Ok(Ok(connection)) => Event::Connected(Live::new(server, connection)),
-        Ok(Err(cause)) => Event::Disconnected(cause),
-        Err(_) => Event::Disconnected(StoreError::NoConnection(format!(
-            "{server} did not answer within {CONNECT_TIMEOUT:?} of connecting"
-        ))),
+    match within(CONNECT_TIMEOUT, server, server.dial()).await {
+        Ok(connection) => Event::Connected(Live::new(server, connection)),
+        Err(cause) => Event::Disconnected(cause),
     }
 }
 
