@@ -4,30 +4,35 @@
 //! be asked for anew (ARCHITECTURE, section "The store's transport"). Calls read the slots from a value that one task in
 //! the background replaces.
 
+mod answers;
+mod dial_times;
+mod discovery;
+mod outages;
+mod redirect_targets;
 mod refresh;
 mod slots;
 #[cfg(test)]
 mod tests;
 mod topology;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
 use redis::{Arg, Cmd, Value};
 use tokio::sync::{Notify, watch};
-use tokio::task::JoinSet;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
-use self::refresh::RefreshTimer;
+use self::discovery::keep_refreshing;
+use self::redirect_targets::RedirectTargets;
 use self::slots::{SlotMap, redirected, slot_of};
-use self::topology::{Primary, Topology, no_answer};
+use self::topology::{Primary, Topology};
 use super::address::Address;
 use super::connection::{Asking, Connection};
 use super::credentials::Credentials;
-use super::dial::{Dial, Network, Server, Tcp};
+use super::dial::{Network, Server, Tcp};
 use super::scripts::Script;
 use super::servers::OnPanic;
 use super::single_server::SingleServer;
@@ -39,12 +44,6 @@ use crate::{Cursor, StoreError};
 const MAX_HOPS: usize = 3;
 /// While a slot moves, a node may have one of a ledger's keys only. The slot's node is asked again after this time.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(5);
-/// The most that a node has to say which slots it knows of. No call waits for it.
-const ASK_TIMEOUT: Duration = Duration::from_millis(500);
-/// The same, if it has to be connected to first.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// The addresses that are tried at once, if they have no connection.
-const MAX_DIALLED: usize = 32;
 /// How often a listing starts anew because the slots have moved.
 const MAX_RESTARTS: u32 = 3;
 
@@ -57,6 +56,11 @@ pub(super) struct Node<N: Network = Tcp> {
 impl<N: Network> Node<N> {
     fn is_connected(&self) -> bool {
         self.server.is_connected()
+    }
+
+    /// Why there is no connection, if there is none.
+    fn problem(&self) -> Option<StoreError> {
+        self.server.status().err()
     }
 }
 
@@ -80,6 +84,10 @@ struct Shared<N: Network> {
     timeout: Duration,
     on_panic: OnPanic,
     topology: watch::Sender<Arc<Topology<N>>>,
+    /// Nodes that are not in the topology.
+    redirect_targets: Mutex<RedirectTargets<Node<N>>>,
+    /// Why no slots are known, as long as none are.
+    unknown: Mutex<StoreError>,
     /// Something has shown that the slots have moved.
     refresh_now: Notify,
 }
@@ -96,8 +104,17 @@ impl<N: Network> Cluster<N> {
     ) -> Self {
         let (topology, mut changed) = watch::channel(Arc::default());
         let refresh_now = Notify::new();
-        let shared = Shared { network, seeds, credentials, timeout, on_panic, topology, refresh_now };
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared {
+            network,
+            seeds,
+            credentials,
+            timeout,
+            on_panic,
+            topology,
+            redirect_targets: Mutex::default(),
+            unknown: Mutex::new(StoreError::NoConnection("no node of the cluster has answered yet".to_owned())),
+            refresh_now,
+        });
         let (sender, used) = watch::channel(());
         let (refreshed, on_panic) = (Arc::clone(&shared), Arc::clone(&shared.on_panic));
         let refreshing = move || keep_refreshing(Arc::clone(&refreshed), sender.clone());
@@ -120,6 +137,15 @@ impl<N: Network> Shared<N> {
         Arc::clone(&self.topology.borrow())
     }
 
+    fn redirect_targets(&self) -> MutexGuard<'_, RedirectTargets<Node<N>>> {
+        self.redirect_targets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Why no slots are known.
+    fn unknown(&self) -> MutexGuard<'_, StoreError> {
+        self.unknown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Sends a command to the primary of the slot, and follows the slot if it has moved. The time limit is for everything.
     /// The connection that was asked last is probed if it has not answered.
     async fn call(&self, script: Option<&Script>, command: &Cmd, slot: u16) -> Result<Value, StoreError> {
@@ -131,10 +157,26 @@ impl<N: Network> Shared<N> {
             }
             Err(StoreError::TimedOut(self.timeout))
         });
+        self.checked(reply)
+    }
+
+    /// The reply to a call. If it may be due to other slots, they are asked for.
+    fn checked(&self, reply: Result<Value, StoreError>) -> Result<Value, StoreError> {
         if reply.as_ref().is_err_and(is_about_slots) {
             self.refresh_now.notify_one();
         }
-        reply
+        reply.map_err(|error| match error {
+            // The node answers, but there is no node that has the slots.
+            StoreError::Refused { code, detail } if code == CLUSTER_DOWN => {
+                StoreError::NoConnection(format!("{code} {detail}"))
+            }
+            error => error,
+        })
+    }
+
+    /// The primary of a slot.
+    fn owner<'a>(&self, topology: &'a Topology<N>, slot: u16) -> Result<&'a Primary<N>, StoreError> {
+        if topology.primaries.is_empty() { Err(self.unknown().clone()) } else { topology.owner(slot) }
     }
 
     async fn follow(
@@ -145,11 +187,16 @@ impl<N: Network> Shared<N> {
         asked: &Mutex<Option<Arc<Connection>>>,
     ) -> Result<Value, StoreError> {
         let topology = self.topology();
-        let mut node = Arc::clone(&topology.owner(slot)?.node);
+        let mut node = Arc::clone(&self.owner(&topology, slot)?.node);
         let (mut asking, mut hops) = (Asking::No, 0);
         let patient_until = Instant::now() + self.timeout / 2;
         loop {
-            let connection = node.server.connection()?;
+            let connection = node.server.connection().map_err(|error| match error {
+                StoreError::NoConnection(cause) if hops > 0 => {
+                    StoreError::NoConnection(format!("slot {slot} has moved to {}: {cause}", node.address))
+                }
+                error => error,
+            })?;
             *asked.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&connection));
             let reply = connection.run(script, command, asking).await;
             let Err(StoreError::Refused { code, detail }) = &reply else { return reply };
@@ -171,9 +218,11 @@ impl<N: Network> Shared<N> {
             };
             let Some(to) = to.filter(|_| hops < MAX_HOPS) else { return reply };
             hops += 1;
-            // The task in the background connects to a node that is new. No call waits for that.
-            let connecting = || StoreError::NoConnection(format!("slot {slot} has moved to {to}; connecting"));
-            node = self.topology().node(&to).ok_or_else(connecting)?;
+            // A task connects to a node that is new. No call waits for that.
+            node = self
+                .topology()
+                .node(&to)
+                .unwrap_or_else(|| self.redirect_targets().get(&to, Instant::now(), || self.connect(to.clone())));
         }
     }
 
@@ -183,88 +232,32 @@ impl<N: Network> Shared<N> {
         let calls = topology.primaries.iter().map(|primary| self.call_primary(script, command(primary.tag), primary));
         let replies = join_all(calls).await;
         match replies.is_empty() {
-            true => vec![Err(no_answer())],
+            true => vec![Err(self.unknown().clone())],
             false => replies,
         }
     }
 
     /// Sends a command to this primary. If its slot has moved, that is an error.
     async fn call_primary(&self, script: &Script, command: Cmd, primary: &Primary<N>) -> Result<Value, StoreError> {
-        let reply = primary.node.server.run(script, command).await;
-        if reply.as_ref().is_err_and(is_about_slots) {
-            self.refresh_now.notify_one();
-        }
-        reply
+        self.checked(primary.node.server.run(script, command).await)
     }
 }
+
+/// The error code of a node in a cluster of which a part is not served.
+const CLUSTER_DOWN: &str = "CLUSTERDOWN";
 
 /// Whether another node may have the slots by now.
 fn is_about_slots(error: &StoreError) -> bool {
     match error {
         StoreError::NoConnection(_) | StoreError::TimedOut(_) => true,
         StoreError::Refused { code, .. } => {
-            ["MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN", "READONLY", "MASTERDOWN"].contains(&code.as_str())
+            ["MOVED", "ASK", "TRYAGAIN", CLUSTER_DOWN, "READONLY", "MASTERDOWN"].contains(&code.as_str())
         }
         StoreError::Full(_) | StoreError::InvalidReply(_) => false,
     }
 }
 
-/// Keeps the topology, until the last user of the cluster is gone.
-async fn keep_refreshing<N: Network>(shared: Arc<Shared<N>>, used: watch::Sender<()>) {
-    let mut timer = RefreshTimer::new(Instant::now());
-    loop {
-        tokio::select! {
-            () = used.closed() => return,
-            () = shared.refresh_now.notified() => timer.request(Instant::now()),
-            () = sleep_until(timer.due()) => {
-                if let Some(map) = shared.ask_for_slots().await {
-                    shared.replace(map);
-                }
-                timer.finished(shared.topology().is_healthy(), Instant::now());
-            }
-        }
-    }
-}
-
 impl<N: Network> Shared<N> {
-    /// Asks the nodes for the slots. Of several answers, that of the node that knows of the latest election is right.
-    async fn ask_for_slots(&self) -> Option<SlotMap> {
-        let topology = self.topology();
-        let mut tasks = JoinSet::new();
-        let mut connected = BTreeSet::new();
-        for primary in &topology.primaries {
-            if let Ok(connection) = primary.node.server.connection() {
-                let address = primary.node.address.clone();
-                connected.insert(address.clone());
-                tasks.spawn(async move { timeout(ASK_TIMEOUT, slots_of(&connection, &address)).await.ok()?.ok() });
-            }
-        }
-        // The node that becomes primary when another one fails is among these.
-        if !topology.is_healthy() {
-            let known = topology.primaries.iter().map(|primary| &primary.node.address);
-            let others: BTreeSet<_> = known.chain(&topology.map.replicas).chain(&self.seeds).collect();
-            for address in others.into_iter().filter(|address| !connected.contains(address)).take(MAX_DIALLED) {
-                let server = self.server(address.clone());
-                tasks.spawn(async move {
-                    let asked = async {
-                        let (connection, _io) = server.dial().await?;
-                        slots_of(&connection, &server.address).await
-                    };
-                    timeout(DIAL_TIMEOUT, asked).await.ok()?.ok()
-                });
-            }
-        }
-        let mut best: Option<(u64, SlotMap)> = None;
-        while let Some(answer) = tasks.join_next().await {
-            let Some((epoch, map)) = answer.ok().flatten() else { continue };
-            let rank = (epoch, map.covered());
-            if best.as_ref().is_none_or(|(epoch, best)| (*epoch, best.covered()) < rank) {
-                best = Some((epoch, map));
-            }
-        }
-        best.map(|(_, map)| map).filter(|map| !map.ranges.is_empty())
-    }
-
     /// Uses other slots from now on. Connections to nodes that have none are closed after the calls in flight.
     fn replace(&self, map: SlotMap) {
         let before = self.topology();
@@ -272,9 +265,8 @@ impl<N: Network> Shared<N> {
             return;
         }
         let connect = |address: Address| {
-            let on_panic = Arc::clone(&self.on_panic);
-            let server = SingleServer::start(self.server(address.clone()), self.timeout, move || on_panic());
-            Arc::new(Node { address, server })
+            let redirected = self.redirect_targets().take(&address);
+            redirected.unwrap_or_else(|| self.connect(address))
         };
         drop(self.topology.send_replace(Arc::new(before.next(map, connect))));
         let linger = self.timeout;
@@ -284,22 +276,16 @@ impl<N: Network> Shared<N> {
         });
     }
 
+    /// A node, to which a task connects from now on.
+    fn connect(&self, address: Address) -> Arc<Node<N>> {
+        let on_panic = Arc::clone(&self.on_panic);
+        let server = SingleServer::start(self.server(address.clone()), self.timeout, move || on_panic());
+        Arc::new(Node { address, server })
+    }
+
     fn server(&self, address: Address) -> Server<N> {
         Server { address, network: self.network.clone(), database: 0, credentials: self.credentials.clone() }
     }
-}
-
-/// The slots that a node knows of, and the number of the latest election that it knows of: 0 if it does not say.
-async fn slots_of(connection: &Connection, address: &Address) -> Result<(u64, SlotMap), StoreError> {
-    let map = SlotMap::parse(&connection.send(redis::cmd("CLUSTER").arg("SLOTS")).await?, address)?;
-    let epoch = match connection.send(redis::cmd("CLUSTER").arg("INFO")).await {
-        Ok(Value::BulkString(info)) => std::str::from_utf8(&info).ok().and_then(|info| {
-            info.lines().find_map(|line| line.strip_prefix("cluster_current_epoch:")?.trim().parse().ok())
-        }),
-        // A managed cluster may not answer that.
-        _ => None,
-    };
-    Ok((epoch.unwrap_or_default(), map))
 }
 
 /// The slot of the key that is the argument `at` of a command.
@@ -346,7 +332,7 @@ impl<N: Network> Transport for Cluster<N> {
         let topology = self.shared.topology();
         let (mut of_primaries, mut result) = (BTreeMap::<u32, (&Primary<N>, Vec<String>)>::new(), Ok(()));
         for job in jobs {
-            match topology.owner(slot_of(format!("exec-count:{{{job}}}").as_bytes())) {
+            match self.shared.owner(&topology, slot_of(format!("exec-count:{{{job}}}").as_bytes())) {
                 Ok(primary) => of_primaries.entry(primary.tag).or_insert((primary, Vec::new())).1.push(job),
                 Err(error) => result = Err(error),
             }
@@ -394,7 +380,7 @@ impl<N: Network> Transport for Cluster<N> {
         }
         let Some(primary) = topology.primaries.get(place.primary) else {
             self.shared.refresh_now.notify_one();
-            return Err(no_answer());
+            return Err(self.shared.unknown().clone());
         };
         if !primary.node.is_connected() {
             self.shared.refresh_now.notify_one();

@@ -140,7 +140,7 @@ impl Peer {
         self.0.dialled.lock().unwrap().clone()
     }
 
-    /// The names of the commands received.
+    /// The names of the commands received; those of `CLUSTER` with their second word.
     pub(super) fn received(&self) -> Vec<String> {
         self.0.received.lock().unwrap().clone()
     }
@@ -195,14 +195,18 @@ pub(super) fn well(command: &str) -> Answer {
 /// The name of the first command in the buffer, and its length in bytes, if it is complete.
 fn first_command(buffer: &[u8]) -> Option<(String, usize)> {
     let (arguments, mut at) = number(buffer, 0)?;
-    let mut name = None;
-    for _ in 0..arguments {
+    let mut name = String::new();
+    for index in 0..arguments {
         let (length, start) = number(buffer, at)?;
-        let argument = buffer.get(start..start + length)?;
-        name.get_or_insert_with(|| String::from_utf8_lossy(argument).into_owned());
+        let argument = String::from_utf8_lossy(buffer.get(start..start + length)?);
+        match index {
+            0 => name.push_str(&argument),
+            1 if name == "CLUSTER" => name.extend([" ", &argument]),
+            _ => {}
+        }
         at = start + length + 2;
     }
-    Some((name?, at)).filter(|_| at <= buffer.len())
+    Some((name, at)).filter(|(name, at)| !name.is_empty() && *at <= buffer.len())
 }
 
 /// The number in the line at `at`, after its first character, and where the next line begins.

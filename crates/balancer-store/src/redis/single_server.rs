@@ -54,9 +54,14 @@ impl<D: Dial> SingleServer<D> {
         self.status.borrow().is_ok()
     }
 
-    /// The connection now, or why there is none. Then the task connects soon.
+    /// The connection now, or why there is none. The task connects when it is time.
+    pub(super) fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// The same for a call. Without a connection the task connects soon.
     pub(super) fn connection(&self) -> Status {
-        self.status.borrow().clone().inspect_err(|_| self.reconnect_now.notify_one())
+        self.status().inspect_err(|_| self.reconnect_now.notify_one())
     }
 }
 

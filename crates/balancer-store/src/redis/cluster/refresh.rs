@@ -35,10 +35,19 @@ impl RefreshTimer {
         self.due = self.due.min(now.max(self.not_before));
     }
 
-    /// A refresh has ended.
-    pub(super) fn finished(&mut self, is_healthy: bool, now: Instant) {
+    /// The nodes have been asked.
+    pub(super) fn asked(&mut self, is_healthy: bool, now: Instant) {
         self.not_before = now + PAUSE;
-        self.due = now + if is_healthy { INTERVAL } else { INTERVAL_IN_TROUBLE };
+        self.due = now + Self::interval(is_healthy);
+    }
+
+    /// Their answers have been used. What was requested meanwhile is still due.
+    pub(super) fn used(&mut self, is_healthy: bool, now: Instant) {
+        self.due = self.due.min(now + Self::interval(is_healthy));
+    }
+
+    fn interval(is_healthy: bool) -> Duration {
+        if is_healthy { INTERVAL } else { INTERVAL_IN_TROUBLE }
     }
 }
 
@@ -53,11 +62,11 @@ mod tests {
         let start = Instant::now();
         let mut timer = RefreshTimer::new(start);
         assert_eq!(timer.due(), start);
-        timer.finished(true, start);
+        timer.asked(true, start);
         assert_eq!(timer.due(), start + INTERVAL);
         timer.request(start + 300 * MS);
         assert_eq!(timer.due(), start + 300 * MS);
-        timer.finished(false, start + 400 * MS);
+        timer.asked(false, start + 400 * MS);
         assert_eq!(timer.due(), start + 400 * MS + INTERVAL_IN_TROUBLE);
     }
 
@@ -65,10 +74,23 @@ mod tests {
     fn requests_that_come_together_lead_to_one_refresh_after_a_pause() {
         let start = Instant::now();
         let mut timer = RefreshTimer::new(start);
-        timer.finished(true, start);
+        timer.asked(true, start);
         for at in 0..40 {
             timer.request(start + at * MS);
             assert_eq!(timer.due(), start + PAUSE);
         }
+    }
+
+    #[test]
+    fn a_request_while_nodes_answer_is_not_lost() {
+        let start = Instant::now();
+        let mut timer = RefreshTimer::new(start);
+        timer.asked(false, start);
+        timer.request(start + MS);
+        timer.used(true, start + 40 * MS);
+        assert_eq!(timer.due(), start + PAUSE);
+        timer.asked(true, start + PAUSE);
+        timer.used(false, start + PAUSE);
+        assert_eq!(timer.due(), start + PAUSE + INTERVAL_IN_TROUBLE);
     }
 }

@@ -16,10 +16,20 @@ const ONLY_1: &str = "*1\r\n*3\r\n:0\r\n:8191\r\n*2\r\n$1\r\nh\r\n:1\r\n";
 /// A node that answers scripts and heartbeats like this.
 fn node(map: &'static str, reply: &'static str) -> impl FnMut(&str) -> Answer + Send {
     move |name| match name {
-        "CLUSTER" => Answer::Reply(map),
+        "CLUSTER SLOTS" => Answer::Reply(map),
         "EVALSHA" => Answer::Reply(reply),
         "ASKING" => Answer::Reply("+OK\r\n"),
         _ => well(name),
+    }
+}
+
+/// The same, if it also says which election it knows of.
+fn node_in(epoch: u64, map: &'static str, reply: &'static str) -> impl FnMut(&str) -> Answer + Send {
+    let info = format!("cluster_state:ok\r\ncluster_current_epoch:{epoch}\r\n");
+    let info: &'static str = format!("${}\r\n{info}\r\n", info.len()).leak();
+    move |name| match name {
+        "CLUSTER INFO" => Answer::Reply(info),
+        name => node(map, reply)(name),
     }
 }
 
@@ -99,6 +109,161 @@ async fn a_slot_that_has_moved_to_a_new_node_is_found_there_soon_and_no_call_wai
     let error = run(&cluster, "{a}").await.expect_err("nobody knows the node yet");
     assert!(error.kind() == "no_connection" && began.elapsed() < SECOND / 10, "{error}");
     until("the new node", async || run(&cluster, "{a}").await == Ok(3)).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slot_that_is_moving_to_a_node_without_slots_is_found_there_and_its_connection_is_kept() {
+    let setup = Setup::new();
+    let cluster = setup.connect().await;
+    setup.nodes[1].play(node(ON_1_AND_2, "-ASK 15495 h:3\r\n"));
+    let began = Instant::now();
+    let error = run(&cluster, "{a}").await.expect_err("there is no connection to it yet");
+    assert!(error.kind() == "no_connection" && began.elapsed() < SECOND / 10, "{error}");
+    until("the new node", async || run(&cluster, "{a}").await == Ok(3)).await;
+    for _ in 0..60 {
+        sleep(SECOND).await;
+        assert_eq!(run(&cluster, "{a}").await, Ok(3));
+    }
+    // It becomes a primary of the map.
+    for peer in &setup.nodes {
+        peer.play(node(ON_1_AND_3, ":3\r\n"));
+    }
+    cluster.shared.refresh_now.notify_one();
+    until("the map", async || cluster.shared.topology().primaries[1].node.address.port == 3).await;
+    assert_eq!(run(&cluster, "{a}").await, Ok(3));
+    assert_eq!(setup.nodes[2].dialled().len(), 1, "the connection is kept");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nodes_that_stay_unreachable_are_dialled_less_and_less_often() {
+    for down in [1..2, 0..2] {
+        let setup = Setup::new();
+        let cluster = setup.connect().await;
+        for peer in &setup.nodes[down.clone()] {
+            peer.set_up(false);
+        }
+        sleep(10 * SECOND).await;
+        let before: Vec<_> = setup.nodes.iter().map(|peer| peer.dialled().len()).collect();
+        sleep(60 * SECOND).await;
+        for (peer, before) in setup.nodes[down].iter().zip(before) {
+            // Between one and two seconds lie between two attempts, of the connection or of those who ask for the map.
+            let attempts = peer.dialled().len() - before;
+            assert!((20..=130).contains(&attempts), "{attempts}");
+        }
+        drop(cluster);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_map_is_not_replaced_by_one_of_an_earlier_election() {
+    let setup = Setup::new();
+    for peer in &setup.nodes {
+        peer.play(node_in(7, ON_1_AND_3, ":3\r\n"));
+    }
+    let cluster = setup.connect().await;
+    let owner = || cluster.shared.topology().primaries[1].node.address.port;
+    until("the map", async || cluster.shared.topology().is_healthy()).await;
+    assert_eq!(owner(), 3);
+    // The only node that answers was cut off before the election.
+    setup.nodes[2].set_up(false);
+    setup.nodes[0].play(node_in(6, ON_1_AND_2, ":1\r\n"));
+    for _ in 0..200 {
+        sleep(SECOND / 10).await;
+        assert_eq!(owner(), 3);
+    }
+    setup.nodes[0].play(node_in(8, ON_1_AND_2, ":1\r\n"));
+    until("a later election", async || owner() == 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_was_made_anew_is_used_after_a_while() {
+    let setup = Setup::new();
+    for peer in &setup.nodes {
+        peer.play(node_in(700, ON_1_AND_3, ":3\r\n"));
+    }
+    let cluster = setup.connect().await;
+    until("the map", async || cluster.shared.topology().is_healthy()).await;
+    for peer in &setup.nodes {
+        peer.play(node_in(3, ON_1_AND_2, ":2\r\n"));
+        peer.close();
+    }
+    until("the new map", async || cluster.shared.topology().primaries[1].node.address.port == 2).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_frozen_node_does_not_delay_a_new_map() {
+    let setup = Setup::new();
+    let cluster = setup.connect().await;
+    setup.nodes[1].play(|_| Answer::Silence);
+    setup.nodes[0].play(node(ON_1_AND_3, ":1\r\n"));
+    let began = Instant::now();
+    cluster.shared.refresh_now.notify_one();
+    while cluster.shared.topology().primaries[1].node.address.port != 3 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert!(began.elapsed() < SECOND / 8, "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_answers_late_is_heard_all_the_same() {
+    let late = Duration::from_millis(300);
+    let setup = Setup::new();
+    for peer in &setup.nodes {
+        peer.play(node_in(1, ON_1_AND_2, ":1\r\n"));
+    }
+    let cluster = setup.connect().await;
+    let mut new = node_in(2, ON_1_AND_3, ":2\r\n");
+    setup.nodes[1].play(move |name| match new(name) {
+        Answer::Reply(reply) if name == "CLUSTER SLOTS" => Answer::Late(late, reply),
+        answer => answer,
+    });
+    cluster.shared.refresh_now.notify_one();
+    let began = Instant::now();
+    while cluster.shared.topology().primaries[1].node.address.port != 3 {
+        sleep(Duration::from_millis(1)).await;
+    }
+    assert!(began.elapsed() < SECOND / 2, "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_maps_the_one_that_most_nodes_know_is_used() {
+    let setup = Setup::new();
+    let maps = [ON_1_AND_2, ON_1_AND_3, ON_1_AND_3];
+    for (peer, map) in setup.nodes.iter().zip(maps) {
+        peer.play(node(map, ":1\r\n"));
+    }
+    let seeds = (1..=3).map(|port| Address { host: "h".to_owned(), port }).collect();
+    let login = Credentials::fixed(None);
+    let cluster = Cluster::connect(setup.network.clone(), seeds, login, SECOND, Arc::new(|| {})).await;
+    until("the map", async || cluster.shared.topology().primaries.get(1).is_some_and(|it| it.node.address.port == 3))
+        .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cluster_that_is_down_is_like_no_connection() {
+    let setup = Setup::new();
+    let cluster = setup.connect().await;
+    setup.nodes[1].play(node(ON_1_AND_2, "-CLUSTERDOWN The cluster is down\r\n"));
+    let began = Instant::now();
+    let error = run(&cluster, "{a}").await.expect_err("the cluster is down");
+    assert!(error.to_string().contains("CLUSTERDOWN The cluster is down"), "{error}");
+    assert_eq!((error.kind(), began.elapsed()), ("no_connection", Duration::ZERO));
+    let scripts = Scripts::default();
+    let jobs = vec!["ns:a".to_owned(), "ns:b".to_owned()];
+    setup.nodes[0].play(node(ON_1_AND_2, "-CLUSTERDOWN The cluster is down\r\n"));
+    let error = cluster.note_placed(&scripts.note_placed, "1000", 1, jobs).await.expect_err("the cluster is down");
+    assert_eq!(error.kind(), "no_connection", "{error}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_says_why_no_slots_are_known() {
+    let setup = Setup::new();
+    for peer in &setup.nodes {
+        peer.play(node("-NOPERM this user has no permissions to run the 'cluster|slots' command\r\n", ":1\r\n"));
+    }
+    let cluster = setup.connect().await;
+    let error = run(&cluster, "{a}").await.expect_err("no slots are known").to_string();
+    assert!(error.contains("h:1") && error.contains("cluster|slots"), "{error}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -28,11 +28,6 @@ pub(super) struct Primary<N: Network> {
     pub(super) tag: u32,
 }
 
-/// No primary is known.
-pub(super) fn no_answer() -> StoreError {
-    StoreError::NoConnection("no node of the cluster has answered yet".to_owned())
-}
-
 impl<N: Network> Default for Topology<N> {
     /// Nothing is known.
     fn default() -> Self {
@@ -50,7 +45,7 @@ impl<N: Network> Topology<N> {
             let index = *indices.entry(address).or_insert_with(|| {
                 let node = self.node(address).unwrap_or_else(|| connect(address.clone()));
                 primaries.push(Primary { node, tag: u32::MAX });
-                // There are at most as many as slots.
+                // Maps have few.
                 u16::try_from(primaries.len() - 1).unwrap_or_default()
             });
             for slot in range.clone().map(usize::from) {
@@ -68,10 +63,9 @@ impl<N: Network> Topology<N> {
     /// The primary of a slot.
     pub(super) fn owner(&self, slot: u16) -> Result<&Primary<N>, StoreError> {
         let index = self.owners.get(usize::from(slot)).copied().flatten();
-        index.and_then(|index| self.primaries.get(usize::from(index))).ok_or_else(|| match self.primaries.is_empty() {
-            true => no_answer(),
-            false => StoreError::NoConnection(format!("no node of the cluster has slot {slot}")),
-        })
+        index
+            .and_then(|index| self.primaries.get(usize::from(index)))
+            .ok_or_else(|| StoreError::NoConnection(format!("no node of the cluster has slot {slot}")))
     }
 
     /// The primary at this address.
@@ -81,8 +75,20 @@ impl<N: Network> Topology<N> {
 
     /// Whether each slot has a primary, and each primary is connected.
     pub(super) fn is_healthy(&self) -> bool {
-        !self.owners.is_empty()
-            && self.owners.iter().all(Option::is_some)
-            && self.primaries.iter().all(|primary| primary.node.is_connected())
+        self.is_complete() && self.connected() == self.primaries.len()
+    }
+
+    /// Whether others than the connected primaries have to be asked for the slots. More than half of the primaries need
+    /// not: a replica replaces a primary by the votes of more than half of them, so one of these knows of it.
+    pub(super) fn needs_others(&self) -> bool {
+        !self.is_complete() || self.connected() * 2 <= self.primaries.len()
+    }
+
+    fn is_complete(&self) -> bool {
+        !self.owners.is_empty() && self.owners.iter().all(Option::is_some)
+    }
+
+    fn connected(&self) -> usize {
+        self.primaries.iter().filter(|primary| primary.node.is_connected()).count()
     }
 }

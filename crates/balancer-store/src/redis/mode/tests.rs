@@ -121,7 +121,7 @@ async fn servers_without_hello_are_known_by_other_commands() {
         });
         assert_eq!(among([&peer]).detect().await, Ok(kind), "{info}");
     }
-    let slots = answers(&[("AUTH", "+OK\r\n"), ("CLUSTER", "*1\r\n*2\r\n:0\r\n:16383\r\n")]);
+    let slots = answers(&[("AUTH", "+OK\r\n"), ("CLUSTER SLOTS", "*1\r\n*2\r\n:0\r\n:16383\r\n")]);
     assert_eq!(among([&slots]).detect().await, Ok(Kind::ClusterNode));
 }
 
