@@ -172,6 +172,13 @@ impl RedisOptions {
                         .to_owned(),
                 );
             }
+            (RedisMode::Auto, _) if self.sentinel_master.as_deref() == Some("") => {
+                return Some(
+                    "REDIS_SENTINEL_MASTER is empty; accepted: the name of the master that the sentinels watch, such as \
+                     mymaster"
+                        .to_owned(),
+                );
+            }
             _ => {}
         }
         let needs =
@@ -252,6 +259,11 @@ mod tests {
                 RedisOptions { sentinel_username: Some("watcher".into()), ..sentinel },
                 "redis://host",
                 "REDIS_SENTINEL_PASSWORD_FILE is not",
+            ),
+            (
+                RedisOptions { sentinel_master: Some(String::new()), ..options() },
+                "redis://host",
+                "REDIS_SENTINEL_MASTER is empty; accepted: the name",
             ),
             (RedisOptions { mode: RedisMode::Cluster, ..options() }, "redis://host/3", "database 3; accepted: 0"),
             (RedisOptions { mode: RedisMode::Single, ..options() }, "redis://a,b", "has 2 hosts; accepted: one host"),
