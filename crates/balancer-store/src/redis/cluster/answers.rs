@@ -56,7 +56,9 @@ impl Answers {
             self.behind_since = None;
         }
         self.decide_at.get_or_insert(now + WAIT_FOR_OTHERS);
-        match self.given.iter_mut().find(|(given, _)| *given == answer) {
+        // Nodes learn of lost replicas at different times.
+        let is_same = |given: &Answer| given.epoch == answer.epoch && given.map.ranges == answer.map.ranges;
+        match self.given.iter_mut().find(|(given, _)| is_same(given)) {
             Some((_, nodes)) => *nodes += 1,
             None => self.given.push((answer, 1)),
         }
@@ -71,15 +73,11 @@ impl Answers {
     /// one that most nodes know. Further answers of the round are compared with those before.
     pub(super) fn decide(&mut self) -> Option<SlotMap> {
         self.decide_at = None;
-        // Those that were added before they were found to be behind.
-        let nodes_ahead = self.given.iter().any(|(answer, _)| !self.is_behind(answer));
-        let may_be_used = |answer: &Answer| !nodes_ahead || !self.is_behind(answer);
         let rank = |(answer, nodes): &(Answer, usize)| {
-            let is_in_use = self.in_use.as_ref().is_some_and(|in_use| in_use.map == answer.map);
+            let is_in_use = self.in_use.as_ref().is_some_and(|in_use| in_use.map.ranges == answer.map.ranges);
             (answer.epoch, *nodes, answer.map.covered(), is_in_use)
         };
-        let best = self.given.iter().filter(|(answer, _)| may_be_used(answer)).max_by_key(|given| rank(given));
-        let (best, _) = best?.clone();
+        let (best, _) = self.given.iter().max_by_key(|given| rank(given))?.clone();
         let is_other = self.in_use.as_ref().is_none_or(|in_use| in_use.map != best.map);
         let map = is_other.then(|| best.map.clone());
         self.in_use = Some(best);
@@ -144,6 +142,20 @@ mod tests {
         let mut silent = Answers::default();
         assert_eq!(decide(&mut silent, [answer(None, 1), answer(None, 2), answer(None, 2)], now), Some(2));
         assert_eq!(decide(&mut silent, [answer(None, 1)], now), Some(1));
+    }
+
+    #[test]
+    fn nodes_that_know_other_replicas_agree_about_the_slots() {
+        let now = Instant::now();
+        let with_replica = |port| {
+            let mut answer = answer(1, 2);
+            answer.map.replicas.push(Address { host: "h".to_owned(), port });
+            answer
+        };
+        let mut answers = Answers::default();
+        let given = [answer(1, 1), answer(1, 1), with_replica(7), with_replica(8), with_replica(9)];
+        assert_eq!(decide(&mut answers, given, now), Some(2));
+        assert_eq!(decide(&mut answers, [with_replica(8)], now), Some(2), "other replicas are used");
     }
 
     #[test]

@@ -11,6 +11,7 @@ const ON_1_AND_2: &str =
     "*2\r\n*3\r\n:0\r\n:8191\r\n*2\r\n$1\r\nh\r\n:1\r\n*3\r\n:8192\r\n:16383\r\n*2\r\n$1\r\nh\r\n:2\r\n";
 const ON_1_AND_3: &str =
     "*2\r\n*3\r\n:0\r\n:8191\r\n*2\r\n$1\r\nh\r\n:1\r\n*3\r\n:8192\r\n:16383\r\n*2\r\n$1\r\nh\r\n:3\r\n";
+const ON_1_AND_2_WITH_A_REPLICA: &str = "*2\r\n*3\r\n:0\r\n:8191\r\n*2\r\n$1\r\nh\r\n:1\r\n*4\r\n:8192\r\n:16383\r\n*2\r\n$1\r\nh\r\n:2\r\n*2\r\n$1\r\nh\r\n:3\r\n";
 const ONLY_1: &str = "*1\r\n*3\r\n:0\r\n:8191\r\n*2\r\n$1\r\nh\r\n:1\r\n";
 
 /// A node that answers scripts and heartbeats like this.
@@ -152,6 +153,55 @@ async fn nodes_that_stay_unreachable_are_dialled_less_and_less_often() {
         }
         drop(cluster);
     }
+}
+
+/// Keeps the warnings that are logged.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        *metadata.level() == tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        let mut text = String::new();
+        event.record(&mut |field: &tracing::field::Field, value: &dyn fmt::Debug| {
+            text.push_str(&format!("{field}={value:?} "));
+        });
+        self.0.lock().unwrap().push(text);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_primary_that_stays_unreachable_is_logged_once_and_once_when_it_is_back() {
+    let warnings = Warnings::default();
+    let _guard = tracing::subscriber::set_default(warnings.clone());
+    let setup = Setup::new();
+    let cluster = setup.connect().await;
+    setup.nodes[1].set_up(false);
+    sleep(60 * SECOND).await;
+    let logged = warnings.0.lock().unwrap().clone();
+    let [lost] = &*logged else { panic!("{logged:?}") };
+    assert!(lost.contains("primary=h:2 ") && lost.contains("refused") && lost.contains("not reachable"), "{lost}");
+    setup.nodes[1].set_up(true);
+    until("the node", async || run(&cluster, "{a}").await == Ok(2)).await;
+    sleep(60 * SECOND).await;
+    let logged = warnings.0.lock().unwrap().split_off(1);
+    let [back] = &*logged else { panic!("{logged:?}") };
+    assert!(back.contains("primary=h:2 ") && back.contains("reachable again"), "{back}");
 }
 
 #[tokio::test(start_paused = true)]
@@ -378,6 +428,11 @@ async fn jobs_are_listed_over_all_primaries_and_anew_when_slots_have_moved() {
     let second = cluster.list_keys("*", first.next.clone()).await.expect("a page");
     assert_eq!((first.keys.len(), second.keys.len(), second.next), (1, 1, None));
     assert_ne!(first.keys, second.keys);
+    // Another replica moves no slot.
+    plays(ON_1_AND_2_WITH_A_REPLICA);
+    cluster.shared.refresh_now.notify_one();
+    until("the replica", async || cluster.shared.topology().map.replicas.len() == 1).await;
+    assert_eq!(cluster.list_keys("*", first.next.clone()).await.expect("a page").keys, second.keys);
     plays(ON_1_AND_3);
     cluster.shared.refresh_now.notify_one();
     until("the other node", async || cluster.shared.topology().primaries[1].node.address.port == 3).await;

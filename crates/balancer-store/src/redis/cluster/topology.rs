@@ -12,7 +12,7 @@ use crate::StoreError;
 /// The primaries of a cluster, and the slots of each.
 #[derive(Debug)]
 pub(super) struct Topology<N: Network> {
-    /// Counts the topologies of this process.
+    /// Counts the topologies of this process whose slots differ.
     pub(super) number: u64,
     pub(super) primaries: Vec<Primary<N>>,
     /// The index of the primary of each slot; empty as long as nothing is known.
@@ -57,7 +57,8 @@ impl<N: Network> Topology<N> {
                 }
             }
         }
-        Self { number: self.number + 1, primaries, owners, map }
+        let number = self.number + u64::from(map.ranges != self.map.ranges);
+        Self { number, primaries, owners, map }
     }
 
     /// The primary of a slot.
