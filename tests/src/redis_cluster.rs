@@ -135,6 +135,24 @@ impl RedisCluster {
         Ok(cluster)
     }
 
+    /// Adds a primary without slots, and waits until all nodes know it. Returns its number.
+    pub async fn add_primary(&mut self) -> Result<usize> {
+        let options = self.nodes.first().context("no node")?.options().clone();
+        let new = RedisServer::start_on(port::free_for_node()?, options).await?;
+        for node in &self.nodes {
+            node.ask::<()>(cmd("CLUSTER").arg("MEET").arg("127.0.0.1").arg(new.port())).await?;
+        }
+        let id = Self::own_of(&new).await?.id;
+        self.nodes.push(new);
+        until_true(SOON, "all nodes to know the new one", async || {
+            let views = try_join_all(self.nodes.iter().map(Self::view)).await?;
+            Ok(views.iter().all(|view| view.iter().any(|member| member.id == id && !member.is_failed)))
+        })
+        .await?;
+        self.until_healthy().await?;
+        Ok(self.nodes.len() - 1)
+    }
+
     /// The node that now has the slot and takes changes of its keys.
     pub async fn primary_of_slot(&self, slot: u16) -> Result<usize> {
         let own = self.own().await;
