@@ -44,6 +44,8 @@ use crate::{Cursor, StoreError};
 const MAX_HOPS: usize = 3;
 /// While a slot moves, a node may have one of a ledger's keys only. The slot's node is asked again after this time.
 const TRY_AGAIN_AFTER: Duration = Duration::from_millis(5);
+/// The error code of a node in a cluster of which a part is not served.
+const CLUSTER_DOWN: &str = "CLUSTERDOWN";
 /// How often a listing starts anew because the slots have moved.
 const MAX_RESTARTS: u32 = 3;
 
@@ -242,9 +244,6 @@ impl<N: Network> Shared<N> {
         self.checked(primary.node.server.run(script, command).await)
     }
 }
-
-/// The error code of a node in a cluster of which a part is not served.
-const CLUSTER_DOWN: &str = "CLUSTERDOWN";
 
 /// Whether another node may have the slots by now.
 fn is_about_slots(error: &StoreError) -> bool {

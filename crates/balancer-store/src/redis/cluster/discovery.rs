@@ -35,12 +35,13 @@ struct Discovery {
     dial_times: DialTimes,
     outages: Outages,
     /// Nodes that have not answered yet.
-    asking: JoinSet<(u64, Result<Answer, StoreError>)>,
+    asking: JoinSet<Result<Answer, StoreError>>,
     asked: HashMap<Id, Asked>,
 }
 
 struct Asked {
     address: Address,
+    round: u64,
     is_dialled: bool,
 }
 
@@ -74,7 +75,12 @@ pub(super) async fn keep_refreshing<N: Network>(shared: Arc<Shared<N>>, used: wa
 impl Discovery {
     /// When to decide, or to ask again. Nobody is asked while answers wait for a decision.
     fn due(&self) -> Instant {
-        self.answers.decide_at().unwrap_or_else(|| self.timer.due())
+        match self.answers.decide_at() {
+            // All have answered.
+            Some(_) if self.asked.is_empty() => Instant::now(),
+            Some(decide_at) => decide_at,
+            None => self.timer.due(),
+        }
     }
 
     /// Asks the nodes for the slots: the primaries and, if the topology may be out of date because of them, others too. A
@@ -94,8 +100,8 @@ impl Discovery {
             {
                 let answering = address.clone();
                 let ask = async move { within(ASK_TIMEOUT, &answering, ask(&connection, &answering)).await };
-                let id = self.asking.spawn(async move { (round, ask.await) }).id();
-                self.asked.insert(id, Asked { address, is_dialled: false });
+                let id = self.asking.spawn(ask).id();
+                self.asked.insert(id, Asked { address, round, is_dialled: false });
             }
         }
         let mut others = BTreeSet::new();
@@ -118,8 +124,8 @@ impl Discovery {
                 };
                 within(DIAL_TIMEOUT, &server.address, asked).await
             };
-            let id = self.asking.spawn(async move { (round, dial.await) }).id();
-            self.asked.insert(id, Asked { address, is_dialled: true });
+            let id = self.asking.spawn(dial).id();
+            self.asked.insert(id, Asked { address, round, is_dialled: true });
         }
     }
 
@@ -132,32 +138,24 @@ impl Discovery {
     }
 
     /// Takes what a node has answered.
-    fn take<N: Network>(
-        &mut self,
-        answered: Result<(Id, (u64, Result<Answer, StoreError>)), JoinError>,
-        shared: &Shared<N>,
-    ) {
+    fn take<N: Network>(&mut self, answered: Result<(Id, Result<Answer, StoreError>), JoinError>, shared: &Shared<N>) {
         let now = Instant::now();
         let (id, answer) = match answered {
             Ok((id, answer)) => (id, Some(answer)),
             // A task that has panicked has no answer.
             Err(error) => (error.id(), None),
         };
-        let Some(Asked { address, is_dialled }) = self.asked.remove(&id) else { return };
+        let Some(Asked { address, round, is_dialled }) = self.asked.remove(&id) else { return };
+        match (is_dialled, &answer) {
+            (true, Some(Ok(_))) => self.dial_times.answered(address, now),
+            (true, _) => self.dial_times.failed(address, now),
+            // Its task connects to it.
+            (false, _) => {}
+        }
         match answer {
-            Some((round, Ok(answer))) => {
-                if is_dialled {
-                    self.dial_times.answered(address, now);
-                }
-                self.answers.add(round, answer, now);
-            }
-            Some((_, Err(error))) => {
-                if is_dialled {
-                    self.dial_times.failed(address, now);
-                }
-                *shared.unknown() = error;
-            }
-            None => self.dial_times.failed(address, now),
+            Some(Ok(answer)) => self.answers.add(round, answer, now),
+            Some(Err(error)) => *shared.unknown() = error,
+            None => {}
         }
     }
 }

@@ -241,6 +241,14 @@ async fn a_cluster_that_was_made_anew_is_used_after_a_while() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn nothing_is_waited_for_when_all_nodes_have_answered() {
+    let began = Instant::now();
+    let cluster = Setup::new().connect().await;
+    assert_eq!(run(&cluster, "{a}").await, Ok(2));
+    assert!(began.elapsed() < SECOND / 50, "{:?}", began.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_frozen_node_does_not_delay_a_new_map() {
     let setup = Setup::new();
     let cluster = setup.connect().await;
