@@ -82,5 +82,5 @@ pub use ratio::{Ratio, RatioError, SpotRatio, SpotRatioError};
 pub use reply::Reply;
 pub use review::{Operation, Request, Review, ReviewError};
 pub use steering::{SpotAnswer, SpotState, Spread, Steer, SteerOutcome, Steering};
-pub use term::{Millis, Term};
+pub use term::{Millis, Term, millis};
 pub use text::Text;

@@ -1,6 +1,7 @@
 //! What orders the writers of a ledger: the fencing token of the reconcilers, and the store's clock.
 
 use std::fmt;
+use std::time::Duration;
 
 /// A fencing token: how often the leader of the reconcilers has changed. A ledger that was reconciled in one term
 /// ignores reconciles of earlier terms. They come from a leader that was paused, does not know its successor yet,
@@ -31,3 +32,19 @@ impl fmt::Display for Term {
 
 /// Milliseconds on the store's clock. Only differences matter.
 pub type Millis = u64;
+
+/// The whole milliseconds of a duration. One of more than 584 million years is that long.
+pub fn millis(duration: Duration) -> Millis {
+    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_of_a_millisecond_does_not_count_and_the_longest_duration_fits() {
+        assert_eq!(millis(Duration::from_micros(1_999)), 1);
+        assert_eq!(millis(Duration::MAX), Millis::MAX);
+    }
+}

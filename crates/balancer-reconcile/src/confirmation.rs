@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{JobId, Millis, Unconfirmed};
+use balancer_core::{JobId, Millis, Unconfirmed, millis};
 use tokio::time::Instant;
 
 /// The age from which a placement without a pod is looked up in the Kubernetes API, as long as creations are fast.
@@ -40,8 +40,7 @@ struct Namespace {
 impl Confirmations {
     /// The age from which placements of the namespace are looked up, in milliseconds.
     pub(crate) fn confirm_after(&self, namespace: &str) -> Millis {
-        let confirm_after = self.namespaces.get(namespace).map_or(CONFIRM_AFTER, |namespace| namespace.confirm_after);
-        Millis::try_from(confirm_after.as_millis()).unwrap_or(Millis::MAX)
+        millis(self.namespaces.get(namespace).map_or(CONFIRM_AFTER, |namespace| namespace.confirm_after))
     }
 
     /// A reconcile has found live executors of the job that were not in its ledger: `is_live` says whether one of this

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use balancer_core::{
-    Counts, Drift, JobId, LedgerFault, Millis, PlaceRequest, PolicyOverrides, ReconcileOutcome, ReconcileSummary,
-    RemovalOutcome, SpotRatio, Term, Unconfirmed,
+    Counts, Drift, JobId, LedgerFault, PlaceRequest, PolicyOverrides, ReconcileOutcome, ReconcileSummary,
+    RemovalOutcome, SpotRatio, Term, Unconfirmed, millis,
 };
 use balancer_store::{JobRecord, Ledger, StoreError};
 use futures::{StreamExt, stream};
@@ -340,7 +340,7 @@ impl<L: Ledger> State<'_, L> {
         if let (Some(fixed), Some(policy)) = (self.index.fixed(job), policy) {
             self.report_without_effect(job, fixed, policy);
         }
-        let grace = Millis::try_from(settings.grace.as_millis()).unwrap_or(Millis::MAX);
+        let grace = millis(settings.grace);
         if let Some(fault) = fault {
             self.repaired(job, fault.into());
         }

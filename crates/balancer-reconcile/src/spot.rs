@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use balancer_core::{
-    Capacity, JobId, Millis, Policy, SpotPreference, SpotRatio, SpotState, Steer, SteerOutcome, Steering,
+    Capacity, JobId, Millis, Policy, SpotPreference, SpotRatio, SpotState, Steer, SteerOutcome, Steering, millis,
 };
 use balancer_store::Ledger;
 use tokio::time::Instant;
@@ -127,8 +127,7 @@ impl<L: Ledger> State<'_, L> {
                     return;
                 }
                 Step::Close { retry_after } => {
-                    let retry = Millis::try_from(retry_after.as_millis()).unwrap_or(Millis::MAX);
-                    if !self.steer(job, Steer::CloseSpot { retry_after: retry }).await {
+                    if !self.steer(job, Steer::CloseSpot { retry_after: millis(retry_after) }).await {
                         return;
                     }
                     if self.fallback.closed_spot(job, retry_after, Instant::now()) {

@@ -20,10 +20,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use balancer_core::{
-    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, Millis,
-    PlaceOutcome, PlaceRequest, Placed, Policy, PolicyOverrides, Ratio, ReconcileOutcome, ReconcileSummary,
-    RemovalOutcome, SpotAnswer, SpotRatio, SpotState, Spread, Steer, SteerOutcome, Steering, Term, Unconfirmed,
-    Waiting,
+    Capacity, Counts, Drift, Entry, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome,
+    PlaceRequest, Placed, Policy, PolicyOverrides, Ratio, ReconcileOutcome, ReconcileSummary, RemovalOutcome,
+    SpotAnswer, SpotRatio, SpotState, Spread, Steer, SteerOutcome, Steering, Term, Unconfirmed, Waiting, millis,
 };
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
@@ -1872,7 +1871,7 @@ async fn play(ledger: &impl Ledger, job: JobRef<'_>, steps: &[Step]) -> Checked 
                 // No history takes as long as the one grace, nor less than the other: no clock matters.
                 let grace = if *is_patient { LONG } else { Duration::ZERO };
                 let state = JobState { live, gone, overrides: *overrides, ended: *ended, driver: *driver };
-                let grace_ms = Millis::try_from(grace.as_millis()).unwrap_or(Millis::MAX);
+                let grace_ms = millis(grace);
                 let wanted = reference.reconcile(&state, grace_ms, *term, 0);
                 let reconciled = ledger.reconcile(job, &state, grace, *term).await?;
                 if let (ReconcileOutcome::Done(_), true) = (&reconciled, *removes) {

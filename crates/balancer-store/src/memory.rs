@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use balancer_core::{
     Capacity, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, Millis, PlaceOutcome, PlaceRequest, Policy,
-    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Unconfirmed,
+    ReconcileOutcome, RemovalOutcome, Steer, SteerOutcome, Term, Unconfirmed, millis,
 };
 
 use crate::{Cursor, EntryPage, JobPage, JobRecord, Ledger, StoreError};
@@ -152,10 +152,6 @@ impl MemoryLedger {
 
 fn holds_nothing(ledger: &JobLedger) -> bool {
     ledger.policy().is_none() && ledger.entries().is_empty()
-}
-
-fn millis(duration: Duration) -> Millis {
-    Millis::try_from(duration.as_millis()).unwrap_or(Millis::MAX)
 }
 
 impl fmt::Debug for MemoryLedger {

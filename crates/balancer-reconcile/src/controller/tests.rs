@@ -186,7 +186,7 @@ async fn bench_with(
     let ledger = Arc::new(Scripted {
         // On the paused time too.
         memory: MemoryLedger::with_clock(Duration::from_secs(86_400), move || {
-            u64::try_from(started_at.elapsed().as_millis()).unwrap_or(u64::MAX)
+            balancer_core::millis(started_at.elapsed())
         }),
         steer_takes: Mutex::default(),
         script: Mutex::new(Box::new(script)),

@@ -99,7 +99,7 @@ impl World {
     }
 
     fn millis(&self) -> u64 {
-        u64::try_from((self.now - self.start).as_millis()).expect("a short test")
+        balancer_core::millis(self.now - self.start)
     }
 
     /// One second passes.
@@ -244,7 +244,7 @@ impl World {
             match step {
                 Step::None => return,
                 Step::Close { retry_after } => {
-                    steer(Steer::CloseSpot { retry_after: u64::try_from(retry_after.as_millis()).expect("a time") });
+                    steer(Steer::CloseSpot { retry_after: balancer_core::millis(retry_after) });
                     self.fallback.closed_spot(&self.id, retry_after, self.now);
                     self.store_calls += 1;
                 }
