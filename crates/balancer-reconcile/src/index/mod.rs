@@ -32,7 +32,7 @@ use nodes::NodeIndex;
 /// job id that owns executors, and the executors without an owner are the job of the job id itself. Every other team is a
 /// job of its own, see [`JobId::of_driver`].
 ///
-/// It keeps of each executor its name, its uid, and six words more; the owner once for the team. It keeps a node while
+/// It keeps of each executor its name, its uid, and eight words more; the owner once for the team. It keeps a node while
 /// the node exists, or an executor is bound to it.
 #[derive(Debug)]
 pub struct ClusterIndex {
@@ -173,11 +173,10 @@ impl ClusterIndex {
     /// A node was listed, added or changed.
     pub fn apply_node(&mut self, name: &str, capacity: Option<Capacity>) {
         let Self { groups, teams, nodes, changed, .. } = self;
-        for id in nodes.apply(name, capacity) {
+        for (id, bound) in nodes.apply(name, capacity) {
             let (Some(job), Some(team)) = (job_of(groups, teams, id), teams.get(id)) else { continue };
-            let bound = team.executors.iter().filter(|(_, executor)| executor.node.as_deref() == Some(name));
-            let executors = Executors::Some(bound.map(|(name, executor)| executor.key(name)).collect());
-            add_change(changed, job, Change::Other, executors);
+            let key = |name| Some(team.executors.get(name)?.key(name));
+            add_change(changed, job, Change::Other, Executors::Some(bound.iter().filter_map(key).collect()));
         }
     }
 
@@ -438,9 +437,9 @@ impl ClusterIndex {
         let mut bound = before.and_then(|before| before.node);
         if bound.as_deref() != node {
             if let Some(node) = bound.take() {
-                self.nodes.unbind(&node, &id);
+                self.nodes.unbind(&node, &id, &name);
             }
-            bound = node.map(|node| self.nodes.bind(node, &id));
+            bound = node.map(|node| self.nodes.bind(node, &id, &name));
         }
         let key = (key != &*name).then(|| key.into());
         let uid = uid.into();
@@ -483,7 +482,7 @@ impl ClusterIndex {
         let key = executor.as_ref().map_or_else(|| Arc::clone(&name), |executor| executor.key(&name));
         self.nodes.set_waiting(&id, executor.as_ref().is_some_and(Executor::waits_for_spot), false);
         if let Some(node) = executor.and_then(|executor| executor.node) {
-            self.nodes.unbind(&node, &id);
+            self.nodes.unbind(&node, &id, &name);
         }
         self.change(&id, Change::Loss, Executors::one(key));
         self.note_busy(&id);

@@ -28,8 +28,8 @@ struct Node {
     /// The platform that shows that the node is spot, if it is not the configured one.
     other_platform: Option<CapacityProfile>,
     exists: bool,
-    /// The jobs with executors bound to the node, and how many.
-    jobs: Vec<(Arc<JobId>, u32)>,
+    /// The jobs with executors bound to the node, and the names of these. A node has few.
+    jobs: Vec<(Arc<JobId>, Vec<Arc<str>>)>,
     /// In which list, or after which, it was reported last.
     generation: u32,
 }
@@ -47,8 +47,13 @@ impl NodeIndex {
         self.pools.retain(|pool| Arc::strong_count(pool) > 1);
     }
 
-    /// Stores the capacity of a node. Returns the jobs whose executors are affected by a change.
-    pub(super) fn apply(&mut self, name: &str, capacity: Option<Capacity>) -> impl Iterator<Item = &Arc<JobId>> {
+    /// Stores the capacity of a node. Returns the jobs that are affected by a change, and the names of their executors on
+    /// the node.
+    pub(super) fn apply(
+        &mut self,
+        name: &str,
+        capacity: Option<Capacity>,
+    ) -> impl Iterator<Item = &(Arc<JobId>, Vec<Arc<str>>)> {
         let generation = self.generation;
         let (node, teams) = self.node(name);
         let has_changed = node.capacity != capacity;
@@ -56,7 +61,7 @@ impl NodeIndex {
             node.change(teams, |node| node.capacity = capacity);
         }
         (node.exists, node.generation) = (true, generation);
-        node.jobs.iter().filter(move |_| has_changed).map(|(job, _)| job)
+        node.jobs.iter().filter(move |_| has_changed)
     }
 
     /// Stores the pool of a node. Returns the jobs whose executors are affected by a change.
@@ -121,16 +126,16 @@ impl NodeIndex {
         }
     }
 
-    /// Counts one more executor of the job on the node. Returns the node's own copy of its name.
-    pub(super) fn bind(&mut self, name: &str, job: &Arc<JobId>) -> Arc<str> {
+    /// Stores that an executor of the job is bound to the node. Returns the node's own copy of its name.
+    pub(super) fn bind(&mut self, name: &str, job: &Arc<JobId>, executor: &Arc<str>) -> Arc<str> {
         let (node, teams) = self.node(name);
         let executors = match node.jobs.iter_mut().find(|(bound, _)| bound == job) {
             Some((_, executors)) => {
-                *executors += 1;
-                *executors
+                executors.push(Arc::clone(executor));
+                number(executors)
             }
             None => {
-                node.jobs.push((Arc::clone(job), 1));
+                node.jobs.push((Arc::clone(job), vec![Arc::clone(executor)]));
                 1
             }
         };
@@ -140,19 +145,20 @@ impl NodeIndex {
         self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name))
     }
 
-    /// Counts one executor of the job less on the node.
-    pub(super) fn unbind(&mut self, name: &str, job: &Arc<JobId>) {
+    /// Stores that an executor of the job is no longer bound to the node.
+    pub(super) fn unbind(&mut self, name: &str, job: &Arc<JobId>, executor: &str) {
         let Some(node) = self.nodes.get_mut(name) else { return };
         if let Some(at) = node.jobs.iter().position(|(bound, _)| bound == job)
             && let Some((_, executors)) = node.jobs.get_mut(at)
+            && let Some(bound) = executors.iter().position(|bound| **bound == *executor)
         {
             if let Some(shares) = self.teams.get_mut(job) {
-                shares.unbind(*executors);
+                shares.unbind(number(executors));
                 shares.remove(node.capacity, node.pool.as_ref(), 1);
             }
             forget_if_empty(&mut self.teams, job);
-            *executors -= 1;
-            if *executors == 0 {
+            executors.swap_remove(bound);
+            if executors.is_empty() {
                 node.jobs.swap_remove(at);
             }
         }
@@ -182,16 +188,20 @@ impl Node {
     fn change(&mut self, teams: &mut HashMap<Arc<JobId>, TeamShares>, change: impl FnOnce(&mut Self)) {
         for (team, executors) in &self.jobs {
             if let Some(shares) = teams.get_mut(team) {
-                shares.remove(self.capacity, self.pool.as_ref(), *executors);
+                shares.remove(self.capacity, self.pool.as_ref(), number(executors));
             }
         }
         change(self);
         for (team, executors) in &self.jobs {
             if let Some(shares) = teams.get_mut(team) {
-                shares.add(self.capacity, self.pool.as_ref(), *executors);
+                shares.add(self.capacity, self.pool.as_ref(), number(executors));
             }
         }
     }
+}
+
+fn number(executors: &[Arc<str>]) -> u32 {
+    u32::try_from(executors.len()).unwrap_or(u32::MAX)
 }
 
 fn shares_of<'a>(teams: &'a mut HashMap<Arc<JobId>, TeamShares>, team: &Arc<JobId>) -> &'a mut TeamShares {
@@ -215,21 +225,23 @@ mod tests {
     }
 
     fn affected(nodes: &mut NodeIndex, name: &str, capacity: Option<Capacity>) -> Vec<String> {
-        nodes.apply(name, capacity).map(|job| job.app_id.clone()).collect()
+        let affected = nodes.apply(name, capacity);
+        affected.map(|(job, executors)| format!("{}: {}", job.app_id, executors.join(" "))).collect()
     }
 
     #[test]
-    fn a_changed_capacity_affects_the_jobs_that_are_bound_to_the_node() {
+    fn a_changed_capacity_affects_the_executors_that_are_bound_to_the_node() {
         let mut nodes = NodeIndex::default();
-        for id in ["a", "a", "b"] {
-            nodes.bind("n", &job(id));
+        for (id, executor) in [("a", "a1"), ("a", "a2"), ("b", "b1")] {
+            nodes.bind("n", &job(id), &executor.into());
         }
-        nodes.bind("other", &job("c"));
-        assert_eq!(affected(&mut nodes, "n", Some(Spot)), ["a", "b"]);
+        nodes.bind("other", &job("a"), &"a3".into());
+        assert_eq!(affected(&mut nodes, "n", Some(Spot)), ["a: a1 a2", "b: b1"]);
         assert!(affected(&mut nodes, "n", Some(Spot)).is_empty());
-        nodes.unbind("n", &job("a"));
-        nodes.unbind("n", &job("b"));
-        assert_eq!(affected(&mut nodes, "n", None), ["a"]);
+        nodes.unbind("n", &job("a"), "a1");
+        nodes.unbind("n", &job("b"), "b1");
+        nodes.unbind("n", &job("a"), "a3");
+        assert_eq!(affected(&mut nodes, "n", None), ["a: a2"]);
         assert_eq!(nodes.capacity("n"), None);
     }
 
@@ -237,12 +249,12 @@ mod tests {
     fn a_deleted_node_is_remembered_while_executors_are_bound_to_it() {
         let mut nodes = NodeIndex::default();
         nodes.apply("n", Some(OnDemand)).for_each(drop);
-        nodes.bind("n", &job("a"));
+        nodes.bind("n", &job("a"), &"a1".into());
         nodes.delete("n");
         nodes.init();
         nodes.init_done();
         assert_eq!(nodes.capacity("n"), Some(OnDemand));
-        nodes.unbind("n", &job("a"));
+        nodes.unbind("n", &job("a"), "a1");
         assert_eq!(nodes.len(), 0);
     }
 
