@@ -6,30 +6,36 @@ use std::sync::Arc;
 use balancer_core::{Counts, Entry, LiveExecutor};
 use balancer_store::{Cursor, EntryPage};
 
+/// Executors without an entry that are named with the last page. There are more only if the ledger has lost them; these
+/// are named in parts.
+const WITH_LAST_PAGE: usize = 512;
+
 /// How far the comparison of a job has come.
 #[derive(Debug)]
 pub(crate) struct Comparison {
     /// Where the next page begins; `None` for the first.
     cursor: Option<Cursor>,
+    /// Whether the last page was compared.
+    has_all_pages: bool,
     /// The live executors that no page has shown yet.
     unseen: HashSet<Arc<str>>,
     /// The counts of the entries on the pages.
     found: Counts,
 }
 
-/// What a page has shown.
+/// What a page, or another part of the comparison, has shown.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Compared {
     /// The executors whose entries differ, or are missing.
     pub(crate) differ: BTreeSet<Arc<str>>,
-    /// Whether this was the last page.
+    /// Whether this was the last part.
     pub(crate) is_last: bool,
 }
 
 impl Comparison {
     /// A comparison with these live executors, by their keys.
     pub(crate) fn new(live: impl Iterator<Item = Arc<str>>) -> Self {
-        Self { cursor: None, unseen: live.collect(), found: Counts::default() }
+        Self { cursor: None, has_all_pages: false, unseen: live.collect(), found: Counts::default() }
     }
 
     /// Where the next page begins.
@@ -47,13 +53,41 @@ impl Comparison {
                 differ.insert(key.into());
             }
         }
-        let is_last = page.next.is_none();
+        self.has_all_pages = page.next.is_none();
         self.cursor = page.next;
+        let is_last = self.has_all_pages && self.unseen.len() <= WITH_LAST_PAGE;
         if is_last {
-            // Those that have ended meanwhile are named by their own change.
-            differ.extend(self.unseen.drain().filter(|key| live(key).is_some()));
+            differ.extend(self.add_missing(WITH_LAST_PAGE, live).differ);
         }
         Compared { differ, is_last }
+    }
+
+    /// Whether all pages were compared, and the rest are executors without an entry.
+    pub(crate) fn has_all_pages(&self) -> bool {
+        self.has_all_pages
+    }
+
+    /// Returns at most `max` of the executors that no page has shown.
+    pub(crate) fn add_missing<'a>(&mut self, max: usize, live: impl Fn(&str) -> Option<LiveExecutor<'a>>) -> Compared {
+        let part: Vec<_> = self.unseen.iter().take(max).cloned().collect();
+        for key in &part {
+            self.unseen.remove(key);
+        }
+        // Those that have ended meanwhile are named by their own change.
+        let differ = part.into_iter().filter(|key| live(key).is_some()).collect();
+        Compared { differ, is_last: self.unseen.is_empty() }
+    }
+
+    /// These executors were named for another reason, so it does not matter whether a page shows them.
+    pub(crate) fn exclude(&mut self, named: &BTreeSet<Arc<str>>) {
+        for key in named {
+            self.unseen.remove(key);
+        }
+    }
+
+    /// Whether no page has been compared yet.
+    pub(crate) fn is_new(&self) -> bool {
+        self.cursor.is_none() && !self.has_all_pages
     }
 
     /// The counts of the entries on all pages so far.
@@ -132,5 +166,25 @@ mod tests {
     fn an_executor_that_ends_meanwhile_is_not_missing() {
         let mut comparison = start(&["ended"]);
         assert!(comparison.add(EntryPage::default(), live(&[])).differ.is_empty());
+    }
+
+    #[test]
+    fn the_executors_of_a_lost_ledger_are_named_in_parts() {
+        let keys: Vec<Arc<str>> = (0..WITH_LAST_PAGE + 2).map(|number| number.to_string().into()).collect();
+        let mut comparison = Comparison::new(keys.iter().cloned());
+        let live = |key: &str| {
+            let key = keys.iter().find(|live| ***live == *key)?;
+            Some(LiveExecutor { key, uid: key, capacity: Some(Spot), states_ratio: false })
+        };
+        let compared = comparison.add(EntryPage::default(), live);
+        assert_eq!((compared.differ.len(), compared.is_last, comparison.has_all_pages()), (0, false, true));
+        // One that was named meanwhile is not named again.
+        comparison.exclude(&BTreeSet::from([Arc::clone(&keys[0])]));
+        let mut parts = Vec::new();
+        for max in [300, 0, 300] {
+            let part = comparison.add_missing(max, live);
+            parts.push((part.differ.len(), part.is_last));
+        }
+        assert_eq!(parts, [(300, false), (0, false), (WITH_LAST_PAGE + 1 - 300, true)]);
     }
 }

@@ -144,4 +144,4 @@ async fn until(at: Option<Instant>) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

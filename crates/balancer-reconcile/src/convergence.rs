@@ -301,7 +301,8 @@ impl World {
             if summary.recheck_after.is_some() {
                 later.extend(part.iter().map(|key| Arc::clone(key)));
             }
-            let plan = WaitingPlan::new(summary.waiting, |key| self.index.has_executor(&id, key), GRACE, GRACE);
+            let is_live = |key: &str| self.index.has_executor(&id, key);
+            let plan = WaitingPlan::new(summary.waiting, summary.more_waiting, is_live, GRACE, GRACE);
             has_later = plan.recheck_after.is_some() || !plan.name.is_empty();
             later.extend(plan.name);
         }

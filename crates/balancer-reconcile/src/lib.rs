@@ -13,10 +13,12 @@ mod arguments;
 mod audit;
 mod blast_radius;
 mod compare;
+mod comparisons;
 mod confirmation;
 mod controller;
 #[cfg(test)]
 mod convergence;
+mod doubts;
 mod election;
 mod events;
 mod fallback;

@@ -326,8 +326,11 @@ impl Metrics {
         self.set_shares(Default::default());
     }
 
-    pub(crate) fn reconciled(&self, outcome: JobOutcome, drift: Drift) {
+    pub(crate) fn reconciled(&self, outcome: JobOutcome) {
         self.reconciled_jobs.get_or_create(&JobLabels { outcome }).inc();
+    }
+
+    pub(crate) fn corrected(&self, drift: Drift) {
         let Drift { missing, stale, wrong_capacity } = drift;
         let kinds =
             [(DriftKind::Missing, missing), (DriftKind::Stale, stale), (DriftKind::WrongCapacity, wrong_capacity)];

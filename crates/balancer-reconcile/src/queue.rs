@@ -15,6 +15,7 @@ const DEBOUNCE: Duration = Duration::from_millis(250);
 /// From a loss to the reconcile. Spark requests another executor half a second after the loss or later, and its capacity
 /// is decided by the ledger of that moment.
 const LOSS_DEBOUNCE: Duration = Duration::from_millis(20);
+
 /// The jobs to reconcile, each once.
 #[derive(Debug, Default)]
 pub(crate) struct WorkQueue {
@@ -29,7 +30,8 @@ struct Waiting {
     due: Instant,
     /// When the first of its changes came; `None` if the job did not change.
     changed_at: Option<Instant>,
-    executors: Executors,
+    executors: BTreeSet<Arc<str>>,
+    compares_all: bool,
 }
 
 /// A job to reconcile.
@@ -38,8 +40,10 @@ pub(crate) struct Due {
     pub(crate) job: Arc<JobId>,
     /// When the first of its changes came; `None` if the job did not change.
     pub(crate) changed_at: Option<Instant>,
-    /// The executors whose entries may be wrong.
-    pub(crate) executors: Executors,
+    /// The executors whose entries are probably wrong. They do not wait until the whole ledger is compared.
+    pub(crate) executors: BTreeSet<Arc<str>>,
+    /// Whether any other entry may be wrong too.
+    pub(crate) compares_all: bool,
 }
 
 impl WorkQueue {
@@ -49,19 +53,19 @@ impl WorkQueue {
             Change::Other => DEBOUNCE,
             Change::Loss => LOSS_DEBOUNCE,
         };
-        self.put(job, Waiting { due: now + debounce, changed_at: Some(now), executors });
+        self.put(job, Waiting::new(now + debounce, Some(now), executors));
     }
 
     /// Reconciles the job at `due`, if not earlier, with these executors.
     pub(crate) fn enqueue_at(&mut self, job: Arc<JobId>, executors: Executors, due: Instant) {
-        self.put(job, Waiting { due, changed_at: None, executors });
+        self.put(job, Waiting::new(due, None, executors));
     }
 
     /// The job could not be reconciled: retries at `retry_at`, and not before. Its changes keep waiting.
     pub(crate) fn requeue(&mut self, due: Due, retry_at: Instant) {
-        let Due { job, changed_at, executors } = due;
+        let Due { job, changed_at, executors, compares_all } = due;
         self.not_before.insert(Arc::clone(&job), retry_at);
-        self.put(job, Waiting { due: retry_at, changed_at, executors });
+        self.put(job, Waiting { due: retry_at, changed_at, executors, compares_all });
     }
 
     fn put(&mut self, job: Arc<JobId>, mut waiting: Waiting) {
@@ -70,9 +74,13 @@ impl WorkQueue {
         }
         if let Some(before) = self.jobs.remove(&job) {
             waiting.changed_at = before.changed_at.or(waiting.changed_at);
-            waiting.executors.merge(before.executors);
+            waiting.executors.extend(before.executors);
+            waiting.compares_all |= before.compares_all;
             self.order.remove(&(before.due, Arc::clone(&job)));
             waiting.due = before.due.min(waiting.due);
+        }
+        if waiting.executors.len() > Executors::MAX {
+            (waiting.executors, waiting.compares_all) = (BTreeSet::new(), true);
         }
         self.order.insert((waiting.due, Arc::clone(&job)));
         self.jobs.insert(job, waiting);
@@ -92,18 +100,36 @@ impl WorkQueue {
             && *due <= now
             && let Some((_, job)) = self.order.pop_first()
         {
-            if let Some(Waiting { changed_at, executors, .. }) = self.jobs.remove(&job) {
-                taken.push(Due { job, changed_at, executors });
+            if let Some(Waiting { changed_at, executors, compares_all, .. }) = self.jobs.remove(&job) {
+                taken.push(Due { job, changed_at, executors, compares_all });
             }
         }
         taken
     }
 
-    /// Removes a job that is reconciled without the queue. Returns the time of its first change.
-    pub(crate) fn remove(&mut self, job: &Arc<JobId>) -> Option<Instant> {
-        let waiting = self.jobs.remove(job)?;
-        self.order.remove(&(waiting.due, Arc::clone(job)));
-        waiting.changed_at
+    /// Removes a job that is reconciled without the queue.
+    pub(crate) fn remove(&mut self, job: &Arc<JobId>) -> Option<Due> {
+        let Waiting { due, changed_at, executors, compares_all } = self.jobs.remove(job)?;
+        let job = Arc::clone(job);
+        self.order.remove(&(due, Arc::clone(&job)));
+        Some(Due { job, changed_at, executors, compares_all })
+    }
+}
+
+impl Due {
+    /// The whole ledger of a job that has not changed.
+    pub(crate) fn all(job: Arc<JobId>) -> Self {
+        Self { job, changed_at: None, executors: BTreeSet::new(), compares_all: true }
+    }
+}
+
+impl Waiting {
+    fn new(due: Instant, changed_at: Option<Instant>, executors: Executors) -> Self {
+        let (executors, compares_all) = match executors {
+            Executors::Some(executors) => (executors, false),
+            Executors::All => (BTreeSet::new(), true),
+        };
+        Self { due, changed_at, executors, compares_all }
     }
 }
 
@@ -122,7 +148,8 @@ mod tests {
     }
 
     fn due(id: &str, changed_at: Option<Instant>, keys: &[&str]) -> Due {
-        Due { job: job(id), changed_at, executors: executors(keys) }
+        let executors = keys.iter().map(|key| Arc::from(*key)).collect();
+        Due { job: job(id), changed_at, executors, compares_all: false }
     }
 
     #[test]
@@ -178,12 +205,21 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_of_everything_covers_what_was_named() {
+    fn what_is_named_does_not_wait_for_a_comparison_of_everything() {
         let (mut queue, start) = (WorkQueue::default(), Instant::now());
         queue.enqueue_at(job("a"), executors(&["e1"]), start);
         queue.enqueue_at(job("a"), Executors::All, start);
         queue.enqueue_at(job("a"), executors(&["e2"]), start);
         let taken = queue.take_due(start, 9);
-        assert_eq!(taken, [Due { job: job("a"), changed_at: None, executors: Executors::All }]);
+        assert_eq!(taken, [Due { compares_all: true, ..due("a", None, &["e1", "e2"]) }]);
+    }
+
+    #[test]
+    fn so_many_names_that_they_take_much_memory_are_all() {
+        let (mut queue, start) = (WorkQueue::default(), Instant::now());
+        for number in 0..=Executors::MAX {
+            queue.enqueue_at(job("a"), executors(&[&number.to_string()]), start);
+        }
+        assert_eq!(queue.take_due(start, 9), [Due::all(job("a"))]);
     }
 }

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::confirmation::Confirmations;
 use crate::index::{Changes, ClusterIndex, Executors};
-use crate::queue::WorkQueue;
+use crate::queue::{Due, WorkQueue};
 use crate::unconfirmed::{LOOK_UP_AGAIN_AFTER, SETTLE, TAKE_INTERVAL};
 use crate::waiting::WaitingPlan;
 
@@ -168,7 +168,7 @@ impl World {
             self.queue.enqueue_at(Arc::clone(&self.job), Executors::default(), self.instant() + SETTLE);
         }
         for due in self.queue.take_due(self.instant(), 9) {
-            self.reconcile(due.executors);
+            self.reconcile(due);
         }
         while self.answers.front().is_some_and(|(at, _)| *at <= now) {
             let Some((_, unconfirmed)) = self.answers.pop_front() else { break };
@@ -176,14 +176,11 @@ impl World {
         }
     }
 
-    fn reconcile(&mut self, executors: Executors) {
+    fn reconcile(&mut self, Due { executors: mut keys, compares_all, .. }: Due) {
         let (index, job) = (&self.index, &self.job);
-        let keys = match executors {
-            Executors::Some(keys) => keys,
-            Executors::All => {
-                index.keys(job).chain(self.ledger.entries().keys().map(|key| key.as_str().into())).collect()
-            }
-        };
+        if compares_all {
+            keys.extend(index.keys(job).chain(self.ledger.entries().keys().map(|key| key.as_str().into())));
+        }
         let desired = index.desired(job, &keys);
         let outcome = self.ledger.reconcile(&desired.job_state(), GRACE, TERM, self.now);
         let ReconcileOutcome::Done(summary) = outcome else { panic!("{outcome:?}") };
@@ -192,7 +189,13 @@ impl World {
             self.confirmations.added(job, |key| index.has_executor(job, key), now);
         }
         let confirm_after = self.confirmations.confirm_after("etl");
-        let plan = WaitingPlan::new(summary.waiting, |key| index.has_executor(job, key), GRACE, confirm_after);
+        let plan = WaitingPlan::new(
+            summary.waiting,
+            summary.more_waiting,
+            |key| index.has_executor(job, key),
+            GRACE,
+            confirm_after,
+        );
         let again = |executors, after| (Arc::clone(&self.job), executors, self.instant() + ms(after));
         let mut later = Vec::new();
         if let Some(recheck_after) = summary.recheck_after {

@@ -7,7 +7,6 @@ use balancer_core::JobId;
 use balancer_store::{Cursor, Ledger};
 use tokio::time::Instant;
 
-use crate::index::Executors;
 use crate::queue::Due;
 use crate::reconcile_jobs::BATCH;
 use crate::resync::Resync;
@@ -81,7 +80,8 @@ impl<L: Ledger> State<'_, L> {
         }
         let jobs: Vec<_> = run.jobs.by_ref().take(BATCH).collect();
         let batch = if !jobs.is_empty() {
-            let due = |job| Due { changed_at: self.queue.remove(&job), job, executors: Executors::All };
+            let queue = &mut self.queue;
+            let due = |job| Due { compares_all: true, ..queue.remove(&job).unwrap_or_else(|| Due::all(job)) };
             jobs.into_iter().map(due).collect()
         } else if let Some(cursor) = run.page.take() {
             if cursor.is_none() {
@@ -119,7 +119,6 @@ impl<L: Ledger> State<'_, L> {
         for job in skipped {
             self.plan.skip(&job.namespace);
         }
-        let due = |job| Due { job: Arc::new(job), changed_at: None, executors: Executors::All };
-        ended.into_iter().map(due).collect()
+        ended.into_iter().map(|job| Due::all(Arc::new(job))).collect()
     }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use balancer_core::{Conventions, JobId, Policy};
 use balancer_runtime::tasks::{Task, Tasks, Watchdog};
+use balancer_store::Cursor;
 use kube::Client;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -14,8 +15,9 @@ use crate::apply::WaitingExecutors;
 use crate::arguments::ReconcileSettings;
 use crate::audit::RecordAudit;
 use crate::blast_radius::BlastRadius;
-use crate::compare::Comparison;
+use crate::comparisons::Comparisons;
 use crate::confirmation::Confirmations;
+use crate::doubts::Doubts;
 use crate::events::EventRecorder;
 use crate::fallback::Fallback;
 use crate::index::{ClusterIndex, Totals};
@@ -78,8 +80,10 @@ pub(crate) struct State<'a, L> {
     pub(crate) plan: ResyncPlan,
     pub(crate) store: StoreEpoch,
     pub(crate) queue: WorkQueue,
-    /// The comparisons that go on in the next turn.
-    pub(crate) comparisons: HashMap<Arc<JobId>, Comparison>,
+    pub(crate) comparisons: Comparisons,
+    /// Where the search goes on for placements to move, in ledgers that their drivers have left.
+    pub(crate) moves: HashMap<Arc<JobId>, Cursor>,
+    pub(crate) doubts: Doubts,
     /// The resync that has begun.
     pub(crate) resync: Option<ResyncRun>,
     pub(crate) audit: RecordAudit,
@@ -113,7 +117,9 @@ impl<'a, L> State<'a, L> {
             plan: ResyncPlan::new(settings.interval, Instant::now()),
             store: StoreEpoch::default(),
             queue: WorkQueue::default(),
-            comparisons: HashMap::new(),
+            comparisons: Comparisons::default(),
+            moves: HashMap::new(),
+            doubts: Doubts::default(),
             resync: None,
             audit: RecordAudit::default(),
             confirmations: Confirmations::default(),
@@ -168,7 +174,8 @@ impl<'a, L> State<'a, L> {
         }
         self.has_outdated_totals = true;
         (self.queue, self.audit) = (WorkQueue::default(), RecordAudit::default());
-        (self.comparisons, self.resync) = (HashMap::new(), None);
+        (self.comparisons, self.moves, self.resync) = (Comparisons::default(), HashMap::new(), None);
+        self.doubts = Doubts::default();
         (self.changed_shares, self.blast_radius) = (ChangedShares::default(), BlastRadius::default());
         self.store.forget();
         self.plan.cancel();

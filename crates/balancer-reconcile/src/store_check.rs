@@ -1,6 +1,7 @@
 //! Checks every second whether the store answers, has lost data, and has the counts and policies that were left in it.
 
 use std::hash::{BuildHasher, RandomState};
+use std::sync::Arc;
 use std::time::Duration;
 
 use balancer_core::{JobId, Steering};
@@ -76,23 +77,25 @@ impl<L: Ledger> State<'_, L> {
 
     /// Compares a job's record with the one that was left there. Returns the executors to name if it differs. In a large
     /// job that changes, placements and releases in flight are no reason to compare everything.
-    fn audited(&mut self, job: &JobId, found: Option<&JobRecord>) -> Option<Executors> {
+    fn audited(&mut self, job: &Arc<JobId>, found: Option<&JobRecord>) -> Option<Executors> {
         let left = self.audit.counts(job);
         if self.audit.check(job, found) {
             return None;
         }
-        let found = found.map(|found| found.counts).unwrap_or_default();
         let live = self.index.executors(job);
-        let is_missing = found.total() < live as u64;
+        let Some(found) = found.map(|found| found.counts).filter(|_| live > SMALL) else { return Some(Executors::All) };
+        let known = self.known(job, found);
         let is_recounted = left.is_some_and(|left| left != found && left.total() == found.total());
-        let compares_all = live <= SMALL || is_missing || is_recounted;
-        Some(if compares_all { Executors::All } else { Executors::default() })
+        if is_recounted || known.missing() > 0 {
+            self.doubts.add(job, known, is_recounted, Instant::now());
+        }
+        Some(Executors::default())
     }
 
     /// Compares some of the ledgers' counts and policies with those that were left there. That reveals placements without a
     /// pod, ledgers that the store has lost, and policies that something else has changed. It also keeps the ledgers of
     /// quiet jobs from expiring.
-    async fn audit_records(&mut self) {
+    pub(crate) async fn audit_records(&mut self) {
         let (watchdog, Parts { ledger, metrics, settings, .. }) = (&self.watchdog, &self.reconciler.parts);
         let period = (settings.grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
         let batch = self.audit.next_batch(usize::try_from(period).unwrap_or(1));

@@ -5,6 +5,9 @@ use std::sync::Arc;
 
 use balancer_core::{Millis, Unconfirmed, Waiting};
 
+/// If placements wait and the store names none of them, it is asked again after this time, in milliseconds.
+const ASK_AGAIN_AFTER: Millis = 1_000;
+
 /// What to do about the placements that a reconcile has reported as waiting.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct WaitingPlan {
@@ -12,22 +15,25 @@ pub(crate) struct WaitingPlan {
     pub(crate) name: BTreeSet<Arc<str>>,
     /// The placements to look up in the Kubernetes API.
     pub(crate) look_up: Vec<Unconfirmed>,
-    /// When the next of the others becomes old enough to be looked up or removed, in milliseconds.
+    /// When the next of the others becomes old enough to be looked up or removed, or may be reported, in milliseconds.
     pub(crate) recheck_after: Option<Millis>,
     /// How many have no live pod.
     pub(crate) without_pod: u64,
 }
 
 impl WaitingPlan {
-    /// `is_live` says whether the executor of a key is live. Placements are looked up from the age `confirm_after` on, and
+    /// `more_waiting` says whether there are more than `waiting`, and `is_live` whether the executor of a key is live. Placements are looked up from the age `confirm_after` on, and
     /// removed from the age `grace` on.
     pub(crate) fn new(
         waiting: Vec<Waiting>,
+        more_waiting: bool,
         is_live: impl Fn(&str) -> bool,
         grace: Millis,
         confirm_after: Millis,
     ) -> Self {
-        let mut plan = Self::default();
+        // Those that are reported lead to the others.
+        let recheck_after = (more_waiting && waiting.is_empty()).then_some(ASK_AGAIN_AFTER);
+        let mut plan = Self { recheck_after, ..Self::default() };
         for Waiting { placement, age } in waiting {
             if is_live(&placement.key) {
                 plan.name.insert(placement.key.into());
@@ -56,11 +62,17 @@ mod tests {
         let waiting = waiting
             .iter()
             .map(|(key, age)| Waiting { placement: Unconfirmed { placed_at: 0, key: (*key).to_owned() }, age: *age });
-        WaitingPlan::new(waiting.collect(), |key| key.starts_with("live"), 100, 10)
+        WaitingPlan::new(waiting.collect(), false, |key| key.starts_with("live"), 100, 10)
     }
 
     fn keys(keys: &[&str]) -> BTreeSet<Arc<str>> {
         keys.iter().map(|key| Arc::from(*key)).collect()
+    }
+
+    #[test]
+    fn a_store_that_names_none_of_the_placements_that_wait_is_asked_again() {
+        let after = |more_waiting| WaitingPlan::new(Vec::new(), more_waiting, |_| false, 100, 10).recheck_after;
+        assert_eq!((after(true), after(false)), (Some(ASK_AGAIN_AFTER), None));
     }
 
     #[test]
@@ -90,7 +102,7 @@ mod tests {
     #[test]
     fn with_a_grace_shorter_than_the_time_until_the_lookup_nothing_is_looked_up() {
         let waiting = vec![Waiting { placement: Unconfirmed { placed_at: 0, key: "e1".to_owned() }, age: 5 }];
-        let plan = WaitingPlan::new(waiting, |_| false, 7, 10);
+        let plan = WaitingPlan::new(waiting, false, |_| false, 7, 10);
         assert_eq!((plan.look_up.len(), plan.recheck_after), (0, Some(2)));
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use balancer_core::{
     Capacity, Conventions, Counts, JobId, JobLedger, JobRef, JobState, LearnOutcome, LiveExecutor, PlaceOutcome,
-    PlaceRequest, Policy, ReconcileOutcome, RemovalOutcome, SpotRatio, Steer, SteerOutcome, Term, Unconfirmed,
+    PlaceRequest, Policy, ReconcileOutcome, RemovalOutcome, SpotRatio, Steer, SteerOutcome, Term, Unconfirmed, millis,
 };
 use balancer_runtime::admin;
 use balancer_runtime::tasks::{NotAlive, Task, Tasks};
@@ -30,26 +30,59 @@ const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
 
 /// A call of the reconciler to the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Call {
+pub(crate) enum Call {
     Reconcile,
+    Entries,
     Record,
     ListJobs,
     Heartbeat,
     Steer,
 }
 
-type Script = Box<dyn FnMut(Call, &MemoryLedger) -> Result<(), StoreError> + Send>;
+pub(crate) type Script = Box<dyn FnMut(Call, &MemoryLedger) -> Result<(), StoreError> + Send>;
 
 /// A ledger in memory whose calls fail, or panic, as a script says.
-struct Scripted {
-    memory: MemoryLedger,
+pub(crate) struct Scripted {
+    pub(crate) memory: MemoryLedger,
     script: Mutex<Script>,
     /// How long it takes to steer a job.
     steer_takes: Mutex<Duration>,
+    /// The entries on a page.
+    pub(crate) per_page: Mutex<usize>,
+    /// The pages that were read and the executors that were named, until they are taken.
+    work: Mutex<Vec<Work>>,
+}
+
+/// A page of a job's entries, or a reconcile that names so many executors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    Page(String),
+    Named(String, usize),
 }
 
 impl Scripted {
-    fn play(&self, script: impl FnMut(Call, &MemoryLedger) -> Result<(), StoreError> + Send + 'static) {
+    /// A ledger whose clock is the paused time.
+    pub(crate) fn new(script: impl FnMut(Call, &MemoryLedger) -> Result<(), StoreError> + Send + 'static) -> Self {
+        let started_at = Instant::now();
+        Self {
+            memory: MemoryLedger::with_clock(Duration::from_secs(86_400), move || millis(started_at.elapsed())),
+            steer_takes: Mutex::default(),
+            script: Mutex::new(Box::new(script)),
+            per_page: Mutex::new(usize::MAX),
+            work: Mutex::default(),
+        }
+    }
+
+    /// What was done since the last call.
+    pub(crate) fn take_work(&self) -> Vec<Work> {
+        std::mem::take(&mut *self.work.lock().expect("a lock"))
+    }
+
+    fn note(&self, work: Work) {
+        self.work.lock().expect("a lock").push(work);
+    }
+
+    pub(crate) fn play(&self, script: impl FnMut(Call, &MemoryLedger) -> Result<(), StoreError> + Send + 'static) {
         *self.script.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Box::new(script);
     }
 
@@ -95,11 +128,20 @@ impl Ledger for Scripted {
         term: Term,
     ) -> Result<ReconcileOutcome, StoreError> {
         self.before(Call::Reconcile)?;
+        self.note(Work::Named(job.app_id.to_owned(), state.live.len() + state.gone.len()));
         self.memory.reconcile(job, state, grace, term).await
     }
 
     async fn entries(&self, job: JobRef<'_>, cursor: Option<Cursor>) -> Result<EntryPage, StoreError> {
-        self.memory.entries(job, cursor).await
+        self.before(Call::Entries)?;
+        self.note(Work::Page(job.app_id.to_owned()));
+        let EntryPage { mut entries, .. } = self.memory.entries(job, None).await?;
+        entries.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        let first = cursor.as_ref().map_or("", Cursor::as_str).to_owned();
+        let mut rest = entries.split_off(entries.partition_point(|(key, _)| *key < first));
+        let per_page = (*self.per_page.lock().expect("a lock")).min(rest.len());
+        let next = rest.split_off(per_page).first().map(|(key, _)| Cursor::new(key));
+        Ok(EntryPage { entries: rest, next })
     }
 
     async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
@@ -182,32 +224,34 @@ async fn bench_with(
     tokio::spawn(serve(api, pods, Arc::clone(&events), Arc::clone(&deletions)));
     let mut registry = admin::registry("test");
     let tasks = Tasks::register(&mut registry);
-    let started_at = Instant::now();
-    let ledger = Arc::new(Scripted {
-        // On the paused time too.
-        memory: MemoryLedger::with_clock(Duration::from_secs(86_400), move || {
-            balancer_core::millis(started_at.elapsed())
-        }),
-        steer_takes: Mutex::default(),
-        script: Mutex::new(Box::new(script)),
-    });
+    let ledger = Arc::new(Scripted::new(script));
+    let parts = parts(&ledger, conventions, &mut registry, &tasks);
+    let running = start_with(Client::new(service, "default"), parts);
+    Bench { ledger, registry, tasks, running, events, deletions }
+}
+
+/// The parts of a reconciler that leads alone.
+pub(crate) fn parts(
+    ledger: &Arc<Scripted>,
+    conventions: Conventions,
+    registry: &mut Registry,
+    tasks: &Tasks,
+) -> Parts<Scripted> {
     let settings = ReconcileSettings {
         interval: Duration::from_secs(1800),
         grace: Duration::from_secs(5),
         namespaces: Vec::new(),
         lease: "leases".into(),
     };
-    let parts = Parts {
-        ledger: Arc::clone(&ledger),
+    Parts {
+        ledger: Arc::clone(ledger),
         shared: false,
         conventions: Arc::new(conventions),
         defaults: Policy::DEFAULT,
         settings,
-        metrics: Arc::new(Metrics::register(&mut registry)),
+        metrics: Arc::new(Metrics::register(registry)),
         tasks: tasks.clone(),
-    };
-    let running = start_with(Client::new(service, "default"), parts);
-    Bench { ledger, registry, tasks, running, events, deletions }
+    }
 }
 
 /// Lists these pods, and [`nodes`]. Watches end at once, and report nothing. Of the pods that are read by name, those whose
@@ -271,7 +315,7 @@ fn nodes() -> [Value; 2] {
     })
 }
 
-fn executor(job: &str, id: u32) -> Value {
+pub(crate) fn executor(job: &str, id: u32) -> Value {
     let labels = json!({"spark-role": "executor", "spark-app-selector": job});
     let name = format!("{job}-exec-{id}");
     json!({
@@ -301,14 +345,14 @@ impl Bench {
 }
 
 /// The value of a series without its prefix, such as `tasks_died_total{task="log"}`.
-fn metric(registry: &Registry, series: &str) -> f64 {
+pub(crate) fn metric(registry: &Registry, series: &str) -> f64 {
     let mut text = String::new();
     encode(&mut text, registry).expect("a text");
     let value = text.lines().find_map(|line| line.strip_prefix(&format!("spot_balancer_{series} ")));
     value.unwrap_or_else(|| panic!("no {series} in {text}")).parse().expect("a number")
 }
 
-fn down() -> StoreError {
+pub(crate) fn down() -> StoreError {
     StoreError::NoConnection("for the test".into())
 }
 
@@ -702,7 +746,7 @@ fn ratio(text: &str) -> Policy {
     Policy { spot_ratio: text.parse::<SpotRatio>().expect("a ratio"), ..Policy::DEFAULT }
 }
 
-fn driver(job: &str, ratio: &str) -> Value {
+pub(crate) fn driver(job: &str, ratio: &str) -> Value {
     let labels = json!({"spark-role": "driver", "spark-app-selector": job});
     let annotations = json!({"workload/spot-ratio": ratio});
     json!({

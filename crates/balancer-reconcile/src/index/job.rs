@@ -33,6 +33,7 @@ pub(super) struct Team {
     pub(super) generated: HashMap<Box<str>, Arc<str>>,
     /// What they require by themselves.
     pub(super) fixed: FixedCounts,
+    pub(super) churn: Churn,
     /// Whether the owner is a live driver with the same job id.
     pub(super) has_driver: bool,
     /// Whether it was reported that the job's ratio has no effect.
@@ -70,6 +71,15 @@ impl Team {
         *self.fixed.of(executor.fixed) -= 1;
         Some(executor)
     }
+}
+
+/// How many executors of a job came and went. Only differences matter.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Churn {
+    /// Those that have become live.
+    pub added: u64,
+    /// Those that are live no longer.
+    pub lost: u64,
 }
 
 /// What the counts of a ledger must be according to the live executors.

@@ -22,7 +22,7 @@ pub use invalid_annotation::InvalidAnnotation;
 use invalid_annotation::InvalidAnnotations;
 pub(crate) use job::CountBounds;
 pub(crate) use job::FixedCapacity;
-pub use job::{DesiredState, DriverRef};
+pub use job::{Churn, DesiredState, DriverRef};
 use job::{Driver, Executor, FixedCounts, Group, Team};
 use nodes::NodeIndex;
 
@@ -251,6 +251,14 @@ impl ClusterIndex {
         self.teams_of(job).map(|team| team.executors.len()).sum()
     }
 
+    /// How many executors of the job came and went so far.
+    pub(crate) fn churn(&self, job: &JobId) -> Churn {
+        self.teams_of(job).fold(Churn::default(), |all, Team { churn, .. }| Churn {
+            added: all.added + churn.added,
+            lost: all.lost + churn.lost,
+        })
+    }
+
     /// The capacity of the node of the job's executor of this key; `None` if it has no node.
     pub(crate) fn bound_capacity(&self, job: &JobId, key: &str) -> Option<Capacity> {
         let (_, executor) = self.executor(job, key)?;
@@ -428,6 +436,7 @@ impl ClusterIndex {
             team.owner_uid = owner_uid.into();
         }
         let before = team.remove(&name);
+        team.churn.added += u64::from(before.is_none());
         let is_same = before.as_ref().is_some_and(|before| {
             let is_same_pod = *before.uid == *uid && before.states_ratio == states_ratio;
             is_same_pod && before.asked == asked && before.node.as_deref() == node
@@ -478,7 +487,10 @@ impl ClusterIndex {
     fn delete_executor(&mut self, namespace: &str, name: &str) {
         let Some(pods) = self.namespaces.get_mut(namespace) else { return };
         let Some((name, id)) = pods.executors.remove_entry(name) else { return };
-        let executor = self.teams.get_mut(&id).and_then(|team| team.remove(&name));
+        let executor = self.teams.get_mut(&id).and_then(|team| {
+            team.churn.lost += 1;
+            team.remove(&name)
+        });
         let key = executor.as_ref().map_or_else(|| Arc::clone(&name), |executor| executor.key(&name));
         self.nodes.set_waiting(&id, executor.as_ref().is_some_and(Executor::waits_for_spot), false);
         if let Some(node) = executor.and_then(|executor| executor.node) {
@@ -600,6 +612,7 @@ impl ClusterIndex {
             executors: HashMap::new(),
             generated: HashMap::new(),
             fixed: FixedCounts::default(),
+            churn: Churn::default(),
             has_driver: false,
             is_reported: false,
         };
