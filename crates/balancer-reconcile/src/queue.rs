@@ -16,6 +16,9 @@ const DEBOUNCE: Duration = Duration::from_millis(250);
 /// is decided by the ledger of that moment.
 const LOSS_DEBOUNCE: Duration = Duration::from_millis(20);
 
+/// Executors of all jobs that are taken at once. To name them keeps the store busy for less than a tenth of a second.
+const MAX_NAMED: usize = 4 * Executors::MAX;
+
 /// The jobs to reconcile, each once.
 #[derive(Debug, Default)]
 pub(crate) struct WorkQueue {
@@ -91,16 +94,18 @@ impl WorkQueue {
         self.order.first().map(|(due, _)| *due)
     }
 
-    /// Takes at most `max` of the jobs that are due.
+    /// Takes at most `max` of the jobs that are due, and fewer if many of their executors are named.
     pub(crate) fn take_due(&mut self, now: Instant, max: usize) -> Vec<Due> {
         self.not_before.retain(|_, not_before| *not_before > now);
-        let mut taken = Vec::new();
+        let (mut taken, mut named) = (Vec::new(), 0);
         while taken.len() < max
+            && named < MAX_NAMED
             && let Some((due, _)) = self.order.first()
             && *due <= now
             && let Some((_, job)) = self.order.pop_first()
         {
             if let Some(Waiting { changed_at, executors, compares_all, .. }) = self.jobs.remove(&job) {
+                named += executors.len();
                 taken.push(Due { job, changed_at, executors, compares_all });
             }
         }
@@ -202,6 +207,18 @@ mod tests {
         }
         let taken = queue.take_due(start + DEBOUNCE, 2);
         assert_eq!(taken, [due("c", None, &[]), due("b", None, &[])]);
+    }
+
+    #[test]
+    fn few_jobs_are_taken_at_once_if_many_of_their_executors_are_named() {
+        let (mut queue, start) = (WorkQueue::default(), Instant::now());
+        let names: Vec<_> = (0..Executors::MAX).map(|number| number.to_string()).collect();
+        let names: Vec<_> = names.iter().map(String::as_str).collect();
+        for id in 0..10 {
+            queue.enqueue_at(job(&id.to_string()), executors(&names), start);
+        }
+        let taken: Vec<_> = (0..3).map(|_| queue.take_due(start, 9).len()).collect();
+        assert_eq!(taken, [4, 4, 2]);
     }
 
     #[test]
