@@ -20,6 +20,9 @@ const SHORTCUT: &str = script!("fast_place.lua");
 const TTL: i64 = 1_000_000;
 const POLICY: &str = "spot-ratio=0.7 on-demand-base=1";
 
+/// A field that is there and has no text; "" is a field that is not there.
+const EMPTY: &str = "<empty>";
+
 /// Values that are chosen one after the other; equal in each run.
 struct Choices(u64);
 
@@ -29,7 +32,7 @@ impl Choices {
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let number = (self.0 >> 33) as usize;
         let index = if number.is_multiple_of(3) { number / 3 % values.len() } else { 0 };
-        values[index].to_owned()
+        values.get(index).copied().unwrap_or_default().to_owned()
     }
 }
 
@@ -45,8 +48,8 @@ impl Case {
         let kept = [TTL * 5 / 4, TTL / 2, TTL * 2].map(|left| (now + left).to_string());
         let [enough, short, long] = kept.each_ref().map(String::as_str);
         let record = vec![
-            ("spot", choices.of(&["3", "0", "", "-1", "x", "1e3", "99"])),
-            ("on-demand", choices.of(&["2", "0", "", "1.5", "7"])),
+            ("spot", choices.of(&["3", "0", "", EMPTY, "-1", "x", "1e3", "99"])),
+            ("on-demand", choices.of(&["2", "0", "", EMPTY, "1.5", "7"])),
             (
                 "policy",
                 choices.of(&[
@@ -63,11 +66,11 @@ impl Case {
                     "spot-ratio=0.5 on-demand-base=0 max-executors-per-node=2",
                 ]),
             ),
-            ("v", choices.of(&["1", "", "2"])),
+            ("v", choices.of(&["1", "", EMPTY, "2"])),
             ("driver", choices.of(&["d", "", "other"])),
             ("spot-state", choices.of(&["", "starved 1 99999999999999", "probing 1 e1"])),
             ("avoid", choices.of(&["", "m5.large"])),
-            ("kept-until", choices.of(&[enough, "", short, long, "soon"])),
+            ("kept-until", choices.of(&[enough, "", EMPTY, short, long, "soon"])),
             ("counting", choices.of(&["", "1", "0"])),
         ];
         let entry = choices.of(&["", "spot 1 -", "on-demand 1 u1", "anything"]);
@@ -98,7 +101,7 @@ impl Case {
         let mut fill = redis::pipe();
         fill.del(count).del(pods).ignore();
         for (field, value) in self.record.iter().filter(|(_, value)| !value.is_empty()) {
-            fill.hset(count, field, value).ignore();
+            fill.hset(count, field, if value == EMPTY { "" } else { value }).ignore();
         }
         if !self.entry.is_empty() {
             fill.hset(pods, "e1", &self.entry).ignore();
@@ -158,10 +161,12 @@ async fn the_usual_placements_take_the_shortcut() -> Result<()> {
     let kept = (now + TTL * 5 / 4).to_string();
     let usual: [&[&str]; 4] = [&[], &["d"], &["d", "", "spot-ratio=0.5"], &["", "", "", "", "existing"]];
     for arguments in usual {
-        for entry in ["", "spot 1 -"] {
+        // After a comparison the job's record has the field `counting`.
+        for (entry, counting) in [("", ""), ("spot 1 -", ""), ("", "0")] {
             let record = [("spot", "3"), ("on-demand", "2"), ("policy", POLICY), ("v", "1"), ("driver", "d")];
             let record = record.map(|(field, value)| (field, value.to_owned()));
-            let record = record.into_iter().chain([("kept-until", kept.clone())]).collect();
+            let record =
+                record.into_iter().chain([("kept-until", kept.clone()), ("counting", counting.to_owned())]).collect();
             let first = [TTL.to_string(), "e1".to_owned()];
             let arguments = first.into_iter().chain(arguments.iter().map(|text| (*text).to_owned())).collect();
             let case = Case { record, entry: entry.to_owned(), arguments };

@@ -14,10 +14,12 @@ do
     own_ratio = not own_ratio and ratio or tonumber(own_ratio)
     local spot, on_demand, kept_until = record[1], record[2], record[8]
     local driver = ARGV[3]
-    if ratio and ratio <= 1 and own_ratio and own_ratio <= 1 and base and #base <= 6 and record[4] and not record[6] and not record[7] and not record[9]
+    if ratio and ratio <= 1 and own_ratio and own_ratio <= 1 and base and #base <= 6 and record[4] and not record[6] and not record[7]
+      and (not record[9] or record[9] == '0')
       and (not driver or driver == '' or driver == record[5])
-      and spot and on_demand and #spot <= 15 and #on_demand <= 15 and not string.find(spot .. on_demand, '%D')
-      and kept_until and #kept_until <= 15 and not string.find(kept_until, '%D') then
+      and spot and on_demand and #spot <= 15 and #on_demand <= 15 and string.find(spot, '^%d+$')
+      and string.find(on_demand, '^%d+$')
+      and kept_until and #kept_until <= 15 and string.find(kept_until, '^%d+$') then
       spot, on_demand, base = tonumber(spot), tonumber(on_demand), tonumber(base)
       local time = call('TIME')
       time = time[1] .. string.sub('00000' .. time[2], -6, -4)

@@ -22,7 +22,7 @@ if capacity then
   elseif not before then
     put(capacity, capacity == 'spot' and spot or on_demand)
   end
-  if record[9] and before ~= capacity then put('counting', 0) end
+  if record[9] and record[9] ~= '0' and before ~= capacity then put('counting', 0) end
   if probing then put('spot-state', probing) end
 end
 if stores then

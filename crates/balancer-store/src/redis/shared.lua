@@ -179,7 +179,7 @@ local function write_counts(spot, on_demand, format, is_estimate, counting)
     fields[#fields + 1] = value
   end
   if is_estimate then put('estimated', 1) end
-  if counting then put('counting', 0) end
+  if counting and counting ~= '0' then put('counting', 0) end
   call('HSET', KEYS[1], unpack(fields))
 end
 
