@@ -117,7 +117,7 @@ impl Conventions {
     }
 
     /// The first job id label that the pod has, and its value.
-    pub(crate) fn job<'a>(&'a self, pod: &'a Pod<'_>) -> Option<(&'a str, &'a str)> {
+    pub fn job<'a>(&'a self, pod: &'a Pod<'_>) -> Option<(&'a str, &'a str)> {
         self.job_id_label.iter().find_map(|label| Some((label.as_str(), pod.label(label).filter(|id| !id.is_empty())?)))
     }
 
@@ -130,7 +130,7 @@ impl Conventions {
     }
 
     /// The value of the decision annotation: the capacity, and the placeholder if there is one.
-    pub(crate) fn decision<'a>(&self, pod: &'a Pod<'_>) -> Option<(Capacity, Option<&'a str>)> {
+    pub fn decision<'a>(&self, pod: &'a Pod<'_>) -> Option<(Capacity, Option<&'a str>)> {
         let decision = pod.annotation(self.decision_annotation.as_deref()?)?;
         let (capacity, id) = decision.split_once('/').map_or((decision, None), |(capacity, id)| (capacity, Some(id)));
         Some((Capacity::parse(capacity)?, id))

@@ -10,6 +10,8 @@ use balancer_runtime::k8s_names::{is_dns_label, is_dns_subdomain};
 use balancer_runtime::store::{StoreArguments, StoreSettings};
 use clap::{Args, Parser};
 
+use crate::jobs::PORT;
+
 /// Corrects the counts of spot and on-demand executors that have drifted from the cluster.
 ///
 /// Run it next to the webhooks, with the same Redis. Of several replicas one works, and the others stand by.
@@ -27,6 +29,11 @@ pub struct Arguments {
     store: StoreArguments,
     #[command(flatten)]
     telemetry: TelemetryArguments,
+
+    /// Port of the page of jobs and of /jobs, on the loopback address alone, for kubectl port-forward. Accepted: 0 to
+    /// 65535; 0 for none
+    #[arg(long, env, default_value_t = PORT, value_parser = number::<u16>(0..=65_535), help_heading = "Logs, probes and metrics")]
+    page_port: u16,
 }
 
 /// What is reconciled, and when; also for a webhook that reconciles by itself.
@@ -120,11 +127,13 @@ pub(crate) struct Settings {
     pub(crate) defaults: Policy,
     pub(crate) store: StoreSettings,
     pub(crate) telemetry: TelemetryArguments,
+    /// `None` if the page of jobs is not served.
+    pub(crate) page_port: Option<u16>,
 }
 
 impl Arguments {
     pub(crate) fn settings(self) -> anyhow::Result<Settings> {
-        let Self { reconcile, defaults, conventions, store, telemetry } = self;
+        let Self { reconcile, defaults, conventions, store, telemetry, page_port } = self;
         let store = store.settings(false)?;
         if store.in_memory() {
             bail!(
@@ -138,6 +147,7 @@ impl Arguments {
             defaults: defaults.policy(),
             store,
             telemetry,
+            page_port: Some(page_port).filter(|port| *port != 0),
         })
     }
 }

@@ -45,6 +45,7 @@ impl<L: Ledger> Reconciler<L> {
 impl<L: Ledger> State<'_, L> {
     async fn run(&mut self, mut watches: WatchSet) -> Infallible {
         let mut leadership = self.reconciler.leadership.clone();
+        let mut requests = self.reconciler.jobs.requests();
         let mut heartbeats = interval(HEARTBEAT_INTERVAL);
         heartbeats.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut placements = interval(TAKE_INTERVAL);
@@ -53,12 +54,14 @@ impl<L: Ledger> State<'_, L> {
             self.watchdog.turned();
             self.sync.advance(Instant::now());
             self.show_leader();
+            self.follow_jobs_requests();
             let due = self.queue.next_due().filter(|_| self.may_write());
             let steer_at = self.changed_shares.due().filter(|_| self.may_write());
             let mut relist = false;
             tokio::select! {
                 event = watches.next() => self.receive(&mut watches, event),
                 () = leadership.changed() => {}
+                () = requests.next() => {}
                 _ = heartbeats.tick() => {
                     self.check_store().await;
                     self.follow_spot().await;
@@ -68,6 +71,7 @@ impl<L: Ledger> State<'_, L> {
                 answer = self.pod_calls.next() => self.replaced(answer).await,
                 () = until(self.plan.relist_at()) => relist = true,
                 () = until(steer_at) => self.steer_pools().await,
+                () = until(self.jobs_view.due()) => self.update_jobs_view(),
                 () = ready(()), if self.has_resync_step() => self.resync_step().await,
                 () = until(due) => {
                     let jobs = self.queue.take_due(Instant::now(), BATCH);
@@ -112,6 +116,7 @@ impl<L: Ledger> State<'_, L> {
         if self.terms.leads() {
             for (job, Changes { change, executors }) in changed {
                 self.changed_shares.insert(&job, now);
+                self.jobs_view.insert(&job);
                 self.queue.enqueue(job, change, executors, now);
             }
         }

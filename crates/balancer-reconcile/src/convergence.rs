@@ -224,8 +224,13 @@ impl World {
             Step::Review { which } => {
                 if !self.late_reviews.is_empty() {
                     let (name, uid) = self.late_reviews.remove(usize::from(which) % self.late_reviews.len());
-                    let now = self.now;
-                    self.ledger(job_of(name)).release(&executor(name), Some(&uid), now);
+                    let (now, key, job) = (self.now, executor(name), job_of(name));
+                    let removed = self.ledger(job).release(&key, Some(&uid), now);
+                    // A second placement of a live executor has made its uid unknown, so the review of an older pod
+                    // removes it. The audit finds that by the counts.
+                    if removed.is_some() && self.executors.get(&name).is_some_and(|now| now.live && now.uid != uid) {
+                        self.add(job, Executors::All);
+                    }
                 }
             }
             Step::Receive { nodes } => {

@@ -21,6 +21,12 @@ const DECIDED_AFTER: Duration = Duration::from_millis(JobLedger::RELEASE_GRACE);
 #[derive(Debug, Default)]
 pub(crate) struct Doubts {
     jobs: HashMap<Arc<JobId>, Doubt>,
+    /// How many executors each ledger lacked after its last comparison, because nobody knows what they count as; without
+    /// those that lacked none.
+    explained: HashMap<Arc<JobId>, u64>,
+    /// When the ledgers are compared again whose counts the last comparison could not correct, because they changed
+    /// meanwhile.
+    recounts: HashMap<Arc<JobId>, Instant>,
 }
 
 /// Whether the ledger of a job is wrong.
@@ -80,9 +86,44 @@ impl Doubts {
         if missing > 0 || is_recounted && is_unexplained { Decision::Wrong } else { Decision::Right }
     }
 
-    /// Nothing is in doubt: the ledger is compared, or the job has ended.
+    /// The ledger is to be compared again then.
+    pub(crate) fn recount(&mut self, job: &Arc<JobId>, at: Instant) {
+        self.recounts.insert(Arc::clone(job), at);
+    }
+
+    /// Whether the ledger is to be compared again, because its counts may be wrong.
+    pub(crate) fn recount_due(&self, job: &JobId, now: Instant) -> Decision {
+        match self.recounts.get(job) {
+            None => Decision::Right,
+            Some(at) if now < *at => Decision::Later(*at),
+            Some(_) => Decision::Wrong,
+        }
+    }
+
+    /// A comparison has ended, after which the ledger still lacks so many executors.
+    pub(crate) fn explain(&mut self, job: &Arc<JobId>, missing: u64) {
+        if missing == 0 {
+            self.explained.remove(job);
+        } else {
+            self.explained.insert(Arc::clone(job), missing);
+        }
+    }
+
+    /// How many executors the ledger may lack for a reason that is known.
+    pub(crate) fn explained(&self, job: &JobId) -> u64 {
+        self.explained.get(job).copied().unwrap_or_default()
+    }
+
+    /// The ledger is compared from now on: nothing is in doubt.
     pub(crate) fn forget(&mut self, job: &JobId) {
         self.jobs.remove(job);
+        self.recounts.remove(job);
+    }
+
+    /// The job has ended.
+    pub(crate) fn ended(&mut self, job: &JobId) {
+        self.forget(job);
+        self.explained.remove(job);
     }
 }
 

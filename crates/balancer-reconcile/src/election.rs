@@ -84,6 +84,12 @@ impl Election {
         &self.identity
     }
 
+    /// The identity of the process that holds the Lease instead of this one, as it was read last.
+    pub(crate) fn other_leader(&self) -> Option<&str> {
+        let (lease, _) = self.observed.as_ref()?;
+        lease.spec.as_ref()?.holder_identity.as_deref()
+    }
+
     /// The renewed Lease, if this process holds it. `superseded` is the latest term that a ledger has shown. If it is
     /// later than ours, the Lease has lost count, for it is this process that holds it.
     pub(crate) fn renewal(&self, superseded: Term, time: MicroTime) -> Option<Lease> {

@@ -33,6 +33,8 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 #[derive(Clone, Debug)]
 pub(crate) struct Leadership {
     state: watch::Receiver<LeaderState>,
+    /// The identity of the process that leads instead of this one, if it is known.
+    leader: watch::Receiver<Option<Arc<str>>>,
     superseded: Arc<watch::Sender<Term>>,
 }
 
@@ -40,7 +42,11 @@ impl Leadership {
     /// Of a process whose ledgers are its own: it leads forever.
     pub(crate) fn alone() -> Self {
         let leader = LeaderState::Leader { term: Term(1), until: None };
-        Self { state: watch::channel(leader).1, superseded: Arc::new(watch::channel(Term(0)).0) }
+        Self {
+            state: watch::channel(leader).1,
+            leader: watch::channel(None).1,
+            superseded: Arc::new(watch::channel(Term(0)).0),
+        }
     }
 
     /// Of a process that leads until then.
@@ -58,6 +64,11 @@ impl Leadership {
     /// Whether it is certain that this process does not lead.
     pub(crate) fn follows(&self) -> bool {
         *self.state.borrow() == LeaderState::Follower
+    }
+
+    /// The identity of the process that leads instead of this one, if it is known.
+    pub(crate) fn leader(&self) -> Option<Arc<str>> {
+        self.leader.borrow().clone()
     }
 
     /// A ledger was reconciled in a later term than ours. The process that holds the Lease continues in a term after
@@ -87,6 +98,7 @@ pub(crate) struct Elector {
     name: Arc<str>,
     election: Election,
     state: watch::Sender<LeaderState>,
+    leader: watch::Sender<Option<Arc<str>>>,
     superseded: watch::Receiver<Term>,
     /// Of the current outage of the API.
     logged: LogLimit,
@@ -133,13 +145,14 @@ impl Elector {
     /// A candidate for the Lease of this name in the client's own namespace. It sends no request yet.
     pub(crate) fn new(client: Client, name: Arc<str>) -> (Self, Leadership) {
         let (state, receiver) = watch::channel(LeaderState::Unknown);
+        let (leader, leader_receiver) = watch::channel(None);
         let (supersede, superseded) = watch::channel(Term(0));
         // A process that was restarted in the same pod is another candidate.
         let identity = format!("{}_{:016x}", host(), RandomState::new().hash_one(()));
         let election = Election::new((*name).to_owned(), identity);
         let leases = Api::default_namespaced(client);
-        let elector = Self { leases, name, election, state, superseded, logged: LogLimit::default() };
-        (elector, Leadership { state: receiver, superseded: Arc::new(supersede) })
+        let elector = Self { leases, name, election, state, leader, superseded, logged: LogLimit::default() };
+        (elector, Leadership { state: receiver, leader: leader_receiver, superseded: Arc::new(supersede) })
     }
 
     /// Leads when it can, until `shutdown`. Then it releases the Lease, so that another process need not wait.
@@ -170,6 +183,7 @@ impl Elector {
             }
             Ok(None) => {
                 self.logged.reset();
+                self.leader.send_replace(self.election.other_leader().map(Into::into));
                 self.stop_leading("another process leads");
                 RETRY_EVERY
             }

@@ -6,7 +6,7 @@
 //! `audit` choose which job is reconciled when. `fallback` decides when spot is closed to a job and its executors without
 //! a node are replaced; `spot` and `replace` do it. `controller` is the loop over them; `term`, `resync` and `store_epoch`
 //! are its decisions. `leader` elects the one of all replicas that may write. The same loop runs in a process of its
-//! own by [`run`], and inside the webhook by [`start`].
+//! own by [`run`], and inside the webhook by [`start`]. [`jobs`] shows people what the loop knows.
 
 mod apply;
 mod arguments;
@@ -23,6 +23,7 @@ mod election;
 mod events;
 mod fallback;
 pub mod index;
+pub mod jobs;
 mod leader;
 mod log_limit;
 mod metrics;
@@ -63,10 +64,12 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use arguments::{Arguments, ReconcileArguments, ReconcileSettings};
+use jobs::{JobsPage, Reader};
 use leader::{Elector, Leadership};
 pub use metrics::Metrics;
 use state::Reconciler;
 pub use state::{Parts, Progress};
+pub use watch::WatchedPod;
 
 /// The most that a shutdown may take: calls under way end, and the Lease is released.
 const SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,12 +80,18 @@ pub struct Running {
     task: JoinHandle<()>,
     shutdown: channel::Sender<bool>,
     progress: channel::Receiver<Progress>,
+    jobs: Reader,
 }
 
 impl Running {
     /// How far the reconciler has come.
     pub fn progress(&self) -> channel::Receiver<Progress> {
         self.progress.clone()
+    }
+
+    /// The facts of all jobs.
+    pub fn jobs(&self) -> Reader {
+        self.jobs.clone()
     }
 
     /// Stops writing, and then releases the Lease.
@@ -117,7 +126,8 @@ fn start_with<L: Ledger>(client: Client, parts: Parts<L>) -> Running {
         (None, Leadership::alone())
     };
     let tasks = parts.tasks.clone();
-    let reconciler = Arc::new(Reconciler { parts, client, leadership });
+    let (publisher, jobs) = jobs::channel();
+    let reconciler = Arc::new(Reconciler { parts, client, leadership, jobs: publisher });
     let (shutdown, is_shutting_down) = channel::channel(false);
     let (progress_sender, progress) = channel::channel(Progress::default());
     let task = tokio::spawn(async move {
@@ -135,7 +145,7 @@ fn start_with<L: Ledger>(client: Client, parts: Parts<L>) -> Running {
         };
         tokio::join!(electing, reconciling);
     });
-    Running { task, shutdown, progress }
+    Running { task, shutdown, progress, jobs }
 }
 
 /// Waits until the flag is set, or its sender is gone.
@@ -171,6 +181,9 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     })
     .await?;
     tracing::info!(version = env!("CARGO_PKG_VERSION"), admin = %address, "reconciling");
+    if let Some(port) = settings.page_port {
+        serve_jobs(port, running.jobs(), tasks.clone()).await;
+    }
     tokio::spawn(admin.keep_serving(Arc::new(registry), readiness.clone(), tasks));
     let mut progress = running.progress();
     tokio::select! {
@@ -187,4 +200,16 @@ pub async fn run(arguments: Arguments) -> anyhow::Result<()> {
     running.shut_down().await;
     tracing::info!("shut down");
     Ok(())
+}
+
+/// Serves the page of jobs in the background. Without it the reconciler does all of its work.
+async fn serve_jobs(port: u16, jobs: Reader, tasks: Tasks) {
+    match JobsPage::bind(port, jobs).await {
+        Ok(page) => {
+            tracing::info!(address = %page.address(), "serving the page of jobs");
+            // A defect of the page is no reason to restart the process.
+            tokio::spawn(page.keep_serving(tasks.for_optional_part()));
+        }
+        Err(error) => tracing::warn!(%error, "PAGE_PORT: cannot listen on {port}; the page of jobs is not served"),
+    }
 }

@@ -1,5 +1,9 @@
 //! The metrics of the reconciler.
 
+use std::collections::BTreeSet;
+use std::iter::once;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use balancer_core::{Drift, LedgerFault, PolicyField};
@@ -14,7 +18,7 @@ use prometheus_client::registry::{Metric, Registry, Unit};
 
 use crate::blast_radius::Tenths;
 use crate::fallback::Failure;
-use crate::index::Totals;
+use crate::index::{NamespaceTotals, Totals};
 
 label! {
     /// How an executor was wrong in a ledger.
@@ -160,6 +164,13 @@ label_sets! {
     SpotLabels { to: SpotLabel }
 }
 
+/// The labels of a namespace's series. Not `namespace`, which is that of the scraped pod.
+type NamespaceLabels = [(&'static str, String); 1];
+
+fn of_namespace(namespace: &str) -> NamespaceLabels {
+    [("job_namespace", namespace.to_owned())]
+}
+
 /// The metrics.
 #[derive(Debug)]
 pub struct Metrics {
@@ -175,6 +186,11 @@ pub struct Metrics {
     invalid_annotations: Family<InvalidFieldLabels, Counter>,
     live_jobs: Gauge,
     live_executors: Family<ExecutorLabels, Gauge>,
+    namespace_executors: Family<NamespaceLabels, Gauge>,
+    namespace_spot_executors: Family<NamespaceLabels, Gauge>,
+    namespace_wanted_spot_executors: Family<NamespaceLabels, Gauge<f64, AtomicU64>>,
+    /// The namespaces that have series now.
+    namespaces: Mutex<BTreeSet<String>>,
     leader: Gauge,
     unschedulable_executors: Gauge,
     jobs_by_largest_node_share: Family<ShareLabels, Gauge>,
@@ -264,6 +280,22 @@ impl Metrics {
                 "live_executors",
                 "Live executors of these jobs by the capacity that they run on or must run on; 0 unless this process leads",
             ),
+            namespace_executors: register(
+                registry,
+                "namespace_executors",
+                "Live executors of jobs with a ratio, of the 20 namespaces that have most and of all others together; none unless this process leads",
+            ),
+            namespace_spot_executors: register(
+                registry,
+                "namespace_spot_executors",
+                "Those of them that run on spot or must run there",
+            ),
+            namespace_wanted_spot_executors: register(
+                registry,
+                "namespace_wanted_spot_executors",
+                "How many of them the ratios and bases of their jobs want on spot",
+            ),
+            namespaces: Mutex::default(),
             leader: register(
                 registry,
                 "leader",
@@ -369,7 +401,7 @@ impl Metrics {
     }
 
     pub(crate) fn set_live(&self, totals: Totals) {
-        let Totals { jobs, spot, on_demand, unknown } = totals;
+        let Totals { jobs, spot, on_demand, unknown, namespaces } = totals;
         let gauge = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
         self.live_jobs.set(gauge(jobs));
         let capacities =
@@ -377,6 +409,23 @@ impl Metrics {
         for (capacity, executors) in capacities {
             self.live_executors.get_or_create(&ExecutorLabels { capacity }).set(gauge(executors));
         }
+        let mut before = self.namespaces.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shown = BTreeSet::from([NamespaceTotals::OTHERS.to_owned()]);
+        let none = NamespaceTotals { namespace: NamespaceTotals::OTHERS.to_owned(), ..NamespaceTotals::default() };
+        for totals in once(none).chain(namespaces) {
+            let labels = of_namespace(&totals.namespace);
+            self.namespace_executors.get_or_create(&labels).set(gauge(totals.executors));
+            self.namespace_spot_executors.get_or_create(&labels).set(gauge(totals.spot));
+            self.namespace_wanted_spot_executors.get_or_create(&labels).set(totals.wanted_spot);
+            shown.insert(totals.namespace);
+        }
+        for gone in before.difference(&shown) {
+            let labels = of_namespace(gone);
+            self.namespace_executors.remove(&labels);
+            self.namespace_spot_executors.remove(&labels);
+            self.namespace_wanted_spot_executors.remove(&labels);
+        }
+        *before = shown;
     }
 
     pub(crate) fn set_unschedulable(&self, executors: usize) {

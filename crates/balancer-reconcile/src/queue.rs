@@ -17,7 +17,7 @@ const DEBOUNCE: Duration = Duration::from_millis(250);
 const LOSS_DEBOUNCE: Duration = Duration::from_millis(20);
 
 /// Executors of all jobs that are taken at once. To name them keeps the store busy for less than a tenth of a second.
-const MAX_NAMED: usize = 4 * Executors::MAX;
+pub(crate) const MAX_NAMED: usize = 4 * Executors::MAX;
 
 /// The jobs to reconcile, each once.
 #[derive(Debug, Default)]

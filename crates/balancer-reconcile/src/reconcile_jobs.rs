@@ -39,7 +39,7 @@ const PAGES_PER_TURN: usize = 4;
 /// The entries on a page, usually. A turn that has named nearly [`Executors::MAX`] reads no further page.
 const A_PAGE: usize = 1024;
 /// A ledger of so many entries is compared in one turn. A larger one waits until there is room for its comparison.
-const IN_ONE_TURN: usize = 1024;
+pub(crate) const IN_ONE_TURN: usize = 1024;
 /// A job whose ledger could not be reconciled is retried after this time.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 /// A placement is checked a little later than its grace ends, because the store has another clock.
@@ -48,6 +48,9 @@ const AFTER_THE_GRACE: Duration = Duration::from_millis(100);
 const NAME_AGAIN_AFTER: Duration = Duration::from_millis(250);
 /// A comparison during which a large ledger changed shows nothing about its counts. It is repeated after this time.
 const COMPARE_AGAIN_AFTER: Duration = Duration::from_secs(1);
+
+/// The same if only the listing says that the counts are wrong: it shows other counts in any job that changes much.
+const COUNT_AGAIN_AFTER: Duration = Duration::from_secs(30);
 
 /// A job, and what its turn starts with.
 struct Turn {
@@ -86,6 +89,8 @@ struct Done {
     was_comparing: bool,
     /// Whether a comparison has ended.
     has_compared: bool,
+    /// Whether it has found other counts than the ledger's, and the ledger changed too much to say which are right.
+    has_other_counts: bool,
 }
 
 /// Why an attempt ended early.
@@ -208,17 +213,22 @@ impl<L: Ledger> State<'_, L> {
             comparison.exclude(&due.executors);
             if comparison.is_new() && self.index.executors(job) > COUNTED {
                 let term = self.reconciler.leadership.term().ok_or(Stopped::NotLeading)?;
-                ledger.begin_count(job.as_job_ref(), term).await.map_err(Stopped::Failed)?;
+                match ledger.begin_count(job.as_job_ref(), term).await {
+                    // A full store cannot correct counts, but it can lose entries.
+                    Ok(_) | Err(StoreError::Full(_)) => {}
+                    Err(error) => return Err(Stopped::Failed(error)),
+                }
             }
         }
-        for _ in 0..PAGES_PER_TURN {
-            if done.named.len() + A_PAGE > Executors::MAX {
+        for page in 0..PAGES_PER_TURN {
+            // One page in any case, because a comparison that does not go on keeps others from theirs.
+            if page > 0 && done.named.len() + A_PAGE > Executors::MAX {
                 break;
             }
             let Some(mut comparison) = done.comparison.take() else { break };
             let live = |key: &str| self.index.live(job, key);
             let compared = if comparison.has_all_pages() {
-                comparison.add_missing(Executors::MAX - done.named.len(), live)
+                comparison.add_missing(Executors::MAX.saturating_sub(done.named.len()).max(NAMED_AT_ONCE), live)
             } else {
                 let page = ledger.entries(job.as_job_ref(), comparison.cursor()).await.map_err(Stopped::Failed)?;
                 comparison.add(page, live)
@@ -247,6 +257,7 @@ impl<L: Ledger> State<'_, L> {
         let Some(term) = self.reconciler.leadership.term().filter(|_| !is_right) else { return Ok(()) };
         let ledger = &self.reconciler.parts.ledger;
         let corrected = ledger.correct_counts(job.as_job_ref(), found, term).await.map_err(Stopped::Failed)?;
+        done.has_other_counts = !corrected;
         if corrected { self.name(job, &[], done).await } else { Ok(()) }
     }
 
@@ -402,7 +413,7 @@ impl<L: Ledger> State<'_, L> {
 
     fn record_success(&mut self, turn: Turn, done: Done) {
         let Turn { due: Due { job, changed_at, .. }, may_continue, compared_since, has_corrected, .. } = turn;
-        let Done { named, released, drift, summary, comparison, has_compared, was_comparing } = done;
+        let Done { named, released, drift, summary, comparison, has_compared, was_comparing, has_other_counts } = done;
         let Some(summary) = summary else { return };
         let has_corrected = has_corrected || !drift.is_none();
         let metrics = &self.reconciler.parts.metrics;
@@ -432,7 +443,11 @@ impl<L: Ledger> State<'_, L> {
             self.queue.enqueue_at(Arc::clone(&job), Executors::Some(released), due);
         }
         if !is_comparing {
-            self.plan_comparison(&job, &summary, without_pod, has_compared, now);
+            if has_compared {
+                self.plan_recount(&job, &summary, has_other_counts, now);
+            } else {
+                self.plan_comparison(&job, &summary, without_pod, now);
+            }
         }
         self.expect_record(job, summary);
     }
@@ -499,22 +514,22 @@ impl<L: Ledger> State<'_, L> {
         without_pod
     }
 
+    /// All entries were compared. Plans another comparison if the counts are still an estimate, or may be wrong.
+    fn plan_recount(&mut self, job: &Arc<JobId>, summary: &ReconcileSummary, has_other_counts: bool, now: Instant) {
+        self.doubts.explain(job, self.known(job, summary.counts).missing());
+        let again_after = match (summary.has_exact_counts, has_other_counts) {
+            (false, _) => COMPARE_AGAIN_AFTER,
+            (true, true) => COUNT_AGAIN_AFTER,
+            (true, false) => return,
+        };
+        // Not in the queue: there the next change of the job would bring it forward.
+        self.doubts.recount(job, now + again_after);
+        self.queue.enqueue_at(Arc::clone(job), Executors::default(), now + again_after);
+    }
+
     /// Plans a comparison of all entries if the ledger is still wrong.
-    fn plan_comparison(
-        &mut self,
-        job: &Arc<JobId>,
-        summary: &ReconcileSummary,
-        without_pod: u64,
-        has_compared: bool,
-        now: Instant,
-    ) {
+    fn plan_comparison(&mut self, job: &Arc<JobId>, summary: &ReconcileSummary, without_pod: u64, now: Instant) {
         let ReconcileSummary { counts, has_exact_counts, policy, more_waiting, recheck_after, fault, .. } = summary;
-        if has_compared {
-            if !has_exact_counts {
-                self.queue.enqueue_at(Arc::clone(job), Executors::All, now + COMPARE_AGAIN_AFTER);
-            }
-            return;
-        }
         let is_certain = recheck_after.is_none() && !more_waiting;
         let is_off = policy.is_some_and(|policy| policy.spot_ratio == SpotRatio::Off);
         // Going through all executors costs little only in a small job. In a large one the audit finds what is missing.
@@ -523,14 +538,17 @@ impl<L: Ledger> State<'_, L> {
             live => counts.total() <= live as u64 + without_pod,
         };
         let decision = self.doubts.decide(job, self.known(job, *counts), now);
-        if let Decision::Later(at) = decision {
-            self.queue.enqueue_at(Arc::clone(job), Executors::default(), at);
+        let recount = self.doubts.recount_due(job, now);
+        for decision in [decision, recount] {
+            if let Decision::Later(at) = decision {
+                self.queue.enqueue_at(Arc::clone(job), Executors::default(), at);
+            }
         }
         // Something else than a placement, a release and a reconcile has changed the ledger, or another version has.
         if *fault == Some(LedgerFault::Type)
-            || !has_exact_counts
+            || !has_exact_counts && recount == Decision::Right
             || is_certain && !is_plausible
-            || decision == Decision::Wrong
+            || [decision, recount].contains(&Decision::Wrong)
         {
             self.queue.enqueue_at(Arc::clone(job), Executors::All, now);
         }
@@ -546,7 +564,7 @@ impl<L: Ledger> State<'_, L> {
         let ReconcileSummary { counts, policy, steering, .. } = summary;
         if !self.index.contains(&job) && counts.total() == 0 {
             self.audit.forget(&job);
-            self.doubts.forget(&job);
+            self.doubts.ended(&job);
             return;
         }
         let driver = self.index.desired_driver(&job);

@@ -7,8 +7,8 @@ use balancer_core::JobId;
 use balancer_store::{Cursor, Ledger};
 use tokio::time::Instant;
 
-use crate::queue::Due;
-use crate::reconcile_jobs::BATCH;
+use crate::queue::{Due, MAX_NAMED};
+use crate::reconcile_jobs::{BATCH, IN_ONE_TURN};
 use crate::resync::Resync;
 use crate::state::{Parts, Progress, State};
 
@@ -67,6 +67,7 @@ impl<L: Ledger> State<'_, L> {
                 metrics.resynced(cause, took);
                 tracing::info!(cause = cause.as_str(), jobs = number, ended, ?took, "resync finished");
                 self.plan.finish();
+                self.has_resynced = true;
                 self.reach(Progress::Synced);
             }
             Reached::Some => self.plan.postpone(Instant::now()),
@@ -78,11 +79,17 @@ impl<L: Ledger> State<'_, L> {
         if !self.may_write() {
             return Reached::Interrupted;
         }
-        let jobs: Vec<_> = run.jobs.by_ref().take(BATCH).collect();
+        let (mut jobs, mut names) = (Vec::new(), 0);
+        // So many executors may have to be named, if the store has lost them.
+        while jobs.len() < BATCH && names < MAX_NAMED {
+            let Some(job) = run.jobs.next() else { break };
+            names += self.index.executors(&job).min(IN_ONE_TURN);
+            let due = Due { compares_all: true, ..self.queue.remove(&job).unwrap_or_else(|| Due::all(job)) };
+            names += due.executors.len();
+            jobs.push(due);
+        }
         let batch = if !jobs.is_empty() {
-            let queue = &mut self.queue;
-            let due = |job| Due { compares_all: true, ..queue.remove(&job).unwrap_or_else(|| Due::all(job)) };
-            jobs.into_iter().map(due).collect()
+            jobs
         } else if let Some(cursor) = run.page.take() {
             if cursor.is_none() {
                 self.plan.forget_skipped();

@@ -34,6 +34,7 @@ impl<L: Ledger> State<'_, L> {
         if self.audit.steering(job).is_some_and(|known| known.avoid != steering.avoid) {
             self.changed_shares.insert(job, Instant::now());
         }
+        self.jobs_view.insert(job);
         let spot = &steering.spot;
         let age = match spot {
             SpotState::Open => Duration::ZERO,
@@ -169,7 +170,11 @@ impl<L: Ledger> State<'_, L> {
         let answer = ledger.steer(job.as_job_ref(), steer, term).await;
         self.watchdog.turned();
         match answer {
-            Ok(SteerOutcome::Done) => true,
+            Ok(SteerOutcome::Done) => {
+                self.audit.steered(job, |steering| follow_steer(&mut steering.spot, steer));
+                self.jobs_view.insert(job);
+                true
+            }
             Ok(SteerOutcome::NoLedger) => {
                 self.queue.enqueue_at(Arc::clone(job), Executors::All, Instant::now());
                 false
@@ -269,6 +274,22 @@ impl<L: Ledger> State<'_, L> {
 fn fallback(policy: Policy) -> Option<Duration> {
     let is_on = policy.spot_fallback_seconds > 0 && policy.spot_ratio != SpotRatio::Off;
     is_on.then(|| Duration::from_secs(policy.spot_fallback_seconds.into()))
+}
+
+/// What the ledger has of spot after this change, by the clock of this process.
+fn follow_steer(spot: &mut SpotState, steer: Steer<'_>) {
+    let now = Millis::try_from(unix_time().as_millis()).unwrap_or(Millis::MAX);
+    match steer {
+        Steer::Avoid(_) => {}
+        Steer::OpenSpot => *spot = SpotState::Open,
+        Steer::CloseSpot { retry_after } => {
+            let since = match *spot {
+                SpotState::Open => now,
+                SpotState::Starved { since, .. } | SpotState::Probing { since, .. } => since,
+            };
+            *spot = SpotState::Starved { since, retry_at: now.saturating_add(retry_after) };
+        }
+    }
 }
 
 /// How long ago this was. The clock of Redis is that of its machine, and the store in memory has one of its own.

@@ -21,6 +21,7 @@ use crate::doubts::Doubts;
 use crate::events::EventRecorder;
 use crate::fallback::Fallback;
 use crate::index::{ClusterIndex, Totals};
+use crate::jobs::{JobsView, Publisher};
 use crate::leader::Leadership;
 use crate::log_limit::LogLimit;
 use crate::metrics::Metrics;
@@ -69,6 +70,8 @@ pub(crate) struct Reconciler<L> {
     pub(crate) parts: Parts<L>,
     pub(crate) client: Client,
     pub(crate) leadership: Leadership,
+    /// Where the facts of all jobs are published.
+    pub(crate) jobs: Publisher,
 }
 
 /// What is known of the cluster, of the store and of what is to be done.
@@ -86,6 +89,8 @@ pub(crate) struct State<'a, L> {
     pub(crate) doubts: Doubts,
     /// The resync that has begun.
     pub(crate) resync: Option<ResyncRun>,
+    /// Whether a resync has ended in this term.
+    pub(crate) has_resynced: bool,
     pub(crate) audit: RecordAudit,
     pub(crate) confirmations: Confirmations,
     pub(crate) lookups: PodLookups,
@@ -95,6 +100,7 @@ pub(crate) struct State<'a, L> {
     pub(crate) waiting: WaitingExecutors,
     pub(crate) fallback: Fallback,
     pub(crate) pod_calls: PodCalls,
+    pub(crate) jobs_view: JobsView,
     /// Of the line that refused placements cannot be removed early.
     pub(crate) refusals_logged: LogLimit,
     /// Of the line that the store is full.
@@ -121,6 +127,7 @@ impl<'a, L> State<'a, L> {
             moves: HashMap::new(),
             doubts: Doubts::default(),
             resync: None,
+            has_resynced: false,
             audit: RecordAudit::default(),
             confirmations: Confirmations::default(),
             lookups: PodLookups::new(reconciler.client.clone(), Arc::clone(conventions)),
@@ -130,6 +137,7 @@ impl<'a, L> State<'a, L> {
             waiting: WaitingExecutors::default(),
             fallback: Fallback::default(),
             pod_calls: PodCalls::new(reconciler.client.clone(), reconciler.leadership.clone()),
+            jobs_view: JobsView::default(),
             refusals_logged: LogLimit::default(),
             full_logged: LogLimit::default(),
             has_outdated_totals: true,
@@ -175,11 +183,13 @@ impl<'a, L> State<'a, L> {
         self.has_outdated_totals = true;
         (self.queue, self.audit) = (WorkQueue::default(), RecordAudit::default());
         (self.comparisons, self.moves, self.resync) = (Comparisons::default(), HashMap::new(), None);
+        self.has_resynced = false;
         self.doubts = Doubts::default();
         (self.changed_shares, self.blast_radius) = (ChangedShares::default(), BlastRadius::default());
         self.store.forget();
         self.plan.cancel();
-        let Reconciler { client, parts, leadership } = self.reconciler;
+        self.jobs_view = JobsView::default();
+        let Reconciler { client, parts, leadership, .. } = self.reconciler;
         self.lookups = PodLookups::new(client.clone(), Arc::clone(&parts.conventions));
         (self.fallback, self.pod_calls) = (Fallback::default(), PodCalls::new(client.clone(), leadership.clone()));
     }

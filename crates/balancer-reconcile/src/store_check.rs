@@ -4,7 +4,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
-use balancer_core::{JobId, Steering};
+use balancer_core::{JobId, SpotRatio, Steering};
 use balancer_store::{JobRecord, Ledger, StoreError};
 use futures::{StreamExt, stream};
 use tokio::time::Instant;
@@ -79,17 +79,17 @@ impl<L: Ledger> State<'_, L> {
     /// job that changes, placements and releases in flight are no reason to compare everything.
     fn audited(&mut self, job: &Arc<JobId>, found: Option<&JobRecord>) -> Option<Executors> {
         let left = self.audit.counts(job);
-        if self.audit.check(job, found) {
-            return None;
-        }
+        let is_as_left = self.audit.check(job, found);
         let live = self.index.executors(job);
-        let Some(found) = found.map(|found| found.counts).filter(|_| live > SMALL) else { return Some(Executors::All) };
-        let known = self.known(job, found);
-        let is_recounted = left.is_some_and(|left| left != found && left.total() == found.total());
-        if is_recounted || known.missing() > 0 {
+        let Some(record) = found.filter(|_| live > SMALL) else { return (!is_as_left).then_some(Executors::All) };
+        let known = self.known(job, record.counts);
+        let is_off = record.policy.is_some_and(|policy| policy.spot_ratio == SpotRatio::Off);
+        let is_lacking = !is_off && known.missing() > self.doubts.explained(job);
+        let is_recounted = left.is_some_and(|left| left != record.counts && left.total() == record.counts.total());
+        if is_recounted || is_lacking {
             self.doubts.add(job, known, is_recounted, Instant::now());
         }
-        Some(Executors::default())
+        (!is_as_left || is_lacking).then(Executors::default)
     }
 
     /// Compares some of the ledgers' counts and policies with those that were left there. That reveals placements without a

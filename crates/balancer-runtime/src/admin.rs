@@ -2,40 +2,22 @@
 //! the certificate nor wait for admissions. Probes do not wait for other clients of the port either: the kubelet restarts a
 //! pod whose probes are not answered.
 
-use std::convert::Infallible;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use bytes::Bytes;
-use http::header::{ALLOW, CONTENT_TYPE};
-use http::{Method, Request, Response, StatusCode};
+use http::header::CONTENT_TYPE;
+use http::{Request, Response, StatusCode};
 use http_body_util::Full;
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
-use tokio::time::Instant;
 
-use crate::connections::{AmongEquals, Connections, max_connections};
+use crate::http_port::{Answer, HttpPort, refuse_method, text};
 use crate::tasks::{Liveness, Task, Tasks};
-
-/// Probes and scrapes are few. At the maximum, one connection is closed for each new one.
-const MAX_CONNECTIONS: usize = 128;
-/// How long a new connection is kept for its first request, however many others there are.
-const NEW_CONNECTION_GRACE: Duration = Duration::from_secs(1);
-/// The longest that a connection may last.
-const CONNECTION_LIMIT: Duration = Duration::from_secs(10);
-/// How long a client may take for the head of a request, and may stay without one.
-const HEAD_LIMIT: Duration = Duration::from_secs(2);
-/// The largest head, and the largest buffer of a connection. Larger answers pass it in parts.
-const BUFFER: usize = 8 << 10;
 
 /// Whether `/readyz` answers 200. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -61,10 +43,7 @@ pub fn registry(version: &'static str) -> Registry {
 
 /// A bound admin endpoint that does not serve yet.
 #[derive(Debug)]
-pub struct Admin {
-    listener: TcpListener,
-    address: SocketAddr,
-}
+pub struct Admin(Arc<HttpPort>);
 
 impl Admin {
     /// Binds the port on all addresses, IPv6 and IPv4 if the host has both.
@@ -72,72 +51,19 @@ impl Admin {
     /// # Errors
     /// The port is in use, or not permitted.
     pub async fn bind(port: u16) -> anyhow::Result<Self> {
-        let listener = listen(port).await.with_context(|| format!("ADMIN_PORT: cannot listen on {port}"))?;
-        let address = listener.local_addr()?;
-        Ok(Self { listener, address })
+        let port = HttpPort::bind(port).await.with_context(|| format!("ADMIN_PORT: cannot listen on {port}"))?;
+        Ok(Self(Arc::new(port)))
     }
 
     /// The address on which it listens.
     pub fn address(&self) -> SocketAddr {
-        self.address
+        self.0.address()
     }
 
     /// Serves until dropped, also after a panic.
     pub async fn keep_serving(self, registry: Arc<Registry>, readiness: Readiness, tasks: Tasks) {
-        let admin = Arc::new(self);
         let source = Source { registry, readiness, liveness: tasks.liveness(), page: Arc::default() };
-        match tasks.keep(Task::Admin, || Arc::clone(&admin).run(source.clone())).await {}
-    }
-
-    async fn run(self: Arc<Self>, source: Source) -> Infallible {
-        let connections = Connections::new(max_connections(MAX_CONNECTIONS));
-        loop {
-            let (stream, client) = match self.listener.accept().await {
-                Ok(accepted) => accepted,
-                Err(error) => {
-                    pause_after_failed_accept(&error).await;
-                    continue;
-                }
-            };
-            let now = Instant::now();
-            if connections.is_full()
-                && let Some(evicted) = connections.evict(|state: &State| Some(state.rank(now)))
-            {
-                evicted.abort();
-            }
-            let state = State::new(now);
-            connections.spawn(client.ip(), state.clone(), serve(stream, source.clone(), state));
-        }
-    }
-}
-
-/// What a connection has done.
-#[derive(Clone, Debug)]
-struct State {
-    opened: Instant,
-    activity: Arc<AtomicU8>,
-}
-
-impl State {
-    const SILENT: u8 = 0;
-    const ANSWERED: u8 = 1;
-    const ANSWERING: u8 = 2;
-
-    fn new(now: Instant) -> Self {
-        Self { opened: now, activity: Arc::new(AtomicU8::new(Self::SILENT)) }
-    }
-
-    fn set(&self, activity: u8) {
-        self.activity.store(activity, Ordering::Relaxed);
-    }
-
-    /// The order in which connections are closed to make room. A new one goes last: it may be a probe whose request is on
-    /// its way.
-    fn rank(&self, now: Instant) -> ((bool, u8), AmongEquals) {
-        if now.saturating_duration_since(self.opened) < NEW_CONNECTION_GRACE {
-            return ((true, 0), AmongEquals::LargestSource);
-        }
-        ((false, self.activity.load(Ordering::Relaxed)), AmongEquals::Oldest)
+        match tasks.keep(Task::Admin, || Arc::clone(&self.0).serve(source.clone())).await {}
     }
 }
 
@@ -151,28 +77,9 @@ struct Source {
     page: Arc<Mutex<()>>,
 }
 
-async fn serve(stream: TcpStream, source: Source, state: State) {
-    let service = service_fn(|request| {
-        state.set(State::ANSWERING);
-        let (source, state) = (source.clone(), state.clone());
-        async move {
-            let answer = source.answer(request).await;
-            state.set(State::ANSWERED);
-            Ok::<_, Infallible>(answer)
-        }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_LIMIT)
-        .max_headers(64)
-        .max_buf_size(BUFFER)
-        .serve_connection(TokioIo::new(stream), service);
-    let _ = tokio::time::timeout(CONNECTION_LIMIT, connection).await;
-}
-
-impl Source {
-    async fn answer<B>(self, request: Request<B>) -> Response<Full<Bytes>> {
-        let (request, Self { registry, readiness, liveness, page }) = (request.map(drop), self);
+impl Answer for Source {
+    async fn answer(self, request: Request<()>) -> Response<Full<Bytes>> {
+        let Self { registry, readiness, liveness, page } = self;
         if request.uri().path() != "/metrics" {
             return answer(&request, &registry, &readiness, &liveness);
         }
@@ -188,34 +95,14 @@ impl Source {
     }
 }
 
-/// Listens on a port, over IPv6 and IPv4 if the host has both.
-///
-/// # Errors
-/// The port is in use, or not permitted.
-pub async fn listen(port: u16) -> std::io::Result<TcpListener> {
-    match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => Err(error),
-        Err(_) => TcpListener::bind(("0.0.0.0", port)).await,
-        bound => bound,
-    }
-}
-
-/// Logs the error and waits: without free file descriptors, each attempt to accept fails at once.
-pub async fn pause_after_failed_accept(error: &std::io::Error) {
-    tracing::warn!(%error, "cannot accept a connection");
-    tokio::time::sleep(Duration::from_millis(50)).await;
-}
-
-fn answer<B>(
-    request: &Request<B>,
+fn answer(
+    request: &Request<()>,
     registry: &Registry,
     readiness: &Readiness,
     liveness: &Liveness,
 ) -> Response<Full<Bytes>> {
-    if !matches!(*request.method(), Method::GET | Method::HEAD) {
-        let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "method not allowed; accepted: GET\n");
-        answer.headers_mut().insert(ALLOW, http::HeaderValue::from_static("GET, HEAD"));
-        return answer;
+    if let Some(refusal) = refuse_method(request.method()) {
+        return refusal;
     }
     match request.uri().path() {
         "/livez" => match liveness.problem() {
@@ -242,19 +129,16 @@ fn metrics(registry: &Registry) -> Response<Full<Bytes>> {
     answer
 }
 
-fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
-    let mut answer = Response::new(Full::new(body.into()));
-    *answer.status_mut() = status;
-    answer.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static("text/plain; charset=utf-8"));
-    answer
-}
-
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
+    use crate::http_port::{CONNECTION_LIMIT, HEAD_LIMIT, MAX_CONNECTIONS, NEW_CONNECTION_GRACE};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::time::timeout;
+    use tokio::net::TcpStream;
+    use tokio::time::{Instant, timeout};
 
     /// What no probe may take.
     const QUICK: Duration = Duration::from_secs(1);
@@ -266,24 +150,6 @@ mod tests {
         let tasks = Tasks::register(&mut registry);
         tokio::spawn(admin.keep_serving(Arc::new(registry), Readiness::default(), tasks));
         port
-    }
-
-    #[test]
-    fn connections_are_closed_from_silent_ones_to_new_ones() {
-        let now = Instant::now();
-        let later = now + NEW_CONNECTION_GRACE;
-        let rank = |opened, activity| {
-            let state = State::new(opened);
-            state.set(activity);
-            state.rank(later)
-        };
-        let [silent, answered, answering] =
-            [State::SILENT, State::ANSWERED, State::ANSWERING].map(|activity| rank(now, activity));
-        let new = rank(now + Duration::from_millis(1), State::SILENT);
-        assert!(silent.0 < answered.0 && answered.0 < answering.0 && answering.0 < new.0);
-        assert_eq!((answered.1, new.1), (AmongEquals::Oldest, AmongEquals::LargestSource));
-        // What a new client has done makes no difference yet.
-        assert_eq!(rank(later, State::ANSWERED), new);
     }
 
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,6 +5,7 @@ pub mod admin;
 pub mod arguments;
 pub mod cluster;
 pub mod connections;
+pub mod http_port;
 pub mod log;
 pub mod metric_labels;
 pub mod shutdown;

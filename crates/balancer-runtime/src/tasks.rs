@@ -39,6 +39,8 @@ label! {
         Elector = "elector",
         /// Creates Events on drivers.
         Events = "events",
+        /// Serves the page of jobs.
+        JobsPage = "jobs_page",
         /// Writes log lines.
         Log = "log",
         /// Watches the cluster and corrects the ledgers.

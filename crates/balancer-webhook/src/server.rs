@@ -15,8 +15,8 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use balancer_runtime::admin::{listen, pause_after_failed_accept};
 use balancer_runtime::connections;
+use balancer_runtime::http_port::{listen, pause_after_failed_accept};
 use balancer_runtime::shutdown::Shutdown;
 use balancer_store::Ledger;
 use tokio::net::{TcpListener, TcpStream};

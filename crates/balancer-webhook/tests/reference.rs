@@ -15,10 +15,11 @@ use prometheus_client::registry::Registry;
 
 /// Chart values that are not `settings.` followed by the variable in camelCase. Empty: the chart has no value for it, or
 /// derives it from others.
-const CHART_VALUES: [(&str, &str); 21] = [
+const CHART_VALUES: [(&str, &str); 22] = [
     ("ADMIN_PORT", "webhook.adminPort, reconciler.adminPort"),
     ("ADMISSION_TOKEN_PATH", "admissionToken.enabled"),
     ("CLIENT_CA_PATH", "clientCertificates.caSecret"),
+    ("PAGE_PORT", "reconciler.pagePort"),
     ("PORT", "webhook.port"),
     ("RECONCILE_ENABLED", "reconciler.mode"),
     ("RECONCILE_LEASE", ""),
@@ -50,8 +51,8 @@ invalid value stops the program at its start, with an error that names the setti
 
 \"In any case\" is for variables and flags. As values of the chart, write names exactly as they are here.
 
-Give the webhook and the reconciler the same values. The reconciler has the settings whose program is \"both\", and runs with
-`STORE=redis` only.
+Give the webhook and the reconciler the same values. The reconciler has the settings whose program is \"both\" or
+\"reconciler\", and runs with `STORE=redis` only.
 
 The cluster is found by `KUBECONFIG` or `~/.kube/config`, or by the pod's service account.
 
@@ -72,7 +73,8 @@ Each program serves its metrics at `/metrics` on `ADMIN_PORT`, in the OpenMetric
 reconciler serves both tables.
 
 Every series exists from the start, so that a rate includes the first event. No label takes a value from outside, such as
-a namespace or a job id, so the number of series is bounded.
+a namespace or a job id, so the number of series is bounded. The exception are three gauges by `job_namespace`: they have
+20 namespaces at most, which come and go with their jobs.
 ";
 
 /// A setting without an environment variable is known by its flag.
@@ -125,13 +127,19 @@ fn configuration() -> String {
     let (webhook, reconciler) = (balancer_webhook::Arguments::command(), balancer_reconcile::Arguments::command());
     let shared: BTreeSet<String> = settings(&reconciler).into_iter().map(id).collect();
     let known: BTreeSet<String> = settings(&webhook).into_iter().map(id).collect();
-    assert!(shared.is_subset(&known), "the webhook has no {:?}", shared.difference(&known));
     // In the order of --help, by heading.
     let mut headings: Vec<(&str, String)> = Vec::new();
-    for arg in settings(&webhook) {
+    let own = settings(&reconciler).into_iter().filter(|arg| !known.contains(&id(arg)));
+    for arg in settings(&webhook).into_iter().chain(own) {
         assert!(matches!(arg.get_action(), ArgAction::Set | ArgAction::SetTrue | ArgAction::Append));
         let heading = arg.get_help_heading().unwrap_or("General");
-        let row = row(arg, if shared.contains(&id(arg)) { "both" } else { "webhook" });
+        let id = id(arg);
+        let program = match (known.contains(&id), shared.contains(&id)) {
+            (true, true) => "both",
+            (true, false) => "webhook",
+            (false, _) => "reconciler",
+        };
+        let row = row(arg, program);
         match headings.iter_mut().find(|(known, _)| *known == heading) {
             Some((_, rows)) => rows.push_str(&row),
             None => headings.push((heading, row)),

@@ -22,6 +22,7 @@ use tower_test::mock::{self, Handle};
 
 use super::*;
 use crate::arguments::ReconcileSettings;
+use crate::jobs::SpotFacts;
 use crate::metrics::Metrics;
 use crate::{Running, start_with};
 
@@ -32,6 +33,7 @@ const JOB: JobRef<'_> = JobRef { namespace: "etl", app_id: "spark-1" };
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Call {
     Reconcile,
+    BeginCount,
     Entries,
     Record,
     ListJobs,
@@ -145,6 +147,7 @@ impl Ledger for Scripted {
     }
 
     async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+        self.before(Call::BeginCount)?;
         self.memory.begin_count(job, term).await
     }
 
@@ -678,6 +681,24 @@ async fn an_executor_that_finds_no_spot_node_is_replaced_unless_a_node_is_on_its
     sleep(10 * SECOND).await;
     assert!(matches!(bench.spot(JOB).await, balancer_core::SpotState::Starved { .. }));
     assert_eq!(bench.metric("spot_transitions_total{to=\"closed\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_facts_of_a_job_show_soon_that_spot_was_closed() {
+    let pods = (1..=3).map(|id| stuck("spark-1", id)).chain([falls_back("spark-1")]).collect();
+    let bench = bench_with(strict(), pods, |_, _| Ok(())).await;
+    bench.until_synced().await;
+    let mut reader = bench.running.jobs();
+    let mut facts = async || reader.read().await.expect("facts").first().expect("a job").clone();
+    let before = facts().await;
+    assert_eq!((before.pending, before.pending_spot, &before.spot_state), (3, 3, &SpotFacts::Open));
+    while bench.spot(JOB).await == balancer_core::SpotState::Open {
+        facts().await;
+        sleep(SECOND).await;
+    }
+    sleep(SECOND).await;
+    let after = facts().await;
+    assert!(matches!(&after.spot_state, SpotFacts::Closed { since: Some(_), retry_at: Some(_) }), "{after:?}");
 }
 
 #[tokio::test(start_paused = true)]

@@ -158,6 +158,8 @@ pub(super) struct Driver {
     pub(super) overrides: PolicyOverrides,
     /// Whether the driver itself states a valid ratio.
     pub(super) states_ratio: bool,
+    /// Whether the ratio that is in use is one that it states, or stated before an invalid one.
+    pub(super) has_stated_ratio: bool,
     pub(super) invalid: Vec<InvalidField>,
     /// In which list, or after which, it was reported last.
     pub(super) generation: u32,

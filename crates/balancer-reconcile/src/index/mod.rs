@@ -1,6 +1,7 @@
 //! The state of the cluster: every job's live pods, and the capacity of each node. Pure: no I/O and no clock.
 
 mod changes;
+mod facts;
 mod invalid_annotation;
 mod job;
 mod nodes;
@@ -13,11 +14,12 @@ use std::sync::Arc;
 
 use balancer_core::{
     Capacity, CapacityProfile, Conventions, DriverPod, ExecutorPod, JobId, JobPod, JobRef, LiveExecutor, Pod, Policy,
-    PolicyOverrides, Pool, SpotRatio,
+    PolicyField, PolicyOverrides, Pool, SpotRatio,
 };
 
 use changes::add_change;
 pub use changes::{Change, ChangedJobs, Changes, Executors};
+pub use facts::{distance, wanted_spot};
 pub use invalid_annotation::InvalidAnnotation;
 use invalid_annotation::InvalidAnnotations;
 pub(crate) use job::CountBounds;
@@ -70,7 +72,7 @@ struct Namespace {
 }
 
 /// The number of live jobs and executors, for the gauges. Jobs that have opted out are not counted.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Totals {
     /// Jobs with a live pod.
     pub jobs: u64,
@@ -80,6 +82,49 @@ pub struct Totals {
     pub on_demand: u64,
     /// Executors whose capacity is not known yet.
     pub unknown: u64,
+    /// Of the jobs with a ratio, by their namespaces: those with the most executors, and the others together.
+    pub namespaces: Vec<NamespaceTotals>,
+}
+
+/// The executors of a namespace's jobs with a ratio.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct NamespaceTotals {
+    /// The namespace; [`NamespaceTotals::OTHERS`] for several.
+    pub namespace: String,
+    /// Executors on spot.
+    pub spot: u64,
+    /// All executors.
+    pub executors: u64,
+    /// How many of them the jobs' ratios and bases want on spot.
+    pub wanted_spot: f64,
+}
+
+impl NamespaceTotals {
+    /// Stands for the namespaces that have no row of their own. No namespace has such a name.
+    pub const OTHERS: &str = "(others)";
+    /// Rows at most, besides that of the others: each is a series.
+    pub const MAX: usize = 20;
+
+    fn add(&mut self, other: &Self) {
+        self.spot += other.spot;
+        self.executors += other.executors;
+        self.wanted_spot += other.wanted_spot;
+    }
+
+    /// Those with the most executors, and the others together.
+    fn largest(namespaces: HashMap<&str, Self>) -> Vec<Self> {
+        let mut rows: Vec<Self> = namespaces
+            .into_iter()
+            .map(|(namespace, totals)| Self { namespace: namespace.to_owned(), ..totals })
+            .collect();
+        rows.sort_by(|a, b| b.executors.cmp(&a.executors).then_with(|| a.namespace.cmp(&b.namespace)));
+        let mut others = Self { namespace: Self::OTHERS.to_owned(), ..Self::default() };
+        for row in rows.drain(rows.len().min(Self::MAX)..) {
+            others.add(&row);
+        }
+        rows.push(others);
+        rows
+    }
 }
 
 /// Whether an executor with the job's label value and this owner belongs to the job, if `primary` is the primary owner.
@@ -242,7 +287,7 @@ impl ClusterIndex {
     }
 
     /// The job of a live executor, by the name of its pod.
-    pub(crate) fn job_of_executor(&self, namespace: &str, name: &str) -> Option<Arc<JobId>> {
+    pub fn job_of_executor(&self, namespace: &str, name: &str) -> Option<Arc<JobId>> {
         job_of(&self.groups, &self.teams, self.namespaces.get(namespace)?.executors.get(name)?)
     }
 
@@ -277,7 +322,7 @@ impl ClusterIndex {
     }
 
     /// The pod that drives the job, if it is known.
-    pub(crate) fn driver(&self, job: &JobId) -> Option<DriverRef> {
+    pub fn driver(&self, job: &JobId) -> Option<DriverRef> {
         let name = self.driver_name(job)?;
         let driver = self.driver_pod(&job.namespace, name).map(|driver| &driver.uid);
         let team = || self.teams.get(&JobId::of_driver(group_of(job.as_job_ref()).as_job_ref(), name));
@@ -363,20 +408,34 @@ impl ClusterIndex {
     /// Counts everything that is live. `policy` returns what a job's ledger has, for those whose driver is not watched.
     pub fn totals(&self, policy: impl Fn(&JobId) -> Option<Policy>) -> Totals {
         let mut totals = Totals::default();
-        for job in self.jobs() {
-            let ratio = self.overrides(job).spot_ratio.or_else(|| policy(job).map(|policy| policy.spot_ratio));
-            if ratio == Some(SpotRatio::Off) {
+        let mut namespaces: HashMap<&str, NamespaceTotals> = HashMap::new();
+        for job_id in self.jobs() {
+            let stored = policy(job_id);
+            let stated = self.overrides(job_id).spot_ratio.or_else(|| stored.map(|policy| policy.spot_ratio));
+            if stated == Some(SpotRatio::Off) {
                 continue;
             }
-            totals.jobs += 1;
-            for executor in self.teams_of(job).flat_map(|team| team.executors.values()) {
+            let (mut spot, mut on_demand, mut unknown) = (0, 0, 0);
+            for executor in self.teams_of(job_id).flat_map(|team| team.executors.values()) {
                 match self.capacity(executor) {
-                    Some(Capacity::Spot) => totals.spot += 1,
-                    Some(Capacity::OnDemand) => totals.on_demand += 1,
-                    None => totals.unknown += 1,
+                    Some(Capacity::Spot) => spot += 1,
+                    Some(Capacity::OnDemand) => on_demand += 1,
+                    None => unknown += 1,
                 }
             }
+            totals.jobs += 1;
+            totals.spot += spot;
+            totals.on_demand += on_demand;
+            totals.unknown += unknown;
+            let policy = self.policy(job_id, stored);
+            if let Some(ratio) = policy.spot_ratio.share() {
+                let executors: u64 = spot + on_demand + unknown;
+                let wanted_spot = facts::wanted_spot(executors, policy.on_demand_base.into(), ratio);
+                let job = NamespaceTotals { namespace: String::new(), spot, executors, wanted_spot };
+                namespaces.entry(&job_id.namespace).or_default().add(&job);
+            }
         }
+        totals.namespaces = NamespaceTotals::largest(namespaces);
         totals
     }
 
@@ -518,6 +577,8 @@ impl ClusterIndex {
         let last = before.as_ref().map(|before| before.overrides).unwrap_or_default();
         let states_ratio = overrides.spot_ratio.is_some();
         let is_invalid = |field| invalid.iter().any(|invalid| invalid.field == field);
+        let stated_before = before.as_ref().is_some_and(|before| before.has_stated_ratio);
+        let has_stated_ratio = states_ratio || (stated_before && is_invalid(PolicyField::SpotRatio));
         let overrides = overrides
             .or_overrides(last.filter(is_invalid))
             .or_overrides(PolicyOverrides::from(self.defaults).filter(|field| !is_invalid(field)));
@@ -542,6 +603,7 @@ impl ClusterIndex {
             job: job.clone(),
             overrides,
             states_ratio,
+            has_stated_ratio,
             invalid,
             generation,
         };

@@ -92,7 +92,7 @@ fn deleted_pods_leave_nothing_in_the_index() {
     }
     index.init_pods(None);
     index.init_pods_done(None);
-    assert_eq!(index.totals(|_| None), Totals::default());
+    assert_eq!(counted(&index.totals(|_| None)), (0, 0));
     assert!(
         index.teams.is_empty()
             && index.groups.is_empty()
@@ -292,24 +292,50 @@ fn a_driver_of_many_jobs_states_the_policy_of_the_executors_that_it_owns() {
     assert_eq!(ratio(&index, &other_job("s")), None);
 }
 
+/// The jobs, and their executors.
+fn counted(totals: &Totals) -> (u64, u64) {
+    (totals.jobs, totals.spot + totals.on_demand + totals.unknown)
+}
+
+#[test]
+fn the_largest_namespaces_are_counted_by_themselves_and_the_others_together() {
+    let mut index = index();
+    for number in 0..NamespaceTotals::MAX + 3 {
+        let namespace = format!("team-{number:02}");
+        // The last ones have more executors.
+        for executor in 0..=number / NamespaceTotals::MAX {
+            apply(&mut index, &format!("e{executor}"), "executor", |pod| {
+                pod["metadata"]["namespace"] = json!(namespace);
+                pod["metadata"]["annotations"] = json!({"workload/capacity-type": "spot"});
+            });
+        }
+    }
+    let policy = Policy { spot_ratio: "0.5".parse().expect("a ratio"), ..Policy::DEFAULT };
+    let rows = index.totals(|_| Some(policy)).namespaces;
+    let row = |at: usize| (rows[at].namespace.as_str(), rows[at].executors, rows[at].spot, rows[at].wanted_spot);
+    assert_eq!(rows.len(), NamespaceTotals::MAX + 1);
+    assert_eq!([row(0), row(2), row(3)], [("team-20", 2, 2, 1.0), ("team-22", 2, 2, 1.0), ("team-00", 1, 1, 0.5)]);
+    assert_eq!(row(NamespaceTotals::MAX), (NamespaceTotals::OTHERS, 3, 3, 1.5));
+}
+
 #[test]
 fn executors_of_jobs_that_have_opted_out_are_not_counted() {
     let mut index = index();
     apply(&mut index, "d", "driver", created(1, "off"));
     apply(&mut index, "e", "executor", owned("d"));
-    assert_eq!(index.totals(|_| None), Totals::default());
+    assert_eq!(counted(&index.totals(|_| None)), (0, 0));
     assert_eq!(ratio(&index, &job()).as_deref(), Some("off"));
     // The ledger knows the policy of an owner that is not watched.
     apply(&mut index, "e2", "executor", |pod| pod["metadata"]["labels"]["spark-app-selector"] = json!("k"));
     let off = Policy { spot_ratio: SpotRatio::Off, ..Policy::DEFAULT };
-    assert_eq!(index.totals(|job| (job.app_id == "k").then_some(off)), Totals::default());
-    assert_eq!(index.totals(|_| None), Totals { jobs: 1, unknown: 1, ..Totals::default() });
+    assert_eq!(counted(&index.totals(|job| (job.app_id == "k").then_some(off))), (0, 0));
+    assert_eq!(counted(&index.totals(|_| None)), (1, 1));
     // An executor that opts out leaves the job.
     apply(&mut index, "e2", "executor", |pod| {
         pod["metadata"]["labels"]["spark-app-selector"] = json!("k");
         pod["metadata"]["annotations"] = json!({"workload/spot-ratio": "off"});
     });
-    assert_eq!(index.totals(|_| None), Totals::default());
+    assert_eq!(counted(&index.totals(|_| None)), (0, 0));
 }
 
 #[test]

@@ -17,6 +17,7 @@ use tokio::time::advance;
 use super::*;
 use crate::controller::tests::{Call, Scripted, Work, down, driver, executor, metric, parts};
 use crate::index::Change;
+use crate::jobs;
 use crate::leader::Leadership;
 use crate::state::Progress;
 use crate::watch::{Event, Source, SyncStatus};
@@ -40,7 +41,11 @@ impl Bench {
         let parts = parts(&ledger, Conventions::default(), &mut registry, &tasks);
         let api = tower_test::mock::pair::<Request<Body>, Response<Body>>().0;
         let client = Client::new(api, "default");
-        Self { ledger, registry, reconciler: Reconciler { parts, client, leadership: Leadership::alone() } }
+        Self {
+            ledger,
+            registry,
+            reconciler: Reconciler { parts, client, leadership: Leadership::alone(), jobs: jobs::channel().0 },
+        }
     }
 
     /// What the loop works with, when everything is in sync and these pods are live.
@@ -374,4 +379,61 @@ async fn a_large_ledger_that_is_gone_is_compared_at_once() {
     state.audit_records().await;
     turns(&mut state).await;
     assert_eq!(bench.entries(&job("large")), 3_000);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_store_is_compared_although_it_cannot_count() {
+    let bench = Bench::new();
+    let mut state = in_sync(&bench, 3_000).await;
+    state.index.delete_pod("etl", "large-exec-1");
+    state.index.take_changed();
+    bench.ledger.play(|call, _| match call {
+        Call::BeginCount => Err(StoreError::Full("OOM".to_owned())),
+        _ => Ok(()),
+    });
+    state.queue.enqueue_at(job("large"), Executors::All, Instant::now());
+    turns(&mut state).await;
+    assert_eq!(bench.entries(&job("large")), 2_999);
+}
+
+#[tokio::test(start_paused = true)]
+async fn executors_whose_loss_was_hidden_by_others_are_found_when_the_job_is_quiet() {
+    let bench = Bench::new();
+    let mut state = in_sync(&bench, 3_000).await;
+    // One falls out of the ledger. Another one ends before that is decided on, which could be the reason.
+    release(&bench.ledger.memory, 1);
+    let work = audit(&mut state, |state| {
+        state.index.delete_pod("etl", "large-exec-2");
+        for (job, changes) in state.index.take_changed() {
+            state.queue.enqueue(job, changes.change, changes.executors, Instant::now());
+        }
+    })
+    .await;
+    assert_eq!(pages(&work), [""; 0]);
+    assert_eq!(bench.entries(&job("large")), 2_998);
+    audit(&mut state, |_| {}).await;
+    advance(Duration::from_secs(3)).await;
+    turns(&mut state).await;
+    assert_eq!(bench.entries(&job("large")), 2_999);
+}
+
+#[tokio::test(start_paused = true)]
+async fn counts_that_a_comparison_could_not_confirm_are_compared_again_later_and_not_with_each_change() {
+    let bench = Bench::new();
+    // The entries came while the comparison ran, so what it has found says nothing.
+    let mut state = in_sync(&bench, 3_000).await;
+    bench.ledger.take_work();
+    for id in 1..=20 {
+        state.index.delete_pod("etl", &format!("large-exec-{id}"));
+        for (job, changes) in state.index.take_changed() {
+            state.queue.enqueue(job, changes.change, changes.executors, Instant::now());
+        }
+        advance(Duration::from_secs(1)).await;
+        let work = turns(&mut state).await.concat();
+        assert_eq!((pages(&work), named(&work)), (Vec::new(), 1));
+    }
+    advance(COUNT_AGAIN_AFTER).await;
+    assert!(!pages(&turns(&mut state).await.concat()).is_empty());
+    advance(COUNT_AGAIN_AFTER).await;
+    assert!(pages(&turns(&mut state).await.concat()).is_empty());
 }

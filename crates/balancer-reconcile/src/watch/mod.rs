@@ -23,7 +23,7 @@ use crate::metrics::{Metrics, WatchedLabel};
 
 pub(crate) use event::{ClusterEvent, Event, Source};
 pub(crate) use node::WatchedNode;
-pub(crate) use pod::WatchedPod;
+pub use pod::WatchedPod;
 use resource::ResourceWatch;
 pub(crate) use sync::SyncStatus;
 

@@ -8,11 +8,11 @@ use serde::{Deserialize, Deserializer};
 
 /// The few fields of a pod. It exists until the index has applied it.
 #[derive(Clone, Debug)]
-pub(crate) struct WatchedPod {
+pub struct WatchedPod {
     /// For the watch: the name and the resource version.
     metadata: ObjectMeta,
     /// For the index.
-    pub(crate) pod: Pod<'static>,
+    pub pod: Pod<'static>,
 }
 
 impl<'de> Deserialize<'de> for WatchedPod {

@@ -382,6 +382,8 @@ checksum/redis: {{ include "spot-balancer.redisNewPassword" . | sha256sum }}
 {{ include "spot-balancer.reconcileEnvironment" . }}
 - name: ADMIN_PORT
   value: {{ int .Values.reconciler.adminPort | quote }}
+- name: PAGE_PORT
+  value: {{ int .Values.reconciler.pagePort | quote }}
 {{- end }}
 
 {{/*
