@@ -4,8 +4,15 @@
 //!
 //! Each command is a module with its `Arguments` and its `run`; `output` is how all of them print.
 
+mod advise;
+mod check;
+mod cluster;
+mod explain;
 mod output;
+mod settings;
 mod simulate;
+mod snapshot;
+mod status;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
@@ -23,24 +30,33 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Show what every job wants and has
+    Status(status::Arguments),
+    /// Explain why a pod runs, or waits, where it does
+    Explain(explain::Arguments),
+    /// Find what is wrong with the installation, and how to fix it
+    Check(check::Arguments),
+    /// What a job costs, how long it takes and what it risks, by its spot ratio
+    Simulate(Box<simulate::Arguments>),
+    /// From the size of the input, or an earlier run, to executors, memory, a ratio and settings
+    Advise(advise::Arguments),
     /// Print a script that completes this command in a shell
     Completions {
         /// The shell
         shell: Shell,
     },
-    /// What a job costs, how long it takes and what it risks, by its spot ratio
-    Simulate(Box<simulate::Arguments>),
 }
 
 /// Runs one command, and reports an error on standard error.
 pub fn run(arguments: Arguments) -> ExitCode {
     let mut out = io::stdout().lock();
     match execute(arguments.command, &mut out).and_then(|()| Ok(out.flush()?)) {
-        // The reader may stop before the end of the output, as `head` does.
+        // A reader such as `head` may stop before the end of the output.
         Err(error) if error.downcast_ref().is_some_and(|error: &io::Error| error.kind() == ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
         }
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<check::Unhealthy>() => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -50,11 +66,20 @@ pub fn run(arguments: Arguments) -> ExitCode {
 
 fn execute(command: Command, out: &mut impl Write) -> anyhow::Result<()> {
     match command {
+        Command::Status(arguments) => block_on(status::run(arguments, out)),
+        Command::Explain(arguments) => block_on(explain::run(arguments, out)),
+        Command::Check(arguments) => block_on(check::run(arguments, out)),
+        Command::Simulate(arguments) => simulate::run(&arguments, out),
+        Command::Advise(arguments) => advise::run(&arguments, out),
         Command::Completions { shell } => {
             // As kubectl names a plugin's program.
             generate(shell, &mut Arguments::command(), "kubectl-spot_balancer", out);
             Ok(())
         }
-        Command::Simulate(arguments) => simulate::run(&arguments, out),
     }
+}
+
+/// Runs what asks the cluster.
+fn block_on(command: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(command)
 }

@@ -9,6 +9,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::model::{AT_ONCE_SECONDS, Cloud, Job, Scenario, SpotPool};
+use super::run::FEWEST_RUNS;
 use crate::output::Format;
 
 const MAX_EXECUTORS: u32 = 100_000;
@@ -87,9 +88,13 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "MINUTES", value_parser = minutes)]
     pub(crate) shortage_minutes: Option<f64>,
 
-    /// The seconds from the loss of an executor until its replacement works [assumed: 125]
+    /// The seconds from the request of a replacement until it works [assumed: 125]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) replacement_seconds: Option<f64>,
+
+    /// The seconds from the request of an executor until it has a node; 0 if the nodes are there already [assumed: 45]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) node_start_seconds: Option<f64>,
 
     /// How fast an executor hands over its blocks with --decommission, in MB/s [assumed: 100]
     #[arg(long, value_name = "MB/S", value_parser = speed)]
@@ -350,6 +355,8 @@ impl Arguments {
         let option = ("--replacement-seconds", "time to replace an executor");
         let replacement =
             inputs.assume(option, self.replacement_seconds, (125.0, reason), |value| format!("{value} s"));
+        let (option, reason) = (("--node-start-seconds", "time until an executor has a node"), "no source");
+        let node_start = inputs.assume(option, self.node_start_seconds, (45.0, reason), |value| format!("{value} s"));
         let speed = |value: f64| format!("{value} MB/s");
         let hand_over =
             inputs.assume(("--hand-over", "speed of handing over"), self.hand_over, (100.0, "no source"), speed);
@@ -366,6 +373,7 @@ impl Arguments {
             executors_per_node,
             shortage_seconds: minutes * 60.0,
             replacement_seconds: replacement,
+            node_start_seconds: node_start,
             hand_over: hand_over / 1000.0,
         })
     }
@@ -468,7 +476,7 @@ fn speed(text: &str) -> Result<f64, String> {
 }
 
 fn runs(text: &str) -> Result<u32, String> {
-    number(text, |n| (100..=MAX_RUNS).contains(n), "a whole number from 100 to 1000000")
+    number(text, |n| (FEWEST_RUNS..=MAX_RUNS).contains(n), "a whole number from 100 to 1000000")
 }
 
 fn max_pool_share(text: &str) -> Result<PolicyOverrides, InvalidField> {

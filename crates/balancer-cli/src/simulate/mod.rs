@@ -16,7 +16,7 @@ use serde::Serialize;
 use crate::output::{Format, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
-use run::{Estimate, Forecast, Sampling, forecasts};
+use run::{Estimate, Forecast, Sampling, affordable_runs, forecasts};
 
 /// From one change of the progress bar to the next.
 const TICK: Duration = Duration::from_millis(100);
@@ -27,6 +27,9 @@ const TICK: Duration = Duration::from_millis(100);
 struct Simulation {
     inputs: Vec<Input>,
     runs: u32,
+    /// More than `runs` if they would take too long.
+    #[serde(skip)]
+    wanted_runs: u32,
     seed: u64,
     /// Of the whole job on on-demand, without losses; `None` without a price.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -37,10 +40,12 @@ struct Simulation {
 /// Simulates the job, and writes what to expect of it.
 ///
 /// # Errors
-/// If options do not fit together, or the output cannot be written.
+/// If options do not fit together, the simulation would take too long, or the output cannot be written.
 pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let Plan { scenario, policies, on_demand_price, inputs } = arguments.plan()?;
     let sampling = Sampling { runs: arguments.runs, seed: arguments.seed };
+    let runs = affordable_runs(&scenario, &policies, sampling)?;
+    let sampling = Sampling { runs, ..sampling };
     let jobs = u64::try_from(policies.len())?.saturating_mul(u64::from(sampling.runs));
     // It shows itself only in a terminal.
     let progress = ProgressBar::new(jobs);
@@ -49,7 +54,8 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     progress.finish_and_clear();
     let hours = f64::from(scenario.job.executors) * scenario.job.hours;
     let on_demand_cost = on_demand_price.map(|price| price * hours);
-    let simulation = Simulation { inputs, runs: sampling.runs, seed: sampling.seed, on_demand_cost, forecasts };
+    let wanted_runs = arguments.runs;
+    let simulation = Simulation { inputs, runs, wanted_runs, seed: sampling.seed, on_demand_cost, forecasts };
     if let Some(path) = &arguments.html {
         write_report(path, &simulation)?;
     }
@@ -132,6 +138,13 @@ fn notes(simulation: &Simulation) -> Vec<String> {
          a stage ends."
             .to_owned(),
     ];
+    if simulation.runs < simulation.wanted_runs {
+        notes.push(format!(
+            "Only {} runs for each ratio and base instead of {}, which would take more than about 10 minutes. The error bars are \
+             wider.",
+            simulation.runs, simulation.wanted_runs
+        ));
+    }
     let unfinished = simulation.forecasts.iter().map(|forecast| forecast.unfinished).fold(0.0, f64::max);
     if unfinished > 0.0 {
         notes.push(format!(

@@ -25,8 +25,11 @@ pub(crate) const KEPT_ON_VOLUMES: f64 = 397.0 / 459.0;
 const GIVE_UP_AFTER: f64 = 50.0;
 /// The hours of a month, by which clouds state rates.
 const HOURS_OF_MONTH: f64 = 730.0;
-/// Executors of a large job are placed in at most about so many steps, each with one choice of a pool.
-const STEPS: u32 = 1000;
+/// Spark requests so many executors in a second by its defaults (`spark.kubernetes.allocation.batch.size` and
+/// `spark.kubernetes.allocation.batch.delay`).
+const SPARK_BATCH: u32 = 5;
+/// A job that is so large that its requests would take longer than so many seconds has a larger batch.
+const BATCHES: u32 = 1000;
 
 /// What the job does, and what happens to its data when executors are lost.
 #[derive(Clone, Debug)]
@@ -62,8 +65,10 @@ pub(crate) struct Cloud {
     pub(crate) executors_per_node: u32,
     /// For how long on average a pool has no capacity after it was reclaimed.
     pub(crate) shortage_seconds: f64,
-    /// From the loss of an executor until its replacement works.
+    /// From the request of a replacement until it works.
     pub(crate) replacement_seconds: f64,
+    /// From the request of an executor until it has a node, so that the reconciler knows its pool.
+    pub(crate) node_start_seconds: f64,
     /// How fast an executor hands over its shuffle data, in GB per second.
     pub(crate) hand_over: f64,
 }
@@ -92,6 +97,8 @@ pub(crate) struct Outcome {
     pub(crate) waited: f64,
     /// Whether the job was given up.
     pub(crate) is_unfinished: bool,
+    /// What the simulation had to do: pools and executors that it looked at.
+    pub(crate) steps: u64,
 }
 
 /// One job with one policy.
@@ -159,7 +166,10 @@ impl<'a> Model<'a> {
     /// The job with all of its executors running.
     pub(crate) fn new(scenario: &'a Scenario, policy: Policy) -> Self {
         let mut start = Cluster::new(scenario);
-        start.place(scenario, policy, scenario.job.executors, 0.0);
+        start.missing = scenario.job.executors;
+        while start.missing > 0 {
+            start.request(scenario, policy, start.next_batch_at);
+        }
         start.start_all();
         Self { scenario, policy, start }
     }
@@ -194,32 +204,35 @@ impl<'a> Model<'a> {
     }
 
     /// The outcome if at least one loss happens. Most jobs have none, so they need no simulation.
-    pub(crate) fn disturbed(&self, random: &mut impl Rng) -> Outcome {
+    /// It is given up after so many steps.
+    pub(crate) fn disturbed(&self, random: &mut impl Rng, most_steps: u64) -> Outcome {
         let rate = self.start.rate(self.scenario);
         let first = -(-random.random::<f64>() * self.disturbance()).ln_1p() / rate;
-        self.run(&mut Random(random), first, Loss::Any)
+        self.run(&mut Random(random), first, Loss::Any, most_steps)
     }
 
     /// The outcome if nothing is lost except the largest pool, just before a stage ends.
     pub(crate) fn largest_pool_lost(&self) -> Option<Outcome> {
         let (pool, _) = self.largest()?;
-        Some(self.run(&mut Once, self.seconds() * (1.0 - 1e-9), Loss::Pool(pool)))
+        Some(self.run(&mut Once, self.seconds() * (1.0 - 1e-9), Loss::Pool(pool), u64::MAX))
     }
 
     fn seconds(&self) -> f64 {
         self.scenario.job.hours * 3600.0
     }
 
-    fn run(&self, losses: &mut impl Losses, first_at: f64, first: Loss) -> Outcome {
+    fn run(&self, losses: &mut impl Losses, first_at: f64, first: Loss, most_steps: u64) -> Outcome {
         let job = &self.scenario.job;
         let work = f64::from(job.executors) * self.seconds();
         let stage = work / f64::from(job.stages);
         let give_up_at = GIVE_UP_AFTER * self.seconds();
-        let (mut cluster, mut outcome) = (self.start.clone(), Outcome::default());
+        let (mut cluster, mut outcome) = (Cluster { steps: 0, ..self.start.clone() }, Outcome::default());
         let (mut now, mut stages_left, mut progress) = (0.0, job.stages, 0.0);
         let (mut first, mut recent) = (Some((first_at, first)), Recent::default());
         let (mut cost, mut waited, mut recomputed) = (0.0, 0.0, 0.0);
-        while stages_left > 0 && now < give_up_at {
+        let pools = cluster.pools.len() as u64;
+        while stages_left > 0 && now < give_up_at && cluster.steps < most_steps {
+            cluster.steps += pools;
             let running = f64::from(cluster.running());
             let stage_ends = if running > 0.0 { now + (stage - progress) / running } else { f64::INFINITY };
             let changes = cluster.next_change(self.policy, now);
@@ -256,6 +269,7 @@ impl<'a> Model<'a> {
             recomputed: recomputed / work,
             waited: waited / 3600.0,
             is_unfinished: stages_left > 0,
+            steps: cluster.steps,
             ..outcome
         }
     }
@@ -320,6 +334,8 @@ enum Place {
 
 #[derive(Clone, Copy, Debug)]
 struct Starting {
+    /// When their node is there.
+    bound_at: f64,
     ready_at: f64,
     place: Place,
     executors: u32,
@@ -348,7 +364,10 @@ struct Cluster {
     waiting: VecDeque<Waiting>,
     /// Executors that were lost or replaced, and that Spark requests again.
     missing: u32,
+    /// Not before that, because Spark pauses between its requests.
+    next_batch_at: f64,
     replaced_at: f64,
+    steps: u64,
 }
 
 impl Cluster {
@@ -367,7 +386,9 @@ impl Cluster {
             starting: VecDeque::new(),
             waiting: VecDeque::new(),
             missing: 0,
+            next_batch_at: 0.0,
             replaced_at: f64::NEG_INFINITY,
+            steps: 0,
         }
     }
 
@@ -407,41 +428,38 @@ impl Cluster {
         self.rates(scenario).map(|(pool, nodes)| pool + nodes).sum()
     }
 
-    /// Places so many executors as the webhook does, and gives them nodes as an autoscaler does.
+    /// Places a batch of executors as the webhook does, and gives them nodes as an autoscaler does. The pools to avoid are
+    /// those from before the batch.
     fn place(&mut self, scenario: &Scenario, policy: Policy, executors: u32, now: f64) {
-        let step = (scenario.job.executors / STEPS).max(1);
-        let mut left = executors;
-        while left > 0 {
-            let placed = step.min(left);
-            left -= placed;
-            let (mut spot, mut has_probe) = (0, false);
-            for _ in 0..placed {
-                let mut capacity = decide(self.counts, policy).unwrap_or(Capacity::OnDemand);
-                if capacity == Capacity::Spot {
-                    match self.spot.answer(millis(now), |_| self.has_probe) {
-                        SpotAnswer::Unchanged => {}
-                        SpotAnswer::Closed => capacity = Capacity::OnDemand,
-                        SpotAnswer::Probe => {
-                            if let SpotState::Starved { since, .. } | SpotState::Probing { since, .. } = self.spot {
-                                self.spot = SpotState::Probing { since, executor: "probe".to_owned() };
-                            }
-                            (self.has_probe, has_probe) = (true, true);
+        self.steps += u64::from(executors);
+        let pool = self.choose_pool(policy.max_pool_share, now);
+        let (mut spot, mut has_probe) = (0, false);
+        for _ in 0..executors {
+            let mut capacity = decide(self.counts, policy).unwrap_or(Capacity::OnDemand);
+            if capacity == Capacity::Spot {
+                match self.spot.answer(millis(now), |_| self.has_probe) {
+                    SpotAnswer::Unchanged => {}
+                    SpotAnswer::Closed => capacity = Capacity::OnDemand,
+                    SpotAnswer::Probe => {
+                        if let SpotState::Starved { since, .. } | SpotState::Probing { since, .. } = self.spot {
+                            self.spot = SpotState::Probing { since, executor: "probe".to_owned() };
                         }
+                        (self.has_probe, has_probe) = (true, true);
                     }
                 }
-                self.counts.add(capacity);
-                spot += u32::from(capacity == Capacity::Spot);
             }
-            self.launch(scenario, Place::OnDemand, placed - spot, false, now);
-            if spot > 0 {
-                self.launch_on_spot(scenario, policy, Waiting { since: now, executors: spot, has_probe }, now);
-            }
+            self.counts.add(capacity);
+            spot += u32::from(capacity == Capacity::Spot);
+        }
+        self.launch(scenario, Place::OnDemand, executors - spot, false, now);
+        if spot > 0 {
+            self.launch_on_spot(scenario, pool, Waiting { since: now, executors: spot, has_probe }, now);
         }
     }
 
-    fn launch_on_spot(&mut self, scenario: &Scenario, policy: Policy, executors: Waiting, now: f64) {
+    fn launch_on_spot(&mut self, scenario: &Scenario, pool: Option<usize>, executors: Waiting, now: f64) {
         let Waiting { executors: count, has_probe, .. } = executors;
-        match (self.choose_pool(policy.max_pool_share, now), scenario.preference) {
+        match (pool, scenario.preference) {
             (Some(pool), _) => self.launch(scenario, Place::Pool(pool), count, has_probe, now),
             (None, SpotPreference::Strict) => self.waiting.push_back(executors),
             (None, SpotPreference::BestEffort) => {
@@ -461,13 +479,27 @@ impl Cluster {
         if most == Ratio::ONE {
             return open.next().map(|(at, _)| at);
         }
-        let used = self.pools.iter().filter(|pool| pool.nodes.all() > 0);
-        let pools: Vec<_> = used.map(|pool| (Arc::clone(&pool.name), pool.nodes.all())).collect();
-        let spot = pools.iter().map(|(_, executors)| executors).sum();
-        let avoided = Shares { spot, pools, ..Shares::default() }.avoided(most);
+        let avoided = self.shares(now).avoided(most);
         let is_avoided = |pool: &PoolState| avoided.iter().any(|name| **name == *pool.name.instance_type);
         let open: Vec<_> = open.collect();
         open.iter().find(|(_, pool)| !is_avoided(pool)).or_else(|| open.first()).map(|(at, _)| *at)
+    }
+
+    /// What the reconciler knows about the job's pools: an executor has one as soon as it has a node.
+    fn shares(&self, now: f64) -> Shares {
+        let mut bound: Vec<u32> = self.pools.iter().map(|pool| pool.nodes.running).collect();
+        for starting in self.starting.iter().filter(|starting| starting.bound_at <= now) {
+            if let Place::Pool(pool) = starting.place
+                && let Some(bound) = bound.get_mut(pool)
+            {
+                *bound += starting.executors;
+            }
+        }
+        let spot: u32 = bound.iter().sum();
+        let pools = self.pools.iter().zip(bound).filter(|(_, bound)| *bound > 0);
+        let pools = pools.map(|(pool, bound)| (Arc::clone(&pool.name), bound)).collect();
+        let all = u32::try_from(self.counts.spot).unwrap_or(u32::MAX);
+        Shares { spot, pools, waiting: all.saturating_sub(spot), ..Shares::default() }
     }
 
     fn launch(&mut self, scenario: &Scenario, place: Place, executors: u32, has_probe: bool, now: f64) {
@@ -477,8 +509,9 @@ impl Cluster {
         if let Some(nodes) = self.nodes(place) {
             nodes.starting += executors;
         }
+        let bound_at = now + scenario.cloud.node_start_seconds;
         let ready_at = now + scenario.cloud.replacement_seconds;
-        self.starting.push_back(Starting { ready_at, place, executors, has_probe });
+        self.starting.push_back(Starting { bound_at, ready_at, place, executors, has_probe });
     }
 
     fn nodes(&mut self, place: Place) -> Option<&mut Nodes> {
@@ -492,6 +525,7 @@ impl Cluster {
         while let Some(starting) = self.starting.pop_front() {
             self.start(starting);
         }
+        self.next_batch_at = 0.0;
     }
 
     fn start(&mut self, ready: Starting) {
@@ -508,6 +542,8 @@ impl Cluster {
     /// When something happens to the executors that have no running node.
     fn next_change(&self, policy: Policy, now: f64) -> f64 {
         let ready = self.starting.front().map_or(f64::INFINITY, |starting| starting.ready_at);
+        let requested = if self.missing > 0 { self.next_batch_at } else { f64::INFINITY };
+        let ready = ready.min(requested).max(now);
         let Some(oldest) = self.waiting.front() else { return ready };
         let opens = self.pools.iter().map(|pool| pool.out_until).fold(f64::INFINITY, f64::min);
         let replaced = self.replacement_at(policy, oldest.since);
@@ -530,7 +566,8 @@ impl Cluster {
         }
         if self.pools.iter().any(|pool| pool.out_until <= now) {
             for waiting in std::mem::take(&mut self.waiting) {
-                self.launch_on_spot(scenario, policy, waiting, now);
+                let pool = self.choose_pool(policy.max_pool_share, now);
+                self.launch_on_spot(scenario, pool, waiting, now);
             }
         }
         if self.waiting.front().is_some_and(|oldest| self.replacement_at(policy, oldest.since) <= now) {
@@ -568,10 +605,15 @@ impl Cluster {
         self.missing += executors;
     }
 
-    /// Requests what is missing, as Spark does.
+    /// Requests a batch of what is missing, as Spark does every second.
     fn request(&mut self, scenario: &Scenario, policy: Policy, now: f64) {
-        let missing = std::mem::take(&mut self.missing);
-        self.place(scenario, policy, missing, now);
+        if self.missing == 0 || now < self.next_batch_at {
+            return;
+        }
+        let batch = (scenario.job.executors / BATCHES).max(SPARK_BATCH).min(self.missing);
+        self.missing -= batch;
+        self.next_batch_at = now + 1.0;
+        self.place(scenario, policy, batch, now);
     }
 
     /// Removes what is lost. Returns how many running executors are.

@@ -13,6 +13,12 @@ use super::model::{Model, Outcome, Scenario};
 
 /// Above this share of the executors a loss counts as a risk.
 const RISKY_SHARE: f64 = 1.0 / 3.0;
+/// What the simulation may do in about ten minutes on two processors.
+const MOST_STEPS: u64 = 1_000_000_000;
+/// So few jobs show how much there is to do.
+const TRIALS: u32 = 4;
+/// The fewest jobs that say anything.
+pub(super) const FEWEST_RUNS: u32 = 100;
 /// Of a normal distribution, 95 % are within so many standard deviations.
 const Z: f64 = 1.96;
 
@@ -93,6 +99,48 @@ pub(crate) struct Forecast {
     pub(crate) largest_pool: Option<LargestPool>,
 }
 
+/// Why nothing is simulated.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RunError {
+    #[error(
+        "--executors {executors} and --hours {hours}: even --runs {FEWEST_RUNS} would take more than about 10 minutes; \
+         accepted: what takes less, by fewer --ratios or --bases, fewer executors or hours, lower --rates, or more --stages"
+    )]
+    TooLong { executors: u32, hours: f64 },
+}
+
+/// So many runs, or as many as take about ten minutes. The same input gives the same number on any machine.
+///
+/// # Errors
+/// If even the fewest runs would take longer.
+pub(crate) fn affordable_runs(scenario: &Scenario, policies: &[Policy], sampling: Sampling) -> Result<u32, RunError> {
+    affordable(scenario, policies, sampling, MOST_STEPS)
+}
+
+fn affordable(scenario: &Scenario, policies: &[Policy], sampling: Sampling, most: u64) -> Result<u32, RunError> {
+    let most_of_a_run = most / u64::from(FEWEST_RUNS);
+    let mut of_all_trials = 0;
+    for policy in policies {
+        let model = Model::new(scenario, *policy);
+        let trials = (0..TRIALS).into_par_iter().filter(|_| model.disturbance() > 0.0);
+        of_all_trials +=
+            trials.map(|run| model.disturbed(&mut random(sampling, run), most_of_a_run).steps).sum::<u64>();
+        // Not after the last one, so that many policies are not tried for long.
+        if of_all_trials / u64::from(TRIALS) >= most_of_a_run {
+            return Err(RunError::TooLong { executors: scenario.job.executors, hours: scenario.job.hours });
+        }
+    }
+    let runs = (most * u64::from(TRIALS)).checked_div(of_all_trials);
+    Ok(runs.and_then(|runs| u32::try_from(runs).ok()).map_or(sampling.runs, |runs| runs.min(sampling.runs)))
+}
+
+/// A stream for each job, so the order in which threads take them changes nothing, and each policy meets the same luck.
+fn random(sampling: Sampling, run: u32) -> ChaCha8Rng {
+    let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
+    random.set_stream(run.into());
+    random
+}
+
 /// Simulates each policy. `finished` is called after each simulated job.
 pub(crate) fn forecasts(
     scenario: &Scenario,
@@ -110,11 +158,7 @@ fn forecast(scenario: &Scenario, policy: Policy, sampling: Sampling, finished: &
         .into_par_iter()
         .filter(|_| any_loss > 0.0)
         .map(|run| {
-            // A stream for each job, so the order in which threads take them changes nothing, and each policy meets the
-            // same luck.
-            let mut random = ChaCha8Rng::seed_from_u64(sampling.seed);
-            random.set_stream(run.into());
-            let outcome = model.disturbed(&mut random);
+            let outcome = model.disturbed(&mut random(sampling, run), u64::MAX);
             finished();
             outcome
         })

@@ -8,7 +8,7 @@ use super::*;
 
 /// The outcome if this is all that is lost.
 fn outcome(plan: &Plan, at_hours: f64, loss: Loss) -> Outcome {
-    model(plan).run(&mut Once, at_hours * 3600.0, loss)
+    model(plan).run(&mut Once, at_hours * 3600.0, loss, u64::MAX)
 }
 
 fn model(plan: &Plan) -> Model<'_> {
@@ -38,16 +38,22 @@ proptest! {
         let wanted = f64::from(ratio) / 100.0 * f64::from(executors.saturating_sub(base));
         prop_assert!((share * f64::from(executors) - wanted).abs() <= 1.0, "the ratio is kept");
         // The simulation agrees if its only loss is after the end.
-        let simulated = model.run(&mut Once, 1e9, Loss::Pool(0));
+        let simulated = model.run(&mut Once, 1e9, Loss::Pool(0), u64::MAX);
         prop_assert!((simulated.cost - undisturbed.cost).abs() < 1e-9 && (simulated.hours - 1.5).abs() < 1e-9);
     }
 
+    /// As `Shares::avoided` promises it, if none of a batch was counted.
     #[test]
-    fn no_pool_gets_more_than_its_share_and_one_executor(executors in 1u32..500, percent in 25u32..=100) {
-        let options = format!("--executors {executors} --hours 1 --ratios 0.8 --max-pool-share {percent}%");
+    fn if_nodes_are_there_no_pool_gets_more_than_its_share_and_most_of_a_batch(
+        executors in 1u32..500, percent in 25u32..=100,
+    ) {
+        let options = format!(
+            "--executors {executors} --hours 1 --ratios 0.8 --max-pool-share {percent}% --node-start-seconds 0"
+        );
         let plan = parse(&options).unwrap().plan().unwrap();
         let model = model(&plan);
-        let most = f64::from(u32::try_from(model.counts().spot).unwrap()) * f64::from(percent) / 100.0 + 1.0;
+        let (share, spot) = (f64::from(percent) / 100.0, f64::from(u32::try_from(model.counts().spot).unwrap()));
+        let most = spot * share + (1.0 - share) * f64::from(SPARK_BATCH) + 1.0;
         let (_, largest) = model.largest_pool().unwrap();
         prop_assert!(f64::from(largest) <= most, "{largest} of at most {most}");
     }
@@ -63,12 +69,48 @@ proptest! {
             ratio * 10, f64::from(rate) / 1000.0, share * 10, if is_strict { "strict" } else { "best-effort" },
         );
         let plan = parse(&options).unwrap().plan().unwrap();
-        let outcome = model(&plan).disturbed(&mut ChaCha8Rng::seed_from_u64(seed));
+        let outcome = model(&plan).disturbed(&mut ChaCha8Rng::seed_from_u64(seed), u64::MAX);
         prop_assert!(outcome.lost > 0, "{outcome:?}");
         prop_assert!((0.0..=1.0).contains(&outcome.largest_loss) && outcome.largest_loss > 0.0, "{outcome:?}");
         prop_assert!(outcome.hours >= f64::from(hours) * (1.0 - 1e-9), "{outcome:?}");
         prop_assert!(outcome.cost.is_finite() && outcome.cost > 0.0 && outcome.recomputed >= 0.0, "{outcome:?}");
     }
+}
+
+/// The reconciler knows no pool before the first node is there, and 40 executors are requested within eight seconds.
+#[test]
+fn while_no_node_is_there_a_job_goes_to_one_pool_whatever_its_share() {
+    let largest = |executors: u32, options: &str| {
+        let options = format!("--executors {executors} --hours 1 --ratios 1 --max-pool-share 0.4 {options}");
+        let plan = parse(&options).unwrap().plan().unwrap();
+        model(&plan).largest_pool().unwrap().1
+    };
+    assert_eq!(largest(40, ""), 40);
+    assert!(largest(40, "--node-start-seconds 0") <= 20);
+    assert_eq!(largest(40, "--node-start-seconds 4"), 20, "of the first four seconds");
+    // 225 are requested before the first node is there. The others go elsewhere.
+    assert_eq!(largest(400, ""), 225);
+    assert_eq!(largest(225, ""), 225);
+}
+
+#[test]
+fn replacements_avoid_the_pools_that_have_nodes() {
+    let plan = plan("--ratios 1 --max-pool-share 0.4");
+    let (scenario, policy) = (&plan.scenario, plan.policies[0]);
+    let mut cluster = model(&plan).start;
+    assert_eq!(cluster.pools[0].nodes.running, 100);
+    cluster.lose_node(0, 40, |_| false, 0.0);
+    // The pool may be used again at once.
+    cluster.pools[0].out_until = 0.0;
+    let mut now = 0.0;
+    cluster.request(scenario, policy, now);
+    while cluster.next_change(policy, now) < f64::INFINITY {
+        now = cluster.next_change(policy, now);
+        cluster.change(scenario, policy, now);
+    }
+    // All are requested within eight seconds, before the second pool is known.
+    let running: Vec<u32> = cluster.pools.iter().map(|pool| pool.nodes.running).collect();
+    assert_eq!(running, [60, 40, 0, 0]);
 }
 
 #[test]
@@ -93,17 +135,18 @@ fn the_probability_of_a_loss_is_that_of_the_rates() {
 #[test]
 fn the_work_of_lost_executors_is_done_again_unless_their_blocks_are_kept() {
     let end = 2.0 * (1.0 - 1e-9);
-    let replaced = 125.0 / 3600.0;
+    // Five in a second, so the last of a hundred are requested after 19 s.
+    let replaced = (125.0 + 9.5) / 3600.0;
     let hours = |options: &str| outcome(&plan(&format!("--ratios 1 {options}")), end, Loss::Pool(0)).hours;
     assert_near(hours(""), 2.0 + replaced + 2.0);
-    assert_near(hours("--shuffle 0"), 2.0 + replaced);
+    assert_near(hours("--shuffle 0"), 2.0 + 125.0 / 3600.0);
     assert_near(hours("--stages 4"), 2.0 + replaced + 0.5);
     assert_near(hours("--pvc-reuse"), 2.0 + replaced + 2.0 * (1.0 - KEPT_ON_VOLUMES));
     // Nobody is left to receive blocks.
     assert_near(hours("--decommission"), 2.0 + replaced + 2.0);
     // Half of the executors have half of the blocks, and do the rest of the work until the others are replaced.
     let half = |options: &str| outcome(&plan(&format!("--ratios 0.5 {options}")), end, Loss::Pool(0));
-    assert_near(half("").hours, 2.0 + 1.0 + replaced / 2.0);
+    assert_near(half("").hours, 2.0 + 1.0 + (125.0 + 4.5) / 3600.0 / 2.0);
     assert_near(half("").recomputed, 0.5);
     assert_near(half("--decommission --shuffle 10").recomputed, 0.0);
     // 100 s at 0.1 GB/s are 10 GB of 20.
@@ -126,9 +169,11 @@ fn a_job_that_lost_a_pool_continues_in_the_next_one() {
     let lost = outcome(&plan("--ratios 0.7 --shuffle 0"), 1.0, Loss::Pool(0));
     assert_near(lost.largest_loss, 0.7);
     assert_eq!(lost.lost, 70);
+    // Five are requested in a second, so 70 are for 6.5 s on average. Until then they cost nothing.
+    let requested = 6.5 / 3600.0;
+    assert_near(lost.hours, 2.0 + 0.7 * (125.0 / 3600.0 + requested));
     // Both pools cost the same, and nodes that start cost as much as those that run.
-    assert_near(lost.cost, (1.0 - 0.7 * 0.6) * lost.hours / 2.0);
-    assert_near(lost.hours, 2.0 + 0.7 * 125.0 / 3600.0);
+    assert_near(lost.cost, (1.0 - 0.7 * 0.6) * lost.hours / 2.0 - 0.7 * 0.4 * requested / 2.0);
 }
 
 #[test]
@@ -139,13 +184,15 @@ fn without_spot_best_effort_pays_and_strict_waits_and_the_fallback_is_between() 
     };
     let replaced = 125.0 / 3600.0;
     let best_effort = lost("");
-    assert_near(best_effort.hours, 2.0 + replaced);
+    // Five are requested in a second, so 100 are for 9.5 s on average.
+    let requested = 9.5 / 3600.0;
+    assert_near(best_effort.hours, 2.0 + replaced + requested);
     assert_near(best_effort.cost, 0.4 * 0.5 + 0.5 + replaced / 2.0);
     assert_near(best_effort.waited, 0.0);
     let strict = lost("--spot-preference strict");
     assert_near(strict.hours, 2.0 + 0.5 + replaced);
     assert_near(strict.cost, 0.4 * (1.0 + replaced / 2.0));
-    assert_near(strict.waited, 50.0);
+    assert_near(strict.waited, 100.0 * (0.5 - requested));
     // Ten of a hundred every five seconds, after two minutes.
     let fallback = lost("--spot-preference strict --spot-fallback-seconds 120");
     assert!(fallback.hours > best_effort.hours + 119.0 / 3600.0, "{fallback:?}");

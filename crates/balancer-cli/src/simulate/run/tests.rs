@@ -79,7 +79,7 @@ fn without_interruptions_the_cost_is_exactly_that_of_the_discount() {
 #[test]
 fn the_exact_risk_is_within_the_error_bars_as_often_as_they_say() {
     let options = "--ratios 0.75 --rates 0.5,0.5 --max-pool-share 0.6 --pool-wide 1 --shuffle 0 --replacement-seconds 0 \
-                   --shortage-minutes 0";
+                   --node-start-seconds 0 --shortage-minutes 0";
     let exact = 1.0 - (0.5f64.ln() / 730.0 * 2.0).exp();
     let hits = (0..100).filter(|seed| {
         let forecast = &simulate(options, 400, *seed)[0];
@@ -89,6 +89,33 @@ fn the_exact_risk_is_within_the_error_bars_as_often_as_they_say() {
     });
     let hits = hits.count();
     assert!((88..100).contains(&hits), "{hits} of 100");
+}
+
+#[test]
+fn what_would_take_too_long_gets_fewer_runs_or_is_refused() {
+    let plan = plan("--ratios 0,0.5,1 --rates 0.9");
+    let affordable = |most| affordable(&plan.scenario, &plan.policies, Sampling { runs: 10_000, seed: 1 }, most);
+    assert_eq!(affordable(u64::MAX / 8).unwrap(), 10_000);
+    let fewer = affordable(1_000_000).unwrap();
+    assert!((FEWEST_RUNS..10_000).contains(&fewer), "{fewer}");
+    // As many as fit.
+    let steps = |policy| {
+        let model = Model::new(&plan.scenario, policy);
+        let runs = (0..fewer).filter(|_| model.disturbance() > 0.0);
+        runs.map(|run| model.disturbed(&mut random(Sampling { runs: fewer, seed: 1 }, run), u64::MAX).steps)
+            .sum::<u64>()
+    };
+    let steps: u64 = plan.policies.iter().map(|policy| steps(*policy)).sum();
+    assert!((300_000..3_000_000).contains(&steps), "{steps}");
+    let error = affordable(1000).unwrap_err().to_string();
+    assert!(error.starts_with("--executors 100 and --hours 2: even --runs 100 would take more"), "{error}");
+}
+
+#[test]
+fn a_job_of_a_month_that_never_ends_is_refused_soon() {
+    let line = "--executors 100000 --hours 720 --rates 0.9";
+    let plan = super::super::fixtures::parse(line).unwrap().plan().unwrap();
+    affordable(&plan.scenario, &plan.policies, Sampling { runs: 10_000, seed: 1 }, 20_000_000).unwrap_err();
 }
 
 #[test]

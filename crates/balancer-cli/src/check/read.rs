@@ -1,0 +1,605 @@
+//! Reads the snapshots of all installations with the rights of the caller. The rest is a list of notes.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use balancer_core::{Capacity, Conventions, JobPod, Pod as CorePod};
+use balancer_reconcile::WatchedPod;
+use futures::{StreamExt, stream};
+use http::Request;
+use k8s_openapi::api::admissionregistration::v1::{
+    MutatingWebhookConfiguration, ValidatingWebhook, ValidatingWebhookConfiguration,
+};
+use k8s_openapi::api::apps::v1::Deployment;
+use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
+use k8s_openapi::api::coordination::v1::Lease;
+use k8s_openapi::api::core::v1::{self, Endpoints, Namespace, Pod, Secret, Service, Toleration};
+use k8s_openapi::jiff::Timestamp;
+use kube::ResourceExt;
+use kube::api::{Api, ListParams, PostParams};
+use serde::Serialize;
+
+use crate::cluster::{Cluster, RequestError, list, within};
+use crate::snapshot::read::core_pod;
+
+use super::metrics::Metrics;
+use super::rules::rights::{MAX_NAMESPACES, needed};
+use super::snapshot::{
+    COMPONENT_LABEL, Component, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, Snapshot, Unchecked, WEBHOOK,
+};
+
+/// What the objects of all installations have in common.
+const OURS: &str = "app.kubernetes.io/part-of=spot-balancer";
+/// What tells the objects of one installation from those of others.
+const INSTANCE_LABEL: &str = "app.kubernetes.io/instance";
+/// Helm's note on objects that have no namespace.
+const RELEASE_NAMESPACE: &str = "meta.helm.sh/release-namespace";
+/// Where the guides install it, for callers who may not list all Deployments.
+const USUAL_NAMESPACE: &str = "spot-balancer";
+/// How notes name them.
+const DEPLOYMENTS: &str = "the Deployments of Spot Balancer";
+/// How notes name what the metrics tell.
+const REDIS: &str = "Redis, by the metrics";
+/// The port with the metrics.
+const ADMIN_PORT: &str = "admin";
+/// How many replicas are asked for their metrics.
+const MAX_REPLICAS: usize = 10;
+/// How many live executors are read for what executors tolerate.
+const MAX_EXECUTORS: u32 = 500;
+/// How many requests run at once.
+const AT_ONCE: usize = 8;
+/// From the first sample of metrics to the second. A reconciler calls the store once a second.
+const BETWEEN_SAMPLES: Duration = Duration::from_millis(2500);
+/// The largest page of metrics, in bytes. One of ours has less than a hundredth of it.
+const MAX_PAGE: usize = 4 << 20;
+
+/// An installation: its namespace, and the value of the label that all its objects have.
+type Release = (String, String);
+
+/// A configuration's hook, with what tells its installation.
+struct FoundHook {
+    hook: Hook,
+    namespace: Option<String>,
+    instance: String,
+}
+
+/// The Deployments that were found, and where they were searched; everywhere if there is no namespace.
+struct Deployments {
+    found: Vec<Deployment>,
+    namespace: Option<String>,
+}
+
+/// Reads what the caller may read, and notes the rest.
+struct Reader<'c> {
+    cluster: &'c Cluster,
+    /// Where installations are searched; `None` for everywhere.
+    namespace: Option<&'c str>,
+    unchecked: RefCell<Vec<Unchecked>>,
+}
+
+/// The snapshot of each installation, and what could not be read.
+///
+/// # Errors
+/// If the API does not answer, or there is no installation.
+pub(crate) async fn snapshots(
+    cluster: &Cluster,
+    namespace: Option<&str>,
+) -> anyhow::Result<(Vec<Snapshot>, Vec<Unchecked>)> {
+    let reader = Reader { cluster, namespace, unchecked: RefCell::default() };
+    let (hooks, deployments) = tokio::join!(reader.hooks(), reader.deployments());
+    let (hooks, deployments) = (hooks?, deployments?);
+    let found = deployments.as_ref().map(|deployments| deployments.found.as_slice());
+    let releases = releases(hooks.as_deref().unwrap_or_default(), found.unwrap_or_default(), namespace);
+    if releases.is_empty() && hooks.is_some() && deployments.is_some() {
+        let place = namespace.map_or("this cluster".to_owned(), |namespace| format!("the namespace {namespace:?}"));
+        bail!("there is no Spot Balancer in {place}; to install it: docs/install.md");
+    }
+    let mut snapshots = Vec::new();
+    for release in &releases {
+        snapshots.push(reader.snapshot(release, hooks.as_deref(), deployments.as_ref()).await);
+    }
+    if snapshots.is_empty() {
+        reader.note("the installation", "you may read neither its Deployments nor the webhook configurations");
+        let mut snapshot = Snapshot { now: Timestamp::now(), ..Snapshot::default() };
+        (snapshot.drivers, _) = reader.job_pods(&Conventions::default()).await;
+        snapshots.push(snapshot);
+    }
+    let mut unchecked = Vec::new();
+    for one in reader.unchecked.into_inner().into_iter().chain(snapshots.iter().flat_map(super::rules::unchecked)) {
+        if !unchecked.contains(&one) {
+            unchecked.push(one);
+        }
+    }
+    Ok((snapshots, unchecked))
+}
+
+/// The installations that these objects belong to.
+fn releases(hooks: &[FoundHook], deployments: &[Deployment], namespace: Option<&str>) -> BTreeSet<Release> {
+    let mut releases = BTreeSet::new();
+    for deployment in deployments {
+        let labels = deployment.labels();
+        let is_program = labels.get(COMPONENT_LABEL).is_some_and(|part| [WEBHOOK, RECONCILER].contains(&part.as_str()));
+        if let (true, Some(instance)) = (is_program, labels.get(INSTANCE_LABEL)) {
+            releases.insert((deployment.namespace().unwrap_or_default(), instance.clone()));
+        }
+    }
+    for found in hooks {
+        if let Some(own) = &found.namespace {
+            releases.insert((own.clone(), found.instance.clone()));
+        }
+    }
+    releases.retain(|(own, _)| namespace.is_none_or(|namespace| namespace == own));
+    releases
+}
+
+/// What live executors tolerate, where they run, and whether one waits for spot.
+#[derive(Debug, Default)]
+struct Executors {
+    tolerations: Vec<Toleration>,
+    nodes: BTreeSet<String>,
+    spot_is_pending: bool,
+}
+
+impl Executors {
+    fn of(pods: impl IntoIterator<Item = Pod>, conventions: &Conventions) -> Self {
+        let mut found = Self::default();
+        for pod in pods {
+            let Some(core) = core_pod(&pod) else { continue };
+            let Some(JobPod::Executor(executor)) = JobPod::of(&core, conventions) else { continue };
+            found.nodes.extend(executor.node.map(str::to_owned));
+            let is_for_spot = executor.fixed.or(executor.asked) == Some(Capacity::Spot);
+            found.spot_is_pending |= is_for_spot && executor.node.is_none() && core.unschedulable().is_some();
+            for toleration in pod.spec.and_then(|spec| spec.tolerations).into_iter().flatten() {
+                if !found.tolerations.contains(&toleration) {
+                    found.tolerations.push(toleration);
+                }
+            }
+        }
+        found
+    }
+}
+
+impl Reader<'_> {
+    fn note(&self, what: impl Into<String>, why: impl Into<String>) {
+        self.unchecked.borrow_mut().push(Unchecked { what: what.into(), why: why.into() });
+    }
+
+    /// The answer, or a note that there is none.
+    fn known<T>(&self, what: &str, answer: Result<T, RequestError>) -> Option<T> {
+        let error = match answer {
+            Ok(value) => return Some(value),
+            Err(error) => error,
+        };
+        match error {
+            RequestError::Forbidden(_) => self.note(what, "you may not read it"),
+            error => self.note(what, error.to_string()),
+        }
+        None
+    }
+
+    /// The same, and an error if the API does not answer at all.
+    fn known_or_down<T>(&self, what: &str, answer: Result<T, RequestError>) -> anyhow::Result<Option<T>> {
+        match answer {
+            Err(error @ (RequestError::TimedOut | RequestError::Unavailable(_))) => {
+                Err(error).with_context(|| format!("cannot read {what}"))
+            }
+            answer => Ok(self.known(what, answer)),
+        }
+    }
+
+    async fn object<K>(&self, kind: &str, namespace: &str, name: &str) -> Read<K>
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + Clone
+            + serde::de::DeserializeOwned
+            + std::fmt::Debug,
+    {
+        let api = self.cluster.api::<K>(Some(namespace));
+        match self.known(&format!("the {kind} {namespace}/{name}"), within(api.get_opt(name)).await) {
+            Some(Some(object)) => Read::Found(object),
+            Some(None) => Read::Absent,
+            None => Read::Unknown,
+        }
+    }
+
+    async fn hooks(&self) -> anyhow::Result<Option<Vec<FoundHook>>> {
+        let ours = || ListParams::default().labels(OURS);
+        let mutating = Api::<MutatingWebhookConfiguration>::all(self.cluster.client.clone());
+        let validating = Api::<ValidatingWebhookConfiguration>::all(self.cluster.client.clone());
+        let (mutating, validating) = tokio::join!(
+            list(&mutating, ours(), |found| Some(found_hooks(HookKind::Mutating, &found.metadata, &found.webhooks))),
+            list(&validating, ours(), |found| Some(found_hooks(
+                HookKind::Validating,
+                &found.metadata,
+                &found.webhooks
+            ))),
+        );
+        let mutating = self.known_or_down("the webhook configurations", mutating)?;
+        let Some(mutating) = mutating else { return Ok(None) };
+        let validating = self.known_or_down("the webhook configurations", validating)?;
+        Ok(validating.map(|validating| mutating.into_iter().chain(validating).flatten().collect()))
+    }
+
+    /// The Deployments of all installations, or of those in one namespace.
+    async fn deployments(&self) -> anyhow::Result<Option<Deployments>> {
+        let mut namespace = self.namespace;
+        let mut answer = self.deployments_in(namespace).await;
+        if let (Err(RequestError::Forbidden(_)), None) = (&answer, namespace) {
+            namespace = Some(USUAL_NAMESPACE);
+            answer = self.deployments_in(namespace).await;
+        }
+        let found = self.known_or_down(DEPLOYMENTS, answer)?;
+        Ok(found.map(|found| Deployments { found, namespace: namespace.map(str::to_owned) }))
+    }
+
+    async fn deployments_in(&self, namespace: Option<&str>) -> Result<Vec<Deployment>, RequestError> {
+        list(&self.cluster.api::<Deployment>(namespace), ListParams::default().labels(OURS), Some).await
+    }
+
+    /// Those of one installation.
+    async fn components(&self, (namespace, instance): &Release, known: Option<&Deployments>) -> Option<Vec<Component>> {
+        let found = match known {
+            Some(Deployments { namespace: Some(searched), .. }) if searched != namespace => {
+                self.known(DEPLOYMENTS, self.deployments_in(Some(namespace)).await)?
+            }
+            Some(known) => known.found.clone(),
+            None => return None,
+        };
+        let is_program = |part: &String| [WEBHOOK, RECONCILER].contains(&part.as_str());
+        let is_ours = |deployment: &Deployment| {
+            deployment.namespace().as_ref() == Some(namespace)
+                && deployment.labels().get(INSTANCE_LABEL) == Some(instance)
+                && deployment.labels().get(COMPONENT_LABEL).is_some_and(is_program)
+        };
+        Some(found.into_iter().filter(is_ours).map(Component::of).collect())
+    }
+
+    async fn snapshot(
+        &self,
+        release: &Release,
+        hooks: Option<&[FoundHook]>,
+        deployments: Option<&Deployments>,
+    ) -> Snapshot {
+        let (namespace, instance) = release;
+        let is_ours = |found: &&FoundHook| {
+            found.instance == *instance && found.namespace.as_ref().is_none_or(|own| own == namespace)
+        };
+        let mut snapshot = Snapshot {
+            namespace: namespace.clone(),
+            hooks: hooks.map(|hooks| hooks.iter().filter(is_ours).map(|found| found.hook.clone()).collect()),
+            components: self.components(release, deployments).await,
+            now: Timestamp::now(),
+            ..Snapshot::default()
+        };
+        let settings = snapshot.settings();
+        let (webhook, pods, lease, cluster_wide, job_pods) = tokio::join!(
+            self.webhook_objects(&snapshot),
+            self.pods(release),
+            self.lease(&snapshot),
+            self.cluster_wide(),
+            self.job_pods(&settings.conventions),
+        );
+        (snapshot.service, snapshot.endpoints, snapshot.certificate, snapshot.tokens) = webhook;
+        (snapshot.pods, snapshot.lease) = (pods, lease);
+        (snapshot.namespaces, snapshot.nodes) = cluster_wide;
+        let executors;
+        (snapshot.drivers, executors) = job_pods;
+        (snapshot.tolerations, snapshot.executor_nodes) = (executors.tolerations, executors.nodes);
+        snapshot.spot_is_pending = executors.spot_is_pending;
+        let (rights, metrics) = tokio::join!(self.missing_rights(&snapshot), self.metrics(&snapshot));
+        (snapshot.missing_rights, snapshot.metrics) = (rights, metrics);
+        snapshot
+    }
+
+    async fn webhook_objects(
+        &self,
+        snapshot: &Snapshot,
+    ) -> (Read<Service>, Read<Endpoints>, Read<Secret>, Read<Secret>) {
+        let Some(webhook) = snapshot.component(WEBHOOK) else { return Default::default() };
+        let namespace = &snapshot.namespace;
+        // The chart and the manifests give the Service the Deployment's name.
+        let name = webhook.deployment.name_any();
+        let secret = async |what, is_used, secret: Option<(String, String)>| match secret {
+            Some((name, _)) => self.object("Secret", namespace, &name).await,
+            None => {
+                if is_used {
+                    self.note(what, "the Deployment mounts no Secret with it");
+                }
+                Read::Unknown
+            }
+        };
+        let (service, endpoints, certificate, tokens) = tokio::join!(
+            self.object::<Service>("Service", namespace, &name),
+            self.object::<Endpoints>("Endpoints", namespace, &name),
+            secret("the certificate", true, webhook.certificate_secret()),
+            secret("the admission token", webhook.has_tokens(), webhook.token_secret()),
+        );
+        // Without a Service there are none, which is no finding of its own.
+        let endpoints = if matches!(service, Read::Absent) { Read::Unknown } else { endpoints };
+        (service, endpoints, certificate, tokens)
+    }
+
+    async fn pods(&self, (namespace, instance): &Release) -> Option<Vec<Pod>> {
+        let ours = ListParams::default().labels(&format!("{OURS},{INSTANCE_LABEL}={instance}"));
+        let pods = list(&self.cluster.api::<Pod>(Some(namespace)), ours, Some).await;
+        self.known(&format!("the pods of {namespace}"), pods)
+    }
+
+    async fn lease(&self, snapshot: &Snapshot) -> Read<Lease> {
+        match snapshot.lease_name() {
+            Some(name) => self.object("Lease", &snapshot.namespace, name).await,
+            None => Read::Unknown,
+        }
+    }
+
+    async fn cluster_wide(&self) -> (Option<Vec<Namespace>>, Option<Vec<Node>>) {
+        let namespaces = Api::<Namespace>::all(self.cluster.client.clone());
+        let nodes = Api::<v1::Node>::all(self.cluster.client.clone());
+        let node = |node: v1::Node| {
+            let taints = node.spec.and_then(|spec| spec.taints).unwrap_or_default();
+            let (name, labels) = (node.metadata.name.unwrap_or_default(), node.metadata.labels.unwrap_or_default());
+            Some(Node { name, labels, taints })
+        };
+        let (namespaces, nodes) =
+            tokio::join!(list(&namespaces, ListParams::default(), Some), list(&nodes, ListParams::default(), node));
+        (self.known("the namespaces", namespaces), self.known("the nodes", nodes))
+    }
+
+    /// The drivers, and what is known of executors: of all namespaces, or of the caller's.
+    async fn job_pods(&self, conventions: &Conventions) -> (Vec<CorePod<'static>>, Executors) {
+        let roles = conventions.driver_role_values.join(",");
+        let drivers = ListParams::default().labels(&format!("{} in ({roles})", conventions.workload_role_label));
+        let role = &conventions.executor_role_value;
+        let executors = ListParams::default().labels(&format!("{}={role}", conventions.workload_role_label));
+        let mut namespace = None;
+        let mut found = self.drivers_in(namespace, &drivers).await;
+        if let Err(RequestError::Forbidden(_)) = found {
+            let own = self.cluster.namespace.as_str();
+            self.note(format!("the jobs outside of the namespace {own}"), "you may not read it");
+            namespace = Some(own);
+            found = self.drivers_in(namespace, &drivers).await;
+        }
+        let Some(drivers) = self.known("the drivers of jobs", found) else { return Default::default() };
+        let executors = within(self.cluster.api::<Pod>(namespace).list(&executors.limit(MAX_EXECUTORS))).await;
+        let executors = self.known("the executors of jobs", executors).map(|list| list.items).unwrap_or_default();
+        (drivers, Executors::of(executors, conventions))
+    }
+
+    async fn drivers_in(
+        &self,
+        namespace: Option<&str>,
+        drivers: &ListParams,
+    ) -> Result<Vec<CorePod<'static>>, RequestError> {
+        list(&self.cluster.api::<WatchedPod>(namespace), drivers.clone(), |pod| Some(pod.pod)).await
+    }
+
+    /// Asks the API which of the rights that the programs need are missing.
+    async fn missing_rights(&self, snapshot: &Snapshot) -> Vec<Right> {
+        let rights = needed(snapshot);
+        if snapshot.watched().len() > MAX_NAMESPACES {
+            self.note("the rights in further namespaces", format!("only {MAX_NAMESPACES} are checked"));
+        }
+        let api = Api::<SubjectAccessReview>::all(self.cluster.client.clone());
+        let reviews = rights.into_iter().map(|right| {
+            let review = review(&right, &snapshot.namespace);
+            let api = api.clone();
+            async move { (right, within(api.create(&PostParams::default(), &review)).await) }
+        });
+        let mut missing = Vec::new();
+        let mut reviews = stream::iter(reviews).buffered(AT_ONCE);
+        while let Some((right, answer)) = reviews.next().await {
+            match answer {
+                Ok(review) if review.status.as_ref().is_some_and(|status| status.allowed) => {}
+                Ok(_) => missing.push(right),
+                Err(RequestError::Forbidden(_)) => {
+                    self.note("the rights of the service accounts", "you may not create a SubjectAccessReview");
+                    return Vec::new();
+                }
+                Err(error) => {
+                    self.note("the rights of the service accounts", error.to_string());
+                    return Vec::new();
+                }
+            }
+        }
+        missing
+    }
+
+    /// The metrics of the replicas, through the apiserver.
+    async fn metrics(&self, snapshot: &Snapshot) -> Vec<Sample> {
+        let mut replicas = Vec::new();
+        for pod in snapshot.pods.iter().flatten() {
+            let Some(component) = component_of(pod) else { continue };
+            let skipped = match metrics_port(pod) {
+                Ok(_) if replicas.len() == MAX_REPLICAS => format!("only {MAX_REPLICAS} replicas are asked"),
+                Ok(port) => {
+                    replicas.push((component, pod.name_any(), port));
+                    continue;
+                }
+                Err(why) => why,
+            };
+            self.note(format!("{REDIS} of the pod {}", pod.name_any()), skipped);
+        }
+        let samples = replicas.into_iter().map(|(component, name, port)| async move {
+            let page = async || self.page(&snapshot.namespace, &name, port).await;
+            let before = page().await?;
+            let has_failed =
+                super::rules::STORE_ERRORS.iter().any(|name| before.sum(name).is_some_and(|sum| sum > 0.0));
+            // An old error is no finding. A new one is.
+            let after = if has_failed {
+                tokio::time::sleep(BETWEEN_SAMPLES).await;
+                page().await?
+            } else {
+                before.clone()
+            };
+            Some(Sample { component, before, after })
+        });
+        let samples: Vec<_> = stream::iter(samples).buffered(MAX_REPLICAS).collect().await;
+        samples.into_iter().flatten().collect()
+    }
+
+    async fn page(&self, namespace: &str, name: &str, port: i32) -> Option<Metrics> {
+        let what = format!("{REDIS} of the replicas");
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy/metrics");
+        let request = Request::get(path).body(Vec::new()).ok()?;
+        let page = self.known(&what, within(self.cluster.client.request_text(request)).await)?;
+        if page.len() > MAX_PAGE {
+            self.note(what, "the page of metrics is too large");
+            return None;
+        }
+        Some(Metrics(page))
+    }
+}
+
+/// Which program the pod is a replica of; `None` if it is of another one.
+fn component_of(pod: &Pod) -> Option<String> {
+    let component = pod.labels().get(COMPONENT_LABEL)?;
+    [WEBHOOK, RECONCILER].contains(&component.as_str()).then(|| component.clone())
+}
+
+/// The port where a replica has its metrics, or why they cannot be read.
+fn metrics_port(pod: &Pod) -> Result<i32, String> {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Pending");
+    if phase != "Running" {
+        return Err(format!("it does not run ({phase})"));
+    }
+    let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
+    let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
+    let port = ports.find(|port| port.name.as_deref() == Some(ADMIN_PORT));
+    port.map(|port| port.container_port).ok_or_else(|| format!("it has no port named {ADMIN_PORT}"))
+}
+
+fn review(right: &Right, namespace: &str) -> SubjectAccessReview {
+    let Right { account, verb, group, resource, name, namespace: place } = right;
+    let attributes = ResourceAttributes {
+        group: Some((*group).to_owned()),
+        resource: Some((*resource).to_owned()),
+        verb: Some((*verb).to_owned()),
+        name: name.clone(),
+        namespace: place.clone(),
+        ..ResourceAttributes::default()
+    };
+    let spec = SubjectAccessReviewSpec {
+        user: Some(format!("system:serviceaccount:{namespace}:{account}")),
+        // What every service account belongs to, because a binding may name these.
+        groups: Some(vec![
+            "system:serviceaccounts".to_owned(),
+            format!("system:serviceaccounts:{namespace}"),
+            "system:authenticated".to_owned(),
+        ]),
+        resource_attributes: Some(attributes),
+        ..SubjectAccessReviewSpec::default()
+    };
+    SubjectAccessReview { spec, ..SubjectAccessReview::default() }
+}
+
+/// The webhooks of one configuration. The two kinds have the same fields, except one that is not checked.
+fn found_hooks(
+    kind: HookKind,
+    metadata: &kube::core::ObjectMeta,
+    webhooks: &Option<Vec<impl Serialize>>,
+) -> Vec<FoundHook> {
+    let label = |labels: &Option<BTreeMap<String, String>>, key: &str| labels.as_ref()?.get(key).cloned();
+    let of_helm = label(&metadata.annotations, RELEASE_NAMESPACE);
+    let instance = label(&metadata.labels, INSTANCE_LABEL).unwrap_or_default();
+    let configuration = metadata.name.clone().unwrap_or_default();
+    let webhooks = webhooks.iter().flatten();
+    let webhooks = webhooks
+        .filter_map(|webhook| serde_json::from_value::<ValidatingWebhook>(serde_json::to_value(webhook).ok()?).ok());
+    webhooks
+        .map(|webhook| {
+            let called = webhook.client_config.service.as_ref().map(|service| service.namespace.clone());
+            let hook = Hook { kind, configuration: configuration.clone(), webhook };
+            FoundHook { hook, namespace: of_helm.clone().or(called), instance: instance.clone() }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use serde_json::json;
+
+    fn deployment(namespace: &str, instance: &str, component: &str) -> Deployment {
+        let labels = json!({INSTANCE_LABEL: instance, COMPONENT_LABEL: component});
+        let object = json!({"metadata": {"name": component, "namespace": namespace, "labels": labels}});
+        serde_json::from_value(object).expect("a Deployment")
+    }
+
+    fn hooks(annotations: serde_json::Value, client: serde_json::Value) -> Vec<FoundHook> {
+        let configuration: MutatingWebhookConfiguration = serde_json::from_value(json!({
+            "metadata": {"name": "x", "annotations": annotations, "labels": {INSTANCE_LABEL: "one"}},
+            "webhooks": [{
+                "name": "place.x.local", "clientConfig": client, "admissionReviewVersions": ["v1"], "sideEffects": "None",
+                "reinvocationPolicy": "IfNeeded",
+            }],
+        }))
+        .expect("a configuration");
+        found_hooks(HookKind::Mutating, &configuration.metadata, &configuration.webhooks)
+    }
+
+    #[test]
+    fn an_installation_is_known_by_its_programs_or_by_its_configurations() {
+        let deployments = [
+            deployment("a", "one", WEBHOOK),
+            deployment("a", "one", RECONCILER),
+            deployment("a", "two", RECONCILER),
+            deployment("redis", "three", "redis"),
+        ];
+        let called = hooks(json!({}), json!({"service": {"name": "w", "namespace": "b"}}));
+        let found = |namespace| -> Vec<String> {
+            let releases = releases(&called, &deployments, namespace).into_iter();
+            releases.map(|(namespace, instance)| format!("{namespace}/{instance}")).collect()
+        };
+        assert_eq!(found(None), ["a/one", "a/two", "b/one"]);
+        assert_eq!(found(Some("b")), ["b/one"]);
+    }
+
+    #[test]
+    fn an_executor_that_finds_no_spot_node_is_pending_until_it_has_one() {
+        let executor = |capacity: &str, node: Option<&str>, condition: &str| -> Pod {
+            serde_json::from_value(json!({
+                "metadata": {
+                    "name": "a", "namespace": "etl", "uid": "a", "labels": {"spark-role": "executor", "spark-app-selector": "j"},
+                    "annotations": {"workload/capacity-type": capacity},
+                },
+                "spec": {"containers": [], "nodeName": node, "tolerations": [{"key": "team", "operator": "Exists"}]},
+                "status": {"phase": "Pending", "conditions": [
+                    {"type": "PodScheduled", "status": "False", "reason": condition, "message": "0/3 nodes"},
+                ]},
+            }))
+            .expect("a pod")
+        };
+        let found = |pods: Vec<Pod>| Executors::of(pods, &Conventions::default());
+        assert!(found(vec![executor("spot", None, "Unschedulable")]).spot_is_pending);
+        assert!(!found(vec![executor("on-demand", None, "Unschedulable")]).spot_is_pending);
+        assert!(!found(vec![executor("spot", None, "SchedulingGated")]).spot_is_pending);
+        let bound = found(vec![executor("spot", Some("n"), "Unschedulable"), executor("spot", Some("n"), "")]);
+        assert!(!bound.spot_is_pending && bound.nodes.contains("n"), "{bound:?}");
+        assert_eq!(bound.tolerations.len(), 1);
+    }
+
+    #[test]
+    fn a_replica_without_metrics_says_why() {
+        let replica = |phase: &str, port: &str| -> Pod {
+            let container = json!({"name": "webhook", "ports": [{"name": "https", "containerPort": 8443}, {"name": port, "containerPort": 8081}]});
+            serde_json::from_value(json!({"spec": {"containers": [container]}, "status": {"phase": phase}}))
+                .expect("a pod")
+        };
+        assert_eq!(metrics_port(&replica("Running", "admin")), Ok(8081));
+        assert_eq!(metrics_port(&replica("Pending", "admin")), Err("it does not run (Pending)".into()));
+        assert_eq!(metrics_port(&replica("Running", "metrics")), Err("it has no port named admin".into()));
+        assert_eq!(metrics_port(&Pod::default()), Err("it does not run (Pending)".into()));
+    }
+
+    #[test]
+    fn helm_says_to_which_namespace_a_configuration_belongs_that_calls_another() {
+        let elsewhere = json!({"service": {"name": "w", "namespace": "elsewhere"}});
+        let namespace = |annotations, client| hooks(annotations, client).remove(0).namespace;
+        assert_eq!(namespace(json!({RELEASE_NAMESPACE: "b"}), elsewhere.clone()).as_deref(), Some("b"));
+        assert_eq!(namespace(json!({}), elsewhere).as_deref(), Some("elsewhere"));
+        assert_eq!(namespace(json!({}), json!({"url": "https://x"})), None);
+    }
+}

@@ -1,0 +1,204 @@
+//! Checks the webhook configurations: whether the apiserver sends the pods of jobs to the webhook, and waits long enough.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use kube::ResourceExt;
+use kube::core::{Selector, SelectorExt};
+
+use super::listed;
+use crate::check::problem::{Finding, Problem};
+use crate::check::snapshot::{Hook, HookKind, Read, Snapshot, WEBHOOK};
+
+const UPGRADE: &str = "Run `helm upgrade` with your values again, or apply the manifests again.";
+/// How long the apiserver waits if the configuration states no time.
+const DEFAULT_TIMEOUT_SECONDS: i32 = 10;
+
+/// Both configurations exist.
+pub(super) fn presence(snapshot: &Snapshot) -> Vec<Finding> {
+    let Some(hooks) = &snapshot.hooks else { return Vec::new() };
+    let missing = HookKind::ALL.into_iter().filter(|kind| !hooks.iter().any(|hook| hook.kind == *kind));
+    let finding = |kind: HookKind| {
+        let effect = match kind {
+            HookKind::Mutating => "executors are created unchanged",
+            HookKind::Validating => "deleted executors count until the reconciler notices",
+        };
+        let object = format!("{} of {}", kind.object_kind(), snapshot.namespace);
+        Finding::new(Problem::WebhookMissing, object, format!("There is none, so {effect}."), UPGRADE)
+    };
+    missing.map(finding).collect()
+}
+
+/// The apiserver creates pods if the webhook does not answer.
+pub(super) fn failure_policy(snapshot: &Snapshot) -> Vec<Finding> {
+    each(snapshot, |hook| {
+        let policy = hook.webhook.failure_policy.as_deref().unwrap_or("Fail");
+        (policy != "Ignore").then(|| {
+            let text = format!(
+                "failurePolicy is {policy}, so no pod of a job is created or deleted while the webhook does not answer."
+            );
+            Finding::new(Problem::WebhookFailurePolicy, hook.object(), text, "Set failurePolicy to Ignore.")
+        })
+    })
+}
+
+/// The apiserver waits longer than the webhook may take.
+pub(super) fn timeout(snapshot: &Snapshot) -> Vec<Finding> {
+    let Some(webhook) = snapshot.component(WEBHOOK) else { return Vec::new() };
+    each(snapshot, |hook| {
+        let (setting, value, milliseconds) = match hook.kind {
+            HookKind::Mutating => ("WEBHOOK_TIMEOUT_SECONDS", "admission.timeoutSeconds", 1000),
+            HookKind::Validating => ("STORE_TIMEOUT_MILLISECONDS", "admission.deletionTimeoutSeconds", 1),
+        };
+        let own: i64 = webhook.variable(setting)?.parse().ok()?;
+        let waits = hook.webhook.timeout_seconds.unwrap_or(DEFAULT_TIMEOUT_SECONDS);
+        (i64::from(waits) * 1000 <= own * milliseconds).then(|| {
+            let text = format!("The apiserver waits {waits} s, and the webhook may take as long ({setting}={own}).");
+            let fix = format!("Raise {value} above {setting}.");
+            Finding::new(Problem::WebhookTimeout, hook.object(), text, fix)
+        })
+    })
+}
+
+/// The rules have the pods and the operation.
+pub(super) fn rules(snapshot: &Snapshot) -> Vec<Finding> {
+    each(snapshot, |hook| {
+        let operation = hook.kind.operation();
+        let has = |list: Option<&Vec<String>>, value: &str| {
+            list.into_iter().flatten().any(|item| item == value || item == "*")
+        };
+        let is_met = hook.webhook.rules.iter().flatten().any(|rule| {
+            has(rule.operations.as_ref(), operation)
+                && has(rule.api_groups.as_ref(), "")
+                && has(rule.api_versions.as_ref(), "v1")
+                && has(rule.resources.as_ref(), "pods")
+                && rule.scope.as_deref().is_none_or(|scope| scope != "Cluster")
+        });
+        (!is_met).then(|| {
+            let text = format!("No rule has the operation {operation} of pods, so the webhook is not called for it.");
+            Finding::new(Problem::WebhookRules, hook.object(), text, UPGRADE)
+        })
+    })
+}
+
+/// The objectSelector has the roles.
+pub(super) fn pods(snapshot: &Snapshot) -> Vec<Finding> {
+    let conventions = snapshot.settings().conventions;
+    each(snapshot, |hook| {
+        let mut roles = vec![&conventions.executor_role_value];
+        if hook.kind == HookKind::Mutating {
+            roles.extend(&conventions.driver_role_values);
+        }
+        let selected = |role: &str| {
+            let job = conventions.job_id_label.iter().map(|label| (label.clone(), "job".to_owned()));
+            let labels = job.chain([(conventions.workload_role_label.clone(), role.to_owned())]).collect();
+            selects(hook.webhook.object_selector.as_ref(), &labels)
+        };
+        let left_out: Vec<&String> = roles.into_iter().filter(|role| !selected(role)).collect();
+        (!left_out.is_empty()).then(|| {
+            let label = &conventions.workload_role_label;
+            let text = format!("The objectSelector leaves out pods with {label}={}.", listed(&left_out));
+            Finding::new(
+                Problem::WebhookPods,
+                hook.object(),
+                text,
+                format!("Upgrade the release with the settings for your pods, so that the selector has {label} in its values."),
+            )
+        })
+    })
+}
+
+/// The namespaceSelector has the namespaces whose jobs are reconciled, or at least one.
+pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
+    let Some(namespaces) = &snapshot.namespaces else { return Vec::new() };
+    let watched = snapshot.watched();
+    each(snapshot, |hook| {
+        let selected = |name: &str| {
+            let namespace = namespaces.iter().find(|namespace| namespace.name_any() == name);
+            namespace.is_some_and(|found| selects(hook.webhook.namespace_selector.as_ref(), found.labels()))
+        };
+        let left_out: Vec<&String> = watched.iter().filter(|name| !selected(name)).collect();
+        let (text, fix) = if !left_out.is_empty() {
+            let exists = |name: &&String| namespaces.iter().any(|namespace| namespace.name_any() == **name);
+            let (exist, gone): (Vec<&String>, Vec<&String>) = left_out.into_iter().partition(exists);
+            match exist.as_slice() {
+                [] => (
+                    format!("The namespaces of jobs do not exist: {}.", listed(&gone)),
+                    "Create them, or correct namespaces.names.".to_owned(),
+                ),
+                exist => (
+                    format!("The namespaceSelector leaves out namespaces of jobs: {}.", listed(exist)),
+                    "Set the label kubernetes.io/metadata.name of these namespaces to their names, and upgrade the \
+                     release so that the selector has them."
+                        .to_owned(),
+                ),
+            }
+        } else if watched.is_empty() && !namespaces.iter().any(|namespace| selected(&namespace.name_any())) {
+            (
+                "The namespaceSelector selects no namespace that exists.".to_owned(),
+                "Label the namespaces of your jobs as namespaces.selector says.".to_owned(),
+            )
+        } else {
+            return None;
+        };
+        Some(Finding::new(Problem::WebhookNamespaces, hook.object(), text, fix))
+    })
+}
+
+/// No expression leaves out pods.
+pub(super) fn conditions(snapshot: &Snapshot) -> Vec<Finding> {
+    each(snapshot, |hook| {
+        let conditions: Vec<&str> =
+            hook.webhook.match_conditions.iter().flatten().map(|condition| condition.name.as_str()).collect();
+        (!conditions.is_empty()).then(|| {
+            let text = format!("Pods that do not meet these matchConditions are left out: {}.", listed(&conditions));
+            let fix = "Remove them, or make sure that executors and drivers meet them.";
+            Finding::new(Problem::WebhookConditions, hook.object(), text, fix)
+        })
+    })
+}
+
+/// The Service and its port exist.
+pub(super) fn service(snapshot: &Snapshot) -> Vec<Finding> {
+    each(snapshot, |hook| {
+        let finding = |text: String| Some(Finding::new(Problem::WebhookService, hook.object(), text, UPGRADE));
+        let Some(called) = &hook.webhook.client_config.service else {
+            return finding("It calls a URL and not the Service of the webhook.".to_owned());
+        };
+        if called.namespace != snapshot.namespace {
+            return finding(format!("It calls a Service in another namespace, {}.", called.namespace));
+        }
+        let service = match &snapshot.service {
+            Read::Found(service) if service.name_any() == called.name => service,
+            Read::Found(service) => {
+                let (name, other) = (service.name_any(), &called.name);
+                return finding(format!("It calls the Service {other}, and the webhook's is {name}."));
+            }
+            Read::Absent => {
+                let name = snapshot.object("Service", &called.name);
+                return finding(format!("It calls the {name}, which does not exist."));
+            }
+            Read::Unknown => return None,
+        };
+        let port = called.port.unwrap_or(443);
+        let has_port = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()).any(|one| one.port == port);
+        if has_port { None } else { finding(format!("It calls the port {port}, which the Service does not have.")) }
+    })
+}
+
+/// What a check finds in each of the configurations.
+fn each(snapshot: &Snapshot, check: impl FnMut(&Hook) -> Option<Finding>) -> Vec<Finding> {
+    snapshot.hooks.iter().flatten().filter_map(check).collect()
+}
+
+/// Whether a selector selects an object with these labels. Without a selector all are selected, and none by an invalid one.
+fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
+    selector.is_none_or(|selector| Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels)))
+}
+
+/// The name of the Service that a webhook calls, and the path.
+pub(super) fn called(webhook: &ValidatingWebhook) -> Option<(&str, &str)> {
+    let service = webhook.client_config.service.as_ref()?;
+    Some((&service.name, service.path.as_deref().unwrap_or("/")))
+}

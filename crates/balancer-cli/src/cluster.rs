@@ -1,0 +1,266 @@
+//! Access to the cluster with the caller's own kubeconfig and rights. Every request has a deadline, and every list comes in
+//! pages.
+
+use std::fmt::Debug;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use balancer_runtime::cluster::chain;
+use clap::Args;
+use kube::api::{Api, ListParams, ObjectList};
+use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::{Client, Config};
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
+
+/// How long connecting may take, and how long one request.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+const REQUEST_LIMIT: Duration = Duration::from_secs(15);
+/// The objects of one page, as kubectl has it.
+const PAGE: u32 = 500;
+
+/// The resourceVersion that apiservers answer from their caches.
+const OF_CACHE: &str = "0";
+
+/// How recent the objects of a list must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Freshness {
+    /// As they are now, which the apiserver asks etcd for.
+    Now,
+    /// As the apiserver has them in its cache, which costs little.
+    Cached,
+}
+
+impl Freshness {
+    /// A list of all objects that are so recent.
+    pub(crate) fn parameters(self) -> ListParams {
+        match self {
+            Self::Now => ListParams::default(),
+            Self::Cached => ListParams::default().at(OF_CACHE),
+        }
+    }
+}
+
+/// Which cluster, and which namespace, by the names of kubectl's flags.
+#[derive(Args, Debug)]
+pub(crate) struct ClusterArguments {
+    /// The namespace [default: that of the context]
+    #[arg(short, long)]
+    pub(crate) namespace: Option<String>,
+
+    /// The context of the kubeconfig [default: its current one]
+    #[arg(long)]
+    context: Option<String>,
+
+    /// The path of the kubeconfig [default: KUBECONFIG, or ~/.kube/config]
+    #[arg(long)]
+    kubeconfig: Option<PathBuf>,
+}
+
+/// A cluster, and the namespace that commands are about.
+#[derive(Clone)]
+pub(crate) struct Cluster {
+    pub(crate) client: Client,
+    pub(crate) namespace: String,
+}
+
+/// Why the Kubernetes API has not answered a request as wanted.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RequestError {
+    /// The caller lacks a right.
+    #[error("{0}")]
+    Forbidden(String),
+    /// There is no such object.
+    #[error("{0}")]
+    NotFound(String),
+    /// The API did not answer.
+    #[error("the Kubernetes API did not answer within {} s", REQUEST_LIMIT.as_secs())]
+    TimedOut,
+    /// The API could not be reached, or has a fault.
+    #[error("the Kubernetes API is not available: {0}")]
+    Unavailable(String),
+    /// The API does not accept the request.
+    #[error("the Kubernetes API refuses the request: {0}")]
+    Refused(String),
+}
+
+impl Cluster {
+    /// Reads the kubeconfig. The cluster itself is not asked yet.
+    ///
+    /// # Errors
+    /// There is no valid kubeconfig, or no such context in it.
+    pub(crate) async fn connect(arguments: &ClusterArguments) -> anyhow::Result<Self> {
+        let ClusterArguments { namespace, context, kubeconfig } = arguments;
+        let options = KubeConfigOptions { context: context.clone(), ..KubeConfigOptions::default() };
+        let mut config = match (kubeconfig, context) {
+            (Some(path), _) => {
+                let what = || format!("cannot use the kubeconfig {}", path.display());
+                let read = Kubeconfig::read_from(path).map_err(|error| anyhow!(chain(&error))).with_context(what)?;
+                let config = Config::from_custom_kubeconfig(read, &options).await;
+                config.map_err(|error| anyhow!(chain(&error))).with_context(what)?
+            }
+            (None, Some(context)) => Config::from_kubeconfig(&options)
+                .await
+                .map_err(|error| anyhow!(chain(&error)))
+                .with_context(|| format!("cannot use the context {context:?} of the kubeconfig"))?,
+            (None, None) => Config::infer().await.map_err(|error| {
+                anyhow!(
+                    "no access to a cluster; accepted: --kubeconfig, KUBECONFIG, ~/.kube/config or a pod's service \
+                     account: {}",
+                    chain(&error)
+                )
+            })?,
+        };
+        if let Some(proxy) = &config.proxy_url {
+            bail!(
+                "a proxy is set ({proxy}, by HTTPS_PROXY or the proxy-url of the kubeconfig); accepted: none, because this \
+                 command connects to the cluster directly"
+            );
+        }
+        config.connect_timeout = Some(CONNECT_LIMIT);
+        config.read_timeout = Some(2 * REQUEST_LIMIT);
+        let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let client = Client::try_from(config).context("cannot create a Kubernetes client")?;
+        Ok(Self { client, namespace })
+    }
+
+    /// The objects of a namespace, or of all.
+    pub(crate) fn api<K>(&self, namespace: Option<&str>) -> Api<K>
+    where
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+    {
+        match namespace {
+            Some(namespace) => Api::namespaced(self.client.clone(), namespace),
+            None => Api::all(self.client.clone()),
+        }
+    }
+}
+
+/// Waits for the answer to one request.
+pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, RequestError> {
+    let Ok(answer) = timeout(REQUEST_LIMIT, request).await else { return Err(RequestError::TimedOut) };
+    answer.map_err(|error| {
+        let text = chain(&error);
+        match error {
+            kube::Error::Api(status) => match status.code {
+                403 => RequestError::Forbidden(text),
+                404 => RequestError::NotFound(text),
+                429 | 500.. => RequestError::Unavailable(text),
+                _ => RequestError::Refused(text),
+            },
+            _ => RequestError::Unavailable(text),
+        }
+    })
+}
+
+/// All objects of a list, page by page. `keep` takes what is needed of each object, so that a large cluster fits into
+/// memory.
+pub(crate) async fn list<K, T>(
+    api: &Api<K>,
+    parameters: ListParams,
+    mut keep: impl FnMut(K) -> Option<T>,
+) -> Result<Vec<T>, RequestError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    pages(async |page| api.list(page).await, parameters, &mut keep).await
+}
+
+/// The same for the metadata alone.
+pub(crate) async fn list_metadata<K, T>(
+    api: &Api<K>,
+    parameters: ListParams,
+    mut keep: impl FnMut(kube::core::PartialObjectMeta<K>) -> Option<T>,
+) -> Result<Vec<T>, RequestError>
+where
+    K: Clone + DeserializeOwned + Debug + kube::Resource<DynamicType = ()>,
+{
+    pages(async |page| api.list_metadata(page).await, parameters, &mut keep).await
+}
+
+async fn pages<K: Clone, T>(
+    read: impl AsyncFn(&ListParams) -> kube::Result<ObjectList<K>>,
+    parameters: ListParams,
+    keep: &mut impl FnMut(K) -> Option<T>,
+) -> Result<Vec<T>, RequestError> {
+    // With a limit, an apiserver does not answer from its cache.
+    let is_of_cache = parameters.resource_version.as_deref() == Some(OF_CACHE);
+    let mut page = if is_of_cache { parameters } else { parameters.limit(PAGE) };
+    let mut kept = Vec::new();
+    loop {
+        let list = within(read(&page)).await?;
+        kept.extend(list.items.into_iter().filter_map(&mut *keep));
+        match list.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => return Ok(kept),
+        }
+    }
+}
+
+/// `None` if the caller may not read it.
+pub(crate) fn if_allowed<T>(answer: Result<T, RequestError>) -> Result<Option<T>, RequestError> {
+    match answer {
+        Ok(value) => Ok(Some(value)),
+        Err(RequestError::Forbidden(_)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Whether the same request may succeed later.
+pub(crate) fn is_temporary(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(RequestError::TimedOut | RequestError::Unavailable(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::RefCell;
+
+    use kube::core::{ListMeta, Status, TypeMeta};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_list_is_read_to_its_last_page() {
+        let asked = RefCell::new(Vec::new());
+        let read = async |parameters: &ListParams| {
+            let token = parameters.continue_token.clone();
+            let (items, next) = match token.as_deref() {
+                None => (vec![1, 2], Some("second")),
+                Some("second") => (vec![3, 4], Some("third")),
+                // Some apiservers return an empty token on the last page.
+                Some(_) => (vec![5], Some("")),
+            };
+            asked.borrow_mut().push((parameters.limit, token));
+            let metadata = ListMeta { continue_: next.map(str::to_owned), ..ListMeta::default() };
+            Ok(ObjectList { types: TypeMeta::default(), metadata, items })
+        };
+        let odd = pages(read, ListParams::default(), &mut |item: i32| (item % 2 == 1).then_some(item)).await;
+        assert_eq!(odd.expect("a list"), [1, 3, 5]);
+        let token = |token: &str| Some(token.to_owned());
+        assert_eq!(
+            asked.into_inner(),
+            [(Some(PAGE), None), (Some(PAGE), token("second")), (Some(PAGE), token("third"))]
+        );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_without_an_answer_ends() {
+        let answer = within(std::future::pending::<kube::Result<()>>()).await;
+        assert!(matches!(answer, Err(RequestError::TimedOut)), "{answer:?}");
+    }
+
+    #[tokio::test]
+    async fn only_what_may_pass_is_tried_again_by_a_watch() {
+        for (code, is_tried_again) in [(403, false), (404, false), (401, false), (410, false), (429, true), (503, true)]
+        {
+            let status = Status::failure("a message", "Reason").with_code(code).boxed();
+            let error = within(async { Err::<(), _>(kube::Error::Api(status)) }).await.expect_err("an error");
+            assert!(error.to_string().contains("a message"), "{error}");
+            let error = anyhow::Error::from(error).context("cannot list");
+            assert_eq!(is_temporary(&error), is_tried_again, "{code}");
+        }
+        assert!(is_temporary(&RequestError::TimedOut.into()));
+        assert!(!is_temporary(&anyhow!("something else")));
+    }
+}

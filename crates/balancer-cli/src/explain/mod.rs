@@ -1,0 +1,71 @@
+//! `explain`: why a pod runs, or waits, where it does.
+
+mod decision;
+mod now;
+#[cfg(test)]
+mod tests;
+mod words;
+
+use std::io::Write;
+
+use anyhow::{Context, bail};
+use balancer_core::CapacityProfile;
+use clap::Args;
+use k8s_openapi::api::core::v1;
+
+use crate::cluster::{Cluster, ClusterArguments, Freshness, RequestError, within};
+use crate::output::{Format, write_json};
+use crate::snapshot::{
+    self,
+    read::{self, Wanted},
+};
+
+use crate::status::job::Profile;
+
+use words::Explanation;
+
+/// The arguments of `explain`.
+#[derive(Args, Debug)]
+pub(crate) struct Arguments {
+    /// The name of the pod
+    pod: String,
+
+    #[command(flatten)]
+    cluster: ClusterArguments,
+
+    /// Platform of the nodes [default: that of the webhook's Deployment, or karpenter if it cannot be read]
+    #[arg(long)]
+    capacity_profile: Option<CapacityProfile>,
+
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value = "table")]
+    output: Format,
+}
+
+/// Explains the pod.
+pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
+    let cluster = Cluster::connect(&arguments.cluster).await?;
+    let namespace = cluster.namespace.as_str();
+    let pod = match within(cluster.api::<v1::Pod>(Some(namespace)).get(&arguments.pod)).await {
+        Ok(pod) => pod,
+        Err(RequestError::NotFound(_)) => bail!(
+            "no pod {:?} in namespace {namespace:?}; it may be gone, or in another namespace (--namespace)",
+            arguments.pod
+        ),
+        Err(error) => return Err(error).with_context(|| format!("cannot get the pod {:?}", arguments.pod)),
+    };
+    let settings = read::settings(&cluster).await?.with_profile(arguments.capacity_profile);
+    let wanted = Wanted::EventsOf(&pod);
+    let snapshot = read::snapshot(&cluster, Some(namespace), settings, wanted, Freshness::Now).await?;
+    let explanation = Explanation::of(&snapshot, &pod).context("the pod cannot be read")?;
+    let Profile { origin, doubt, .. } = &explanation.settings;
+    if let Some(note) = snapshot::note(&explanation.missing, origin, doubt.as_deref()) {
+        eprintln!("{note}");
+    }
+    match arguments.output {
+        Format::Json => write_json(out, &explanation)?,
+        Format::Table => explanation.write(out, false)?,
+        Format::Wide => explanation.write(out, true)?,
+    }
+    Ok(())
+}
