@@ -106,6 +106,7 @@ pub fn every_option() -> Value {
         "reconciler": {
             "replicas": 3,
             "adminPort": 9081,
+            "pagePort": 9082,
             "placement": {"onDemand": "any", "tolerations": []},
             "podLabels": {"part": "reconciler"},
             "podAnnotations": {"example.com/a": "b"},

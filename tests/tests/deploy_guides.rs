@@ -233,7 +233,7 @@ for name in sys.stdin.read().split():
     ends = [at for at, letter in enumerate(name) if letter == "."]
     starts = [name[: at + 1] for at in ends]
     # After these come names of the user's.
-    starts = [start for start in starts if start.endswith((".annotation.", ".node.selector.", ".volumes."))]
+    starts = [start for start in starts if start.endswith((".annotation.", ".label.", ".node.selector.", ".volumes."))]
     if known(name) or any(known(start) for start in starts):
         continue
     # Some are made of two texts.

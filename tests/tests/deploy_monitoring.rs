@@ -227,10 +227,10 @@ fn hurried(rules: &Value) -> Result<Value> {
     Ok(rules)
 }
 
-/// The series of ours that there are, less what the scrape adds.
+/// The series of ours that there are, less what the scrape adds. Those of namespaces come and go with their jobs.
 async fn series(prometheus: &Prometheus) -> Result<BTreeSet<Vec<(String, String)>>> {
     const SCRAPED: [&str; 8] = ["component", "container", "endpoint", "instance", "job", "namespace", "pod", "service"];
-    let found = prometheus.query(r#"{__name__=~"spot_balancer_.+"}"#).await?.into_iter();
+    let found = prometheus.query(r#"{__name__=~"spot_balancer_.+",job_namespace=""}"#).await?.into_iter();
     let ours = |(label, _): &(String, String)| !SCRAPED.contains(&label.as_str());
     Ok(found.map(|(labels, _)| labels.into_iter().filter(ours).collect()).collect())
 }
