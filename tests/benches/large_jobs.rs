@@ -66,6 +66,9 @@ const LOOKS: u32 = 10;
 /// How long passes over ledgers that are right go on.
 const PASSES: Duration = Duration::from_secs(40);
 
+/// Nodes of each capacity: one has about a hundred executors, of as many jobs if there are.
+const NODES: u32 = 1000;
+
 /// Redis keeps what takes longer than this, in µs.
 const SLOW: &str = "500";
 
@@ -396,13 +399,18 @@ impl Id {
         format!("exec-pods:{{{NAMESPACE}:{}}}", self.job())
     }
 
+    /// The node that it is bound to, if it is of this capacity.
+    fn node(self, capacity: &str) -> String {
+        format!("{capacity}-{}", (self.job + self.executor) % NODES)
+    }
+
     /// As large as the small ones of Spark; bound to a node of this capacity.
     fn object(self, capacity: &str, version: usize) -> PodBuilder {
         let pod = match self.executor {
             0 => pods::driver(&self.job()).annotation("workload/spot-ratio", "0.5").named(&self.pod()),
             number => pods::executor(&self.job(), number).annotation("workload/capacity-type", capacity),
         };
-        pod.namespace(NAMESPACE).on_node(capacity).with(|pod| {
+        pod.namespace(NAMESPACE).on_node(&self.node(capacity)).with(|pod| {
             pod["metadata"]["uid"] = format!("00000000-0000-4000-8000-{:05}{:07}", self.job, self.executor).into();
             pod["metadata"]["resourceVersion"] = version.to_string().into();
             pod["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z".into();
@@ -411,7 +419,7 @@ impl Id {
     }
 }
 
-/// Stands for the Kubernetes API: lists and watches pods and two nodes, and keeps a Lease. Over plain HTTP.
+/// Stands for the Kubernetes API: lists and watches pods and nodes, and keeps a Lease. Over plain HTTP.
 struct Api {
     port: u16,
     state: Mutex<State>,
@@ -599,11 +607,15 @@ impl Api {
     }
 }
 
-/// One of each capacity, named like it.
+/// Those of both capacities.
 fn nodes() -> Value {
-    let items = ["spot", "on-demand"].map(|capacity| {
-        let labels = json!({balancer_tests::nodes::CAPACITY: capacity, "kubernetes.io/hostname": capacity});
-        json!({"metadata": {"name": capacity, "resourceVersion": "1", "labels": labels}})
-    });
+    let all = ["spot", "on-demand"].into_iter().flat_map(|capacity| (0..NODES).map(move |number| (capacity, number)));
+    let items: Vec<_> = all
+        .map(|(capacity, number)| {
+            let name = Id { job: 0, executor: number }.node(capacity);
+            let labels = json!({balancer_tests::nodes::CAPACITY: capacity, "kubernetes.io/hostname": name});
+            json!({"metadata": {"name": name, "resourceVersion": "1", "labels": labels}})
+        })
+        .collect();
     json!({"kind": "NodeList", "apiVersion": "v1", "metadata": {"resourceVersion": "1"}, "items": items})
 }

@@ -28,8 +28,8 @@ struct Node {
     /// The platform that shows that the node is spot, if it is not the configured one.
     other_platform: Option<CapacityProfile>,
     exists: bool,
-    /// The jobs with executors bound to the node, and the names of these. A node has few.
-    jobs: Vec<(Arc<JobId>, Vec<Arc<str>>)>,
+    /// The jobs with executors bound to the node, and the names of these. A virtual node may have very many of both.
+    jobs: HashMap<Arc<JobId>, HashSet<Arc<str>>>,
     /// In which list, or after which, it was reported last.
     generation: u32,
 }
@@ -53,7 +53,7 @@ impl NodeIndex {
         &mut self,
         name: &str,
         capacity: Option<Capacity>,
-    ) -> impl Iterator<Item = &(Arc<JobId>, Vec<Arc<str>>)> {
+    ) -> impl Iterator<Item = (&Arc<JobId>, &HashSet<Arc<str>>)> {
         let generation = self.generation;
         let (node, teams) = self.node(name);
         let has_changed = node.capacity != capacity;
@@ -77,7 +77,7 @@ impl NodeIndex {
             node.change(teams, |node| node.pool = pool);
             &*node
         });
-        node.into_iter().flat_map(|node| node.jobs.iter().map(|(job, _)| job))
+        node.into_iter().flat_map(|node| node.jobs.keys())
     }
 
     /// Stores that another platform than the configured one shows that the node is spot.
@@ -129,37 +129,29 @@ impl NodeIndex {
     /// Stores that an executor of the job is bound to the node. Returns the node's own copy of its name.
     pub(super) fn bind(&mut self, name: &str, job: &Arc<JobId>, executor: &Arc<str>) -> Arc<str> {
         let (node, teams) = self.node(name);
-        let executors = match node.jobs.iter_mut().find(|(bound, _)| bound == job) {
-            Some((_, executors)) => {
-                executors.push(Arc::clone(executor));
-                number(executors)
-            }
-            None => {
-                node.jobs.push((Arc::clone(job), vec![Arc::clone(executor)]));
-                1
-            }
-        };
-        let shares = shares_of(teams, job);
-        shares.bind(executors);
-        shares.add(node.capacity, node.pool.as_ref(), 1);
+        let executors = node.jobs.entry(Arc::clone(job)).or_default();
+        if executors.insert(Arc::clone(executor)) {
+            let shares = shares_of(teams, job);
+            shares.bind(number(executors));
+            shares.add(node.capacity, node.pool.as_ref(), 1);
+        }
         self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name))
     }
 
     /// Stores that an executor of the job is no longer bound to the node.
     pub(super) fn unbind(&mut self, name: &str, job: &Arc<JobId>, executor: &str) {
         let Some(node) = self.nodes.get_mut(name) else { return };
-        if let Some(at) = node.jobs.iter().position(|(bound, _)| bound == job)
-            && let Some((_, executors)) = node.jobs.get_mut(at)
-            && let Some(bound) = executors.iter().position(|bound| **bound == *executor)
+        if let Some(executors) = node.jobs.get_mut(job)
+            && executors.contains(executor)
         {
             if let Some(shares) = self.teams.get_mut(job) {
                 shares.unbind(number(executors));
                 shares.remove(node.capacity, node.pool.as_ref(), 1);
             }
             forget_if_empty(&mut self.teams, job);
-            executors.swap_remove(bound);
+            executors.remove(executor);
             if executors.is_empty() {
-                node.jobs.swap_remove(at);
+                node.jobs.remove(job);
             }
         }
         if node.jobs.is_empty() && !node.exists {
@@ -200,7 +192,7 @@ impl Node {
     }
 }
 
-fn number(executors: &[Arc<str>]) -> u32 {
+fn number(executors: &HashSet<Arc<str>>) -> u32 {
     u32::try_from(executors.len()).unwrap_or(u32::MAX)
 }
 
@@ -216,6 +208,8 @@ fn forget_if_empty(teams: &mut HashMap<Arc<JobId>, TeamShares>, team: &JobId) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     use Capacity::{OnDemand, Spot};
@@ -226,7 +220,11 @@ mod tests {
 
     fn affected(nodes: &mut NodeIndex, name: &str, capacity: Option<Capacity>) -> Vec<String> {
         let affected = nodes.apply(name, capacity);
-        affected.map(|(job, executors)| format!("{}: {}", job.app_id, executors.join(" "))).collect()
+        let affected = affected.map(|(job, executors)| {
+            let executors: BTreeSet<_> = executors.iter().map(|executor| &**executor).collect();
+            format!("{}: {}", job.app_id, executors.into_iter().collect::<Vec<_>>().join(" "))
+        });
+        affected.collect::<BTreeSet<_>>().into_iter().collect()
     }
 
     #[test]
