@@ -31,7 +31,7 @@ const MOVED_AT_ONCE: usize = 64;
 /// Jobs that are reconciled at once. The store handles one after the other, and admissions wait in the same queue.
 const CONCURRENCY: usize = 8;
 /// Executors that are named in one call, which keeps the store busy for about a millisecond.
-const NAMED_AT_ONCE: usize = 256;
+const NAMED_AT_ONCE: usize = 128;
 /// A ledger of at most this many entries is counted anew by each call: see `Ledger::reconcile`.
 const COUNTED: usize = 512;
 /// Pages of a job's entries that are compared before others have their turn.
