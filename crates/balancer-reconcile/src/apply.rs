@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::index::{ClusterIndex, DriverRef};
 use crate::stuck::{StuckExecutor, StuckExecutors};
 use crate::unschedulable::{Reason, Unschedulable};
-use crate::watch::{ClusterEvent, Event, Source, SyncStatus};
+use crate::watch::{ClusterEvent, Event, Source, SyncStatus, WatchedNode};
 
 /// The executors that wait for a node.
 #[derive(Debug, Default)]
@@ -34,8 +34,13 @@ pub(crate) fn apply(
             sync.observe(&source, &event, now);
             let scope = namespace.as_ref();
             match event {
-                Event::Init => index.init_pods(scope),
-                Event::InitApply(pod) | Event::Apply(pod) => {
+                Event::Init | Event::Relist => index.init_pods(scope),
+                Event::InitApply(pod) | Event::RelistApply(pod) => {
+                    if index.list_pod(&pod.pod, scope) {
+                        waiting.apply(&pod.pod, index, conventions, now);
+                    }
+                }
+                Event::Apply(pod) => {
                     index.apply_pod(&pod.pod, scope);
                     waiting.apply(&pod.pod, index, conventions, now);
                 }
@@ -45,28 +50,27 @@ pub(crate) fn apply(
                     waiting.unschedulable.delete(&namespace, &name);
                     waiting.stuck.delete(&namespace, &name);
                 }
-                Event::InitDone => {
+                Event::InitDone | Event::RelistDone => {
                     index.init_pods_done(scope);
                     waiting.unschedulable.retain(|namespace, name| index.is_executor(namespace, name));
                     waiting.stuck.retain(|namespace, name| index.is_executor(namespace, name));
                 }
+                Event::RelistFailed(_) => index.init_pods_failed(scope),
                 Event::Disconnected(_) | Event::Resumed => {}
             }
         }
         ClusterEvent::Nodes(event) => {
             sync.observe(&Source::Nodes, &event, now);
             match event {
-                Event::Init => index.init_nodes(),
-                Event::InitApply(node) | Event::Apply(node) => {
-                    let labels = node.labels();
-                    let label = |key: &str| labels.get(key).map(String::as_str);
-                    let (profile, name) = (conventions.profile(), node.name_any());
-                    index.apply_node(&name, profile.of_node(label));
-                    index.set_pool(&name, Pool::of_node(label));
-                    index.set_other_platform(&name, profile.other_platform_of_spot_node(label));
+                Event::Init | Event::Relist => index.init_nodes(),
+                Event::InitApply(node) | Event::RelistApply(node) => {
+                    if !index.is_known_better(&node.name_any()) {
+                        apply_node(&node, index, conventions);
+                    }
                 }
+                Event::Apply(node) => apply_node(&node, index, conventions),
                 Event::Delete(node) => index.delete_node(&node.name_any()),
-                Event::InitDone => {
+                Event::InitDone | Event::RelistDone => {
                     index.init_nodes_done();
                     if let Some(likely) = index.likely_platform() {
                         tracing::warn!(
@@ -76,10 +80,20 @@ pub(crate) fn apply(
                         );
                     }
                 }
+                Event::RelistFailed(_) => index.init_nodes_failed(),
                 Event::Disconnected(_) | Event::Resumed => {}
             }
         }
     }
+}
+
+fn apply_node(node: &WatchedNode, index: &mut ClusterIndex, conventions: &Conventions) {
+    let labels = node.labels();
+    let label = |key: &str| labels.get(key).map(String::as_str);
+    let (profile, name) = (conventions.profile(), node.name_any());
+    index.apply_node(&name, profile.of_node(label));
+    index.set_pool(&name, Pool::of_node(label));
+    index.set_other_platform(&name, profile.other_platform_of_spot_node(label));
 }
 
 impl WaitingExecutors {

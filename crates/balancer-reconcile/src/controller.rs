@@ -57,7 +57,6 @@ impl<L: Ledger> State<'_, L> {
             self.follow_jobs_requests();
             let due = self.queue.next_due().filter(|_| self.may_write());
             let steer_at = self.changed_shares.due().filter(|_| self.may_write());
-            let mut relist = false;
             tokio::select! {
                 event = watches.next() => self.receive(&mut watches, event),
                 () = leadership.changed() => {}
@@ -69,7 +68,11 @@ impl<L: Ledger> State<'_, L> {
                 _ = placements.tick(), if self.may_write() => self.take_placed().await,
                 answer = self.lookups.next() => self.remove_absent(answer).await,
                 answer = self.pod_calls.next() => self.replaced(answer).await,
-                () = until(self.plan.relist_at()) => relist = true,
+                () = until(self.plan.relist_at()) => {
+                    watches.relist();
+                    self.sync.relist();
+                    self.plan.lists_started(false, Instant::now());
+                }
                 () = until(steer_at) => self.steer_pools().await,
                 () = until(self.jobs_view.due()) => self.update_jobs_view(),
                 () = ready(()), if self.has_resync_step() => self.resync_step().await,
@@ -79,10 +82,9 @@ impl<L: Ledger> State<'_, L> {
                 }
             }
             // What was received before this process led may be incomplete: it may have been cut off.
-            relist |= self.follow_leader() == TermChange::Started && self.plan.is_outdated(Instant::now());
-            if relist {
+            if self.follow_leader() == TermChange::Started && self.plan.is_outdated(Instant::now()) {
                 (watches, self.sync) = self.reconciler.start_watches();
-                self.plan.lists_started(Instant::now());
+                self.plan.lists_started(true, Instant::now());
             } else if !self.plan.is_listing() && self.terms.take_needs_list() {
                 self.plan.request(Cause::Start);
             }

@@ -335,10 +335,10 @@ impl World {
     fn list(&mut self) {
         self.index.init_pods(None);
         for (name, executor) in &self.executors {
-            self.index.apply_pod(&pod(*name, executor), None);
+            self.index.list_pod(&pod(*name, executor), None);
         }
         for (job, is_out) in &self.drivers {
-            self.index.apply_pod(&driver(job, *is_out), None);
+            self.index.list_pod(&driver(job, *is_out), None);
         }
         self.index.init_pods_done(None);
         self.index.init_nodes();

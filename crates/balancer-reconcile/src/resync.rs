@@ -31,6 +31,8 @@ pub(crate) struct ResyncPlan {
     interval: Duration,
     lists_started_at: Instant,
     is_listing: bool,
+    /// Whether new watches follow the last lists, or those that are under way.
+    starts_watches: bool,
     /// Whether the index was complete once. A partial one would remove live executors.
     has_listed: bool,
     pending: Option<Resync>,
@@ -52,6 +54,7 @@ impl ResyncPlan {
             interval,
             lists_started_at: now,
             is_listing: true,
+            starts_watches: true,
             has_listed: false,
             pending: None,
             is_running: false,
@@ -77,14 +80,15 @@ impl ResyncPlan {
         (!self.is_listing).then_some(self.lists_started_at + self.interval)
     }
 
-    /// Whether a new leader has to list everything again. It need not while lists are under way, or are recent.
+    /// Whether a new leader has to start all lists and watches anew: it may have been cut off from the cluster. It need not
+    /// while they start, or if they have started just now.
     pub(crate) fn is_outdated(&self, now: Instant) -> bool {
-        !self.is_listing && now.duration_since(self.lists_started_at) > RECENT
+        !self.starts_watches || !self.is_listing && now.duration_since(self.lists_started_at) > RECENT
     }
 
-    /// All lists start anew.
-    pub(crate) fn lists_started(&mut self, now: Instant) {
-        (self.lists_started_at, self.is_listing) = (now, true);
+    /// All lists start anew, and the watches too if `starts_watches`.
+    pub(crate) fn lists_started(&mut self, starts_watches: bool, now: Instant) {
+        (self.lists_started_at, self.is_listing, self.starts_watches) = (now, true, starts_watches);
     }
 
     /// All lists are complete, or are not available now. `is_new_term` says whether they are the first of a term, `leads`
@@ -184,7 +188,7 @@ mod tests {
         plan.lists_done(false, true);
         assert!(!plan.is_listing() && plan.has_listed());
         assert_eq!(plan.relist_at(), Some(start + INTERVAL));
-        plan.lists_started(start + 2 * INTERVAL);
+        plan.lists_started(false, start + 2 * INTERVAL);
         assert!(plan.is_listing() && plan.has_listed() && plan.relist_at().is_none());
         plan.lists_done(false, true);
         assert_eq!(plan.relist_at(), Some(start + 3 * INTERVAL));
@@ -197,8 +201,14 @@ mod tests {
         plan.lists_done(false, false);
         assert!(!plan.is_outdated(start + RECENT));
         assert!(plan.is_outdated(start + RECENT + Duration::from_millis(1)));
-        plan.lists_started(start + INTERVAL);
+        plan.lists_started(true, start + INTERVAL);
         assert!(!plan.is_outdated(start + 2 * INTERVAL));
+        plan.lists_done(false, false);
+        // The watches are old, whenever their lists were repeated.
+        plan.lists_started(false, start + 3 * INTERVAL);
+        assert!(plan.is_outdated(start + 3 * INTERVAL));
+        plan.lists_done(false, false);
+        assert!(plan.is_outdated(start + 3 * INTERVAL));
     }
 
     #[test]
@@ -208,11 +218,11 @@ mod tests {
         assert_eq!(plan.pending, Some(Resync { cause: Cause::Start, lists_started_at: Some(start) }));
         plan.finish();
         assert_eq!(plan.pending, None);
-        plan.lists_started(start + INTERVAL);
+        plan.lists_started(false, start + INTERVAL);
         plan.lists_done(false, true);
         let interval = Resync { cause: Cause::Interval, lists_started_at: Some(start + INTERVAL) };
         assert_eq!(plan.pending, Some(interval));
-        plan.lists_started(start + 2 * INTERVAL);
+        plan.lists_started(false, start + 2 * INTERVAL);
         plan.lists_done(true, true);
         assert_eq!(cause(&plan), Some(Cause::Start));
     }

@@ -136,7 +136,7 @@ impl Snapshot {
         index.init_nodes_done();
         index.init_pods(None);
         for pod in self.pods.values() {
-            index.apply_pod(pod, None);
+            index.list_pod(pod, None);
         }
         index.init_pods_done(None);
         index

@@ -399,6 +399,58 @@ async fn a_store_without_memory_is_up_and_loses_dead_entries() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_loss_is_followed_while_everything_is_listed_again() {
+    const LISTS_AGAIN_FOR: Duration = Duration::from_secs(40);
+    let pods: Vec<Value> = (1..=2).map(|id| executor("spark-1", id)).collect();
+    let list = |items: &[Value]| json!({"metadata": {"resourceVersion": "1"}, "items": items}).to_string();
+    let (service, mut api) = mock::pair::<Request<Body>, Response<Body>>();
+    let (started, has_started) = watch::channel(false);
+    tokio::spawn(async move {
+        let (mut lists, mut has_lost) = (0, false);
+        while let Some((request, answer)) = api.next_request().await {
+            let (path, query) = (request.uri().path(), request.uri().query().unwrap_or_default());
+            let (mut body, mut takes) = (list(&[]), Duration::ZERO);
+            if query.contains("watch=") {
+                body = String::new();
+                if path == "/api/v1/pods" && lists > 1 && !std::mem::replace(&mut has_lost, true) {
+                    let mut lost = executor("spark-1", 2);
+                    lost["metadata"]["resourceVersion"] = json!("2");
+                    body = json!({"type": "DELETED", "object": lost}).to_string();
+                }
+            } else if path == "/api/v1/pods" {
+                lists += 1;
+                // The other list has the state from before the loss.
+                body = list(&pods);
+                if lists > 1 {
+                    takes = LISTS_AGAIN_FOR;
+                    started.send_replace(true);
+                }
+            } else if path == "/api/v1/nodes" {
+                body = list(&nodes());
+            }
+            tokio::spawn(async move {
+                sleep(takes).await;
+                answer.send_response(Response::new(Body::from(body.into_bytes())));
+            });
+        }
+    });
+    let mut registry = admin::registry("test");
+    let tasks = Tasks::register(&mut registry);
+    let ledger = Arc::new(Scripted::new(|_, _| Ok(())));
+    let running =
+        start_with(Client::new(service, "default"), parts(&ledger, Conventions::default(), &mut registry, &tasks));
+    let executors = async || ledger.get(JOB).await.expect("a ledger").map_or(0, |ledger| ledger.entries().len());
+    let _ = running.progress().wait_for(|progress| *progress == Progress::Synced).await.expect("it runs");
+    assert_eq!(executors().await, 2);
+    let _ = has_started.clone().wait_for(|has_started| *has_started).await.expect("lists are served");
+    sleep(SECOND).await;
+    assert_eq!(executors().await, 1);
+    sleep(LISTS_AGAIN_FOR + 5 * SECOND).await;
+    assert_eq!(executors().await, 1, "the list brings nothing back");
+    assert_eq!(metric(&registry, "reconcile_resyncs_total{cause=\"interval\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
 async fn data_lost_while_a_resync_runs_leads_to_another_resync() {
     let pods = (0..200).map(|job| executor(&format!("spark-{job}"), 1)).collect();
     let mut reconciles = 0;

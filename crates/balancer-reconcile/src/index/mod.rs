@@ -7,7 +7,7 @@ mod job;
 mod nodes;
 mod shares;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::iter::once;
 use std::mem;
 use std::sync::Arc;
@@ -48,6 +48,8 @@ pub struct ClusterIndex {
     nodes: NodeIndex,
     /// The lists of each namespace's pods; `None` stands for all namespaces.
     lists: HashMap<Option<Arc<str>>, Lists>,
+    /// The lists of pods that are under way, and what the watch has reported meanwhile.
+    listing: HashMap<Option<Arc<str>>, Watched>,
     changed: ChangedJobs,
     invalid_annotations: InvalidAnnotations,
 }
@@ -62,6 +64,9 @@ struct Lists {
 }
 
 /// The pods of a namespace, by their names.
+/// The names of pods, by their namespaces.
+type Watched = HashMap<Box<str>, HashSet<Box<str>>>;
+
 #[derive(Debug, Default)]
 struct Namespace {
     /// The team of each executor.
@@ -147,19 +152,40 @@ impl ClusterIndex {
             namespaces: HashMap::new(),
             nodes: NodeIndex::default(),
             lists: HashMap::new(),
+            listing: HashMap::new(),
             changed: HashMap::new(),
             invalid_annotations: InvalidAnnotations::default(),
         }
     }
 
-    /// A list of pods starts. `scope` is the namespace that is listed, or `None` for all.
+    /// A list of pods starts. `scope` is the namespace that is listed, or `None` for all. A watch may go on meanwhile: from
+    /// now on it knows better than the list, which has a state of after now.
     pub fn init_pods(&mut self, scope: Option<&Arc<str>>) {
         let lists = self.lists.entry(scope.cloned()).or_default();
         lists.started = lists.started.wrapping_add(1);
+        self.listing.insert(scope.cloned(), Watched::new());
+    }
+
+    /// A pod was listed. Returns whether it was applied: the watch may have reported it meanwhile.
+    pub fn list_pod(&mut self, pod: &Pod<'_>, scope: Option<&Arc<str>>) -> bool {
+        let (namespace, name) = (pod.metadata.namespace.as_deref(), pod.metadata.name.as_deref());
+        let (Some(namespace), Some(name)) = (namespace, name) else { return false };
+        let watched = self.listing.get(&scope.cloned()).and_then(|watched| watched.get(namespace));
+        let is_new = !watched.is_some_and(|names| names.contains(name));
+        if is_new {
+            self.put_pod(pod, namespace, name, scope);
+        }
+        is_new
+    }
+
+    /// The list could not be completed. Nothing is known to be gone.
+    pub fn init_pods_failed(&mut self, scope: Option<&Arc<str>>) {
+        self.listing.remove(&scope.cloned());
     }
 
     /// The list is complete: pods that it did not contain are gone.
     pub fn init_pods_done(&mut self, scope: Option<&Arc<str>>) {
+        self.listing.remove(&scope.cloned());
         let generation = self.generation(scope);
         let is_listed = |namespace: &str| scope.is_none_or(|scope| **scope == *namespace);
         let mut gone = Vec::new();
@@ -172,7 +198,7 @@ impl ClusterIndex {
             gone.extend(missing.map(|(name, _)| (namespace.to_string(), Arc::clone(name))));
         }
         for (namespace, name) in gone {
-            self.delete_pod(&namespace, &name);
+            self.remove_pod(&namespace, &name);
         }
         // Later lists change nothing: the ledgers of a group stay where they are.
         if self.lists.get_mut(&scope.cloned()).is_none_or(|lists| mem::replace(&mut lists.is_listed, true)) {
@@ -186,21 +212,40 @@ impl ClusterIndex {
         }
     }
 
-    /// A pod was listed, added or changed. `scope` is the namespace that is watched, or `None` for all.
+    /// A pod was added or changed. `scope` is the namespace that is watched, or `None` for all.
     pub fn apply_pod(&mut self, pod: &Pod<'_>, scope: Option<&Arc<str>>) {
-        let conventions = Arc::clone(&self.conventions);
         let metadata = &pod.metadata;
         let (Some(namespace), Some(name)) = (metadata.namespace.as_deref(), metadata.name.as_deref()) else { return };
-        let generation = self.generation(scope);
-        match JobPod::of(pod, &conventions) {
-            Some(JobPod::Executor(executor)) => self.apply_executor(name, executor, generation),
-            Some(JobPod::Driver(driver)) => self.apply_driver(name, driver, generation),
-            None => self.delete_pod(namespace, name),
-        }
+        self.watched_pod(namespace, name);
+        self.put_pod(pod, namespace, name, scope);
     }
 
     /// A pod is gone.
     pub fn delete_pod(&mut self, namespace: &str, name: &str) {
+        self.watched_pod(namespace, name);
+        self.remove_pod(namespace, name);
+    }
+
+    /// The watch has reported the pod, so a list that is under way has nothing to say about it.
+    fn watched_pod(&mut self, namespace: &str, name: &str) {
+        for (scope, watched) in &mut self.listing {
+            if scope.as_deref().is_none_or(|scope| scope == namespace) {
+                watched.entry(namespace.into()).or_default().insert(name.into());
+            }
+        }
+    }
+
+    fn put_pod(&mut self, pod: &Pod<'_>, namespace: &str, name: &str, scope: Option<&Arc<str>>) {
+        let conventions = Arc::clone(&self.conventions);
+        let generation = self.generation(scope);
+        match JobPod::of(pod, &conventions) {
+            Some(JobPod::Executor(executor)) => self.apply_executor(name, executor, generation),
+            Some(JobPod::Driver(driver)) => self.apply_driver(name, driver, generation),
+            None => self.remove_pod(namespace, name),
+        }
+    }
+
+    fn remove_pod(&mut self, namespace: &str, name: &str) {
         self.delete_executor(namespace, name);
         self.delete_driver(namespace, name);
     }
@@ -213,6 +258,16 @@ impl ClusterIndex {
     /// The list is complete: nodes that it did not contain are gone.
     pub fn init_nodes_done(&mut self) {
         self.nodes.init_done();
+    }
+
+    /// The list could not be completed. Nothing is known to be gone.
+    pub fn init_nodes_failed(&mut self) {
+        self.nodes.init_failed();
+    }
+
+    /// Whether the watch has reported the node after the list that is under way has started. Then it knows better.
+    pub fn is_known_better(&self, name: &str) -> bool {
+        self.nodes.is_known_better(name)
     }
 
     /// A node was listed, added or changed.

@@ -17,6 +17,8 @@ pub(super) struct NodeIndex {
     pools: HashSet<Arc<Pool>>,
     /// How many lists were started.
     generation: u32,
+    /// The nodes that the watch has reported during the list that is under way.
+    watched: Option<HashSet<Box<str>>>,
 }
 
 #[derive(Debug, Default)]
@@ -37,9 +39,19 @@ struct Node {
 impl NodeIndex {
     pub(super) fn init(&mut self) {
         self.generation = self.generation.wrapping_add(1);
+        self.watched = Some(HashSet::new());
+    }
+
+    pub(super) fn init_failed(&mut self) {
+        self.watched = None;
+    }
+
+    pub(super) fn is_known_better(&self, name: &str) -> bool {
+        self.watched.as_ref().is_some_and(|watched| watched.contains(name))
     }
 
     pub(super) fn init_done(&mut self) {
+        self.watched = None;
         for node in self.nodes.values_mut().filter(|node| node.generation != self.generation) {
             node.exists = false;
         }
@@ -54,6 +66,7 @@ impl NodeIndex {
         name: &str,
         capacity: Option<Capacity>,
     ) -> impl Iterator<Item = (&Arc<JobId>, &HashSet<Arc<str>>)> {
+        self.note(name);
         let generation = self.generation;
         let (node, teams) = self.node(name);
         let has_changed = node.capacity != capacity;
@@ -96,6 +109,7 @@ impl NodeIndex {
     }
 
     pub(super) fn delete(&mut self, name: &str) {
+        self.note(name);
         if let Some(node) = self.nodes.get_mut(name) {
             node.exists = false;
             if node.jobs.is_empty() {
@@ -156,6 +170,13 @@ impl NodeIndex {
         }
         if node.jobs.is_empty() && !node.exists {
             self.nodes.remove(name);
+        }
+    }
+
+    /// The node was reported. One that a list has reported is not listed again.
+    fn note(&mut self, name: &str) {
+        if let Some(watched) = &mut self.watched {
+            watched.insert(name.into());
         }
     }
 

@@ -525,6 +525,244 @@ mod histories {
     }
 }
 
+mod relists {
+    use std::collections::{BTreeMap, VecDeque};
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// What happens to a cluster, what its watch reports of it, and what a list under way does.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Create {
+            name: u8,
+        },
+        Bind {
+            name: u8,
+            node: u8,
+        },
+        Delete {
+            name: u8,
+        },
+        SetNode {
+            node: u8,
+            capacity: Option<Capacity>,
+        },
+        DeleteNode {
+            node: u8,
+        },
+        /// The watch reports the next change.
+        Report,
+        /// The watch leaves a change out.
+        Lose,
+        Start,
+        Page {
+            pods: usize,
+        },
+        Fail,
+    }
+
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    struct Executor {
+        uid: u32,
+        node: Option<u8>,
+    }
+
+    #[derive(Clone, Debug)]
+    enum Event {
+        Pod(u8, Option<Executor>),
+        Node(u8, Option<Option<Capacity>>),
+    }
+
+    /// A list of the state at its start, and what is left of it.
+    struct List {
+        pods: Vec<(u8, Executor)>,
+        nodes: Vec<(u8, Option<Capacity>)>,
+        /// Whether a change was left out before.
+        had_lost: bool,
+    }
+
+    fn steps() -> impl Strategy<Value = Step> {
+        let (name, node) = (|| 0u8..5, || 0u8..3);
+        let capacity = prop::option::of(prop_oneof![Just(Capacity::Spot), Just(Capacity::OnDemand)]);
+        prop_oneof![
+            4 => name().prop_map(|name| Step::Create { name }),
+            3 => (name(), node()).prop_map(|(name, node)| Step::Bind { name, node }),
+            4 => name().prop_map(|name| Step::Delete { name }),
+            2 => (node(), capacity).prop_map(|(node, capacity)| Step::SetNode { node, capacity }),
+            1 => node().prop_map(|node| Step::DeleteNode { node }),
+            8 => Just(Step::Report),
+            1 => Just(Step::Lose),
+            4 => Just(Step::Start),
+            6 => (1usize..4).prop_map(|pods| Step::Page { pods }),
+            1 => Just(Step::Fail),
+        ]
+    }
+
+    #[derive(Default)]
+    struct World {
+        pods: BTreeMap<u8, Executor>,
+        nodes: BTreeMap<u8, Option<Capacity>>,
+        made: u32,
+        events: VecDeque<Event>,
+        list: Option<List>,
+        has_lost: bool,
+        /// The uids of which the watch has said that they are gone.
+        gone: Vec<u32>,
+        /// What the watch has said last.
+        last: BTreeMap<u8, u32>,
+    }
+
+    fn executor(name: u8, executor: &Executor) -> Pod<'static> {
+        pod(&format!("e{name}"), "executor", |pod| {
+            pod["metadata"]["uid"] = json!(executor.uid.to_string());
+            if let Some(node) = executor.node {
+                pod["spec"]["nodeName"] = json!(format!("n{node}"));
+            }
+        })
+    }
+
+    impl World {
+        fn change(&mut self, name: u8) {
+            self.events.push_back(Event::Pod(name, self.pods.get(&name).cloned()));
+        }
+
+        fn step(&mut self, index: &mut ClusterIndex, step: Step) {
+            match step {
+                Step::Create { name } => {
+                    if !self.pods.contains_key(&name) {
+                        self.made += 1;
+                        self.pods.insert(name, Executor { uid: self.made, node: None });
+                        self.change(name);
+                    }
+                }
+                Step::Bind { name, node } => {
+                    if let Some(executor) = self.pods.get_mut(&name).filter(|executor| executor.node.is_none()) {
+                        executor.node = Some(node);
+                        self.change(name);
+                    }
+                }
+                Step::Delete { name } => {
+                    if self.pods.remove(&name).is_some() {
+                        self.change(name);
+                    }
+                }
+                Step::SetNode { node, capacity } => {
+                    self.nodes.insert(node, capacity);
+                    self.events.push_back(Event::Node(node, Some(capacity)));
+                }
+                Step::DeleteNode { node } => {
+                    if self.nodes.remove(&node).is_some() {
+                        self.events.push_back(Event::Node(node, None));
+                    }
+                }
+                Step::Report => {
+                    if let Some(event) = self.events.pop_front() {
+                        self.report(index, event);
+                    }
+                }
+                Step::Lose => self.has_lost |= self.events.pop_front().is_some(),
+                Step::Start => {
+                    if self.list.is_none() {
+                        let (pods, nodes) = (self.pods.clone().into_iter(), self.nodes.clone().into_iter());
+                        let had_lost = std::mem::take(&mut self.has_lost);
+                        self.list = Some(List { pods: pods.collect(), nodes: nodes.collect(), had_lost });
+                        index.init_pods(None);
+                        index.init_nodes();
+                    }
+                }
+                Step::Page { pods } => self.page(index, pods),
+                Step::Fail => {
+                    if let Some(list) = self.list.take() {
+                        self.has_lost |= list.had_lost;
+                        index.init_pods_failed(None);
+                        index.init_nodes_failed();
+                    }
+                }
+            }
+        }
+
+        fn report(&mut self, index: &mut ClusterIndex, event: Event) {
+            match event {
+                Event::Pod(name, Some(now)) => {
+                    self.last.insert(name, now.uid);
+                    index.apply_pod(&executor(name, &now), None);
+                }
+                Event::Pod(name, None) => {
+                    self.gone.extend(self.last.remove(&name));
+                    index.delete_pod("etl", &format!("e{name}"));
+                }
+                Event::Node(node, Some(capacity)) => index.apply_node(&format!("n{node}"), capacity),
+                Event::Node(node, None) => index.delete_node(&format!("n{node}")),
+            }
+        }
+
+        fn page(&mut self, index: &mut ClusterIndex, pods: usize) {
+            let Some(list) = &mut self.list else { return };
+            for _ in 0..pods {
+                if let Some((name, listed)) = list.pods.pop() {
+                    index.list_pod(&executor(name, &listed), None);
+                } else if let Some((node, capacity)) = list.nodes.pop() {
+                    let name = format!("n{node}");
+                    if !index.is_known_better(&name) {
+                        index.apply_node(&name, capacity);
+                    }
+                } else {
+                    index.init_pods_done(None);
+                    index.init_nodes_done();
+                    self.list = None;
+                    return;
+                }
+            }
+        }
+
+        /// The index is what it would be if it had seen this state alone.
+        fn expect_in(&self, index: &ClusterIndex) {
+            let mut fresh = super::index();
+            self.nodes.iter().for_each(|(node, capacity)| fresh.apply_node(&format!("n{node}"), *capacity));
+            self.pods.iter().for_each(|(name, now)| fresh.apply_pod(&executor(*name, now), None));
+            for name in 0..5 {
+                let key = format!("e{name}");
+                let of = |index: &ClusterIndex| {
+                    index.live(&job(), &key).map(|live| {
+                        (live.uid.to_owned(), index.executor(&job(), &key).map(|known| known.1.node.clone()))
+                    })
+                };
+                assert_eq!(of(index), of(&fresh), "{key}");
+            }
+            for (node, capacity) in &self.nodes {
+                assert_eq!(index.nodes.capacity(&format!("n{node}")), *capacity, "n{node}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_list_repairs_what_the_watch_has_lost_and_brings_nothing_back(
+            steps in prop::collection::vec(steps(), 0..120),
+        ) {
+            let (mut index, mut world) = (index(), World::default());
+            for step in steps {
+                world.step(&mut index, step);
+                for key in index.keys(&job()).collect::<Vec<_>>() {
+                    let uid = index.live(&job(), &key).map(|live| live.uid.to_owned());
+                    prop_assert!(!world.gone.iter().any(|gone| Some(gone.to_string()) == uid), "{} is back", key);
+                }
+            }
+            while let Some(event) = world.events.pop_front() {
+                world.report(&mut index, event);
+            }
+            while world.list.is_some() {
+                world.page(&mut index, 1);
+            }
+            if !world.has_lost {
+                world.expect_in(&index);
+            }
+        }
+    }
+}
+
 #[test]
 fn an_invalid_field_keeps_the_last_valid_value_and_is_reported_once() {
     let mut index = index();

@@ -15,6 +15,14 @@ pub(crate) enum Event<K> {
     InitApply(K),
     /// The list is complete: objects that it did not contain are gone.
     InitDone,
+    /// Another list starts, while the watch goes on.
+    Relist,
+    /// That list contains this object.
+    RelistApply(K),
+    /// That list is complete.
+    RelistDone,
+    /// That list could not be had, and why.
+    RelistFailed(WatchError),
     /// An object was added or changed.
     Apply(K),
     /// An object was deleted.

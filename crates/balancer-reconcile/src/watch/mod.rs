@@ -1,6 +1,7 @@
 //! Lists and watches executors, drivers and nodes, and reports what happens to them as events.
 //!
-//! Each source is a list followed by a watch, resumed where it was interrupted, as client-go's reflector does it. It is
+//! Each source is a list followed by a watch, resumed where it was interrupted, as client-go's reflector does it. Another
+//! list from time to time finds what a watch has missed, and nothing waits for it: the watch goes on. It is
 //! not kube's `watcher`, because the reconciler has to know when it is out of sync with the cluster: entries must never
 //! be removed because of an index that is out of sync.
 
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use balancer_core::Conventions;
 use kube::{Api, Client};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::arguments::ReconcileSettings;
@@ -36,6 +37,8 @@ const MAX_WAITING: usize = 1024;
 pub(crate) struct WatchSet {
     events: mpsc::Receiver<ClusterEvent>,
     tasks: JoinSet<()>,
+    /// Asks for other lists.
+    relists: watch::Sender<()>,
 }
 
 impl WatchSet {
@@ -49,6 +52,7 @@ impl WatchSet {
         let Conventions { workload_role_label, driver_role_values, executor_role_value, .. } = conventions;
         let seconds = watch_seconds(settings.grace);
         let (sender, events) = mpsc::channel(MAX_WAITING);
+        let (relists, asked) = watch::channel(());
         let mut tasks = JoinSet::new();
         let nodes = ResourceWatch {
             api: Api::<WatchedNode>::all(client.clone()),
@@ -58,8 +62,9 @@ impl WatchSet {
             wrap: Box::new(ClusterEvent::Nodes),
             label: WatchedLabel::Nodes,
             metrics: Arc::clone(metrics),
+            listing: Mutex::default(),
         };
-        tasks.spawn(nodes.run());
+        nodes.start(&asked, &mut tasks);
         for namespace in scopes(&settings.namespaces) {
             let api: Api<WatchedPod> = match &namespace {
                 None => Api::all(client.clone()),
@@ -76,10 +81,16 @@ impl WatchSet {
                 wrap: Box::new(move |event| ClusterEvent::Pods(namespace.clone(), event)),
                 label: WatchedLabel::Pods,
                 metrics: Arc::clone(metrics),
+                listing: Mutex::default(),
             };
-            tasks.spawn(pods.run());
+            pods.start(&asked, &mut tasks);
         }
-        (Self { events, tasks }, SyncStatus::new(scopes(&settings.namespaces)))
+        (Self { events, tasks, relists }, SyncStatus::new(scopes(&settings.namespaces)))
+    }
+
+    /// Lists everything again. The watches go on meanwhile.
+    pub(crate) fn relist(&self) {
+        self.relists.send_replace(());
     }
 
     /// The next event. The watches never end.
@@ -124,7 +135,7 @@ mod tests {
         let (_sender, events) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         tasks.spawn(async { panic!("in a watch") });
-        let _ = WatchSet { events, tasks }.next().await;
+        let _ = WatchSet { events, tasks, relists: watch::channel(()).0 }.next().await;
     }
 
     #[test]

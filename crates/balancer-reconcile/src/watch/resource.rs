@@ -1,16 +1,17 @@
-//! Lists and watches one kind of object in one place, forever.
+//! Lists and watches one kind of object in one place, forever, and lists it again when asked.
 
 use std::fmt::Debug;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use backon::{BackoffBuilder, ExponentialBuilder, Retryable};
 use futures::TryStreamExt;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::event::{ClusterEvent, Event, WatchError};
@@ -27,6 +28,10 @@ const OVERDUE: Duration = Duration::from_secs(2);
 /// The first and the longest pause between two attempts; it doubles.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
+/// Another list is attempted so often, and then given up until it is asked for again.
+const RELISTS: usize = 5;
+/// The most that an attempt may take: meanwhile the names of all objects that change are kept.
+const RELIST_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A list followed by a watch, resumed when it is interrupted.
 pub(super) struct ResourceWatch<K> {
@@ -38,11 +43,20 @@ pub(super) struct ResourceWatch<K> {
     pub(super) wrap: Box<dyn Fn(Event<K>) -> ClusterEvent + Send + Sync>,
     pub(super) label: WatchedLabel,
     pub(super) metrics: Arc<Metrics>,
+    /// Held during a list, because a list ends with the removal of what it did not contain.
+    pub(super) listing: Mutex<()>,
 }
 
 impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWatch<K> {
+    /// Starts to list and watch, and to list again whenever that is `asked` for.
+    pub(super) fn start(self, asked: &watch::Receiver<()>, tasks: &mut JoinSet<()>) {
+        let both = Arc::new(self);
+        tasks.spawn(Arc::clone(&both).run());
+        tasks.spawn(both.run_relists(asked.clone()));
+    }
+
     /// Runs until nobody receives its events.
-    pub(super) async fn run(self) {
+    async fn run(self: Arc<Self>) {
         // The resource version to resume from; `None` if a list is needed.
         let mut version = None;
         let pauses = ExponentialBuilder::default().with_min_delay(FIRST_PAUSE).with_max_delay(LAST_PAUSE);
@@ -78,21 +92,54 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
         self.events.send((self.wrap)(event)).await.map_err(|_| WatchError::ReceiverDropped)
     }
 
+    /// Lists again whenever that is asked for, until nobody can ask or receives the events.
+    async fn run_relists(self: Arc<Self>, mut asked: watch::Receiver<()>) {
+        let pauses = ExponentialBuilder::default().with_min_delay(LAST_PAUSE / 2).with_max_delay(LAST_PAUSE);
+        while asked.changed().await.is_ok() {
+            let relist = async || match timeout(RELIST_TIMEOUT, self.relist()).await {
+                Ok(result) => result,
+                Err(_) => Err(WatchError::TimedOut(RELIST_TIMEOUT)),
+            };
+            let may_retry = |error: &WatchError| !matches!(error, WatchError::ReceiverDropped);
+            let retried = relist.retry(pauses.with_max_times(RELISTS - 1)).sleep(sleep).when(may_retry);
+            if let Err(error) = retried.await
+                && self.send(Event::RelistFailed(error)).await.is_err()
+            {
+                return;
+            }
+        }
+    }
+
+    async fn relist(&self) -> Result<(), WatchError> {
+        let _listing = self.listing.lock().await;
+        // Before the request: the list contains all that the watch has reported until then.
+        self.send(Event::Relist).await?;
+        self.list_pages(Event::RelistApply).await?;
+        self.send(Event::RelistDone).await
+    }
+
     /// Reports all objects, and stores the version from which to watch.
     async fn list(&self, version: &mut Option<String>) -> Result<(), WatchError> {
+        let _listing = self.listing.lock().await;
         self.send(Event::Init).await?;
+        let listed = self.list_pages(Event::InitApply).await?;
+        self.send(Event::InitDone).await?;
+        *version = listed;
+        Ok(())
+    }
+
+    /// Reports all objects. Returns the version of the list.
+    async fn list_pages(&self, event: impl Fn(K) -> Event<K>) -> Result<Option<String>, WatchError> {
         let mut list = ListParams { label_selector: self.selector.clone(), limit: Some(PAGE), ..ListParams::default() };
         loop {
             let page =
                 timeout(PAGE_TIMEOUT, self.api.list(&list)).await.map_err(|_| WatchError::TimedOut(PAGE_TIMEOUT))??;
             for item in page.items {
-                self.send(Event::InitApply(item)).await?;
+                self.send(event(item)).await?;
             }
             list.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
             if list.continue_token.is_none() {
-                self.send(Event::InitDone).await?;
-                *version = page.metadata.resource_version;
-                return Ok(());
+                return Ok(page.metadata.resource_version);
             }
         }
     }

@@ -23,6 +23,8 @@ pub(crate) struct SyncStatus {
     /// The sources whose list was never complete.
     unlisted: HashSet<Source>,
     outages: HashMap<Source, Outage>,
+    /// The sources that are listed again, and in sync all the same.
+    relisting: HashSet<Source>,
     /// When some pods were in sync first, without interruption.
     partly_synced_since: Option<Instant>,
 }
@@ -39,13 +41,18 @@ impl SyncStatus {
     pub(crate) fn new(pods: impl IntoIterator<Item = Option<Arc<str>>>) -> Self {
         let pods: Vec<_> = pods.into_iter().map(Source::Pods).collect();
         let unlisted = pods.iter().cloned().chain([Source::Nodes]).collect();
-        Self { pods, unlisted, outages: HashMap::new(), partly_synced_since: None }
+        Self { pods, unlisted, outages: HashMap::new(), relisting: HashSet::new(), partly_synced_since: None }
+    }
+
+    /// Everything is listed again. It stays in sync meanwhile.
+    pub(crate) fn relist(&mut self) {
+        self.relisting = self.pods.iter().cloned().chain([Source::Nodes]).collect();
     }
 
     /// Takes one event into account, and logs when an outage starts, lasts and ends.
     pub(crate) fn observe<K>(&mut self, source: &Source, event: &Event<K>, now: Instant) {
         match event {
-            Event::Init | Event::Apply(_) | Event::Delete(_) => {}
+            Event::Init | Event::Apply(_) | Event::Delete(_) | Event::Relist | Event::RelistApply(_) => {}
             // A first list of pods is under way: it is not complete, but it is not failing either. Nodes that were listed
             // before are not waited for.
             Event::InitApply(_) => {
@@ -58,6 +65,13 @@ impl SyncStatus {
                 if self.outages.remove(source).is_some_and(|outage| outage.caught_up_at.is_none()) {
                     log_resumed(source);
                 }
+            }
+            Event::RelistDone => drop(self.relisting.remove(source)),
+            Event::RelistFailed(why) => {
+                self.relisting.remove(source);
+                let (resource, namespace) = source.names();
+                let error = cluster::chain(why);
+                tracing::warn!(resource, namespace, error, "cannot list everything again; the watch goes on");
             }
             Event::Disconnected(why) => self.disconnected(source, why, now),
             Event::Resumed => {
@@ -106,6 +120,9 @@ impl SyncStatus {
     /// Whether the lists are ready: all were complete at least once, or the missing ones are not available now. Nodes
     /// may be missing only if `had_nodes_before`, because executors would count as what they were meant for.
     pub(crate) fn is_ready(&mut self, had_nodes_before: bool, now: Instant) -> bool {
+        if !self.relisting.is_empty() {
+            return false;
+        }
         if self.unlisted.is_empty() {
             return true;
         }
@@ -285,6 +302,26 @@ mod tests {
         bench.after(PATIENCE).nodes(Event::InitApply(()));
         assert!(bench.after(PATIENCE).is_ready(true));
         assert!(!bench.is_ready(false), "nodes were never listed");
+    }
+
+    #[test]
+    fn what_is_listed_again_stays_in_sync_and_an_outage_does_not_end_by_it() {
+        let mut bench = bench(&["etl", "ml"]);
+        for namespace in ["etl", "ml"] {
+            bench.pods(namespace, Event::InitDone);
+        }
+        bench.nodes(Event::InitDone);
+        bench.status.relist();
+        assert!(bench.is_synced("etl") && !bench.is_ready(true));
+        bench.pods("ml", disconnected());
+        for event in [Event::Relist, Event::RelistApply(()), Event::RelistDone] {
+            bench.pods("ml", event);
+        }
+        assert!(bench.is_synced("etl") && !bench.is_synced("ml"));
+        bench.pods("etl", Event::RelistFailed(WatchError::TimedOut(Duration::ZERO)));
+        assert!(bench.is_synced("etl") && !bench.is_ready(true), "the nodes are missing");
+        bench.nodes(Event::RelistDone);
+        assert!(bench.is_ready(true));
     }
 
     #[test]
