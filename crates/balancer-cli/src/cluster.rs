@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
+use balancer_core::{CapacityLabels, CapacityProfile};
 use balancer_runtime::cluster::chain;
 use clap::Args;
 use kube::api::{Api, ListParams, ObjectList};
@@ -13,6 +14,9 @@ use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
+
+use crate::output::Format;
+use crate::settings::Settings;
 
 /// How long connecting may take, and how long one request.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
@@ -56,6 +60,28 @@ pub(crate) struct ClusterArguments {
     /// The path of the kubeconfig [default: KUBECONFIG, or ~/.kube/config]
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
+}
+
+/// How the jobs of a cluster are read, and printed.
+#[derive(Args, Debug)]
+pub(crate) struct ViewArguments {
+    /// Platform of the nodes [default: that of the webhook's Deployment, or karpenter if it cannot be read]
+    #[arg(long)]
+    capacity_profile: Option<CapacityProfile>,
+
+    /// The form of the output
+    #[arg(short, long, value_enum, default_value = "table")]
+    pub(crate) output: Format,
+}
+
+impl ViewArguments {
+    /// The settings, with the labels of the platform that was stated, if one was.
+    pub(crate) fn apply(&self, mut settings: Settings) -> Settings {
+        if let Some(profile) = self.capacity_profile {
+            settings.conventions.capacity_labels = CapacityLabels::of(profile);
+        }
+        settings
+    }
 }
 
 /// A cluster, and the namespace that commands are about.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use balancer_core::{CapacityLabels, CapacityProfile, Conventions, Policy};
+use balancer_core::{Conventions, Policy};
 use balancer_runtime::arguments::{ConventionArguments, DefaultArguments};
 use clap::{Arg, Args, Command, FromArgMatches};
 use k8s_openapi::api::core::v1::Container;
@@ -85,14 +85,6 @@ impl Settings {
         Ok(Self { conventions, defaults: defaults.policy(), origin, doubt: None })
     }
 
-    /// With the labels of this platform, if there is one.
-    pub(crate) fn with_profile(mut self, profile: Option<CapacityProfile>) -> Self {
-        if let Some(profile) = profile {
-            self.conventions.capacity_labels = CapacityLabels::of(profile);
-        }
-        self
-    }
-
     /// The policy of a job that states none, if it is known.
     pub(crate) fn known_defaults(&self) -> Option<Policy> {
         matches!(self.origin, Origin::Deployment { .. }).then_some(self.defaults)
@@ -138,6 +130,8 @@ pub(crate) fn not_literal(container: &Container) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use balancer_core::{CapacityLabels, CapacityProfile};
+
     use super::*;
 
     fn of(variables: &[(&str, &str)]) -> Result<Settings, SettingsError> {

@@ -9,11 +9,10 @@ mod words;
 use std::io::Write;
 
 use anyhow::{Context, bail};
-use balancer_core::CapacityProfile;
 use clap::Args;
 use k8s_openapi::api::core::v1;
 
-use crate::cluster::{Cluster, ClusterArguments, Freshness, RequestError, within};
+use crate::cluster::{Cluster, ClusterArguments, Freshness, RequestError, ViewArguments, within};
 use crate::output::{Format, write_json};
 use crate::snapshot::{
     self,
@@ -33,13 +32,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     cluster: ClusterArguments,
 
-    /// Platform of the nodes [default: that of the webhook's Deployment, or karpenter if it cannot be read]
-    #[arg(long)]
-    capacity_profile: Option<CapacityProfile>,
-
-    /// The form of the output
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Format,
+    #[command(flatten)]
+    view: ViewArguments,
 }
 
 /// Explains the pod.
@@ -54,7 +48,7 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
         ),
         Err(error) => return Err(error).with_context(|| format!("cannot get the pod {:?}", arguments.pod)),
     };
-    let settings = read::settings(&cluster).await?.with_profile(arguments.capacity_profile);
+    let settings = arguments.view.apply(read::settings(&cluster).await?);
     let wanted = Wanted::EventsOf(&pod);
     let snapshot = read::snapshot(&cluster, Some(namespace), settings, wanted, Freshness::Now).await?;
     let explanation = Explanation::of(&snapshot, &pod).context("the pod cannot be read")?;
@@ -62,7 +56,7 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
     if let Some(note) = snapshot::note(&explanation.missing, origin, doubt.as_deref()) {
         eprintln!("{note}");
     }
-    match arguments.output {
+    match arguments.view.output {
         Format::Json => write_json(out, &explanation)?,
         Format::Table => explanation.write(out, false)?,
         Format::Wide => explanation.write(out, true)?,

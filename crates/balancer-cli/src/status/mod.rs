@@ -9,11 +9,10 @@ use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::bail;
-use balancer_core::CapacityProfile;
 use clap::Args;
 use tokio::time::{Instant, sleep};
 
-use crate::cluster::{Cluster, ClusterArguments, Freshness, is_temporary};
+use crate::cluster::{Cluster, ClusterArguments, Freshness, ViewArguments, is_temporary};
 use crate::output::Format;
 use crate::settings::{Origin, Settings};
 use crate::snapshot::read::{self, Wanted};
@@ -40,13 +39,8 @@ pub(crate) struct Arguments {
     #[command(flatten)]
     cluster: ClusterArguments,
 
-    /// Platform of the nodes [default: that of the webhook's Deployment, or karpenter if it cannot be read]
-    #[arg(long)]
-    capacity_profile: Option<CapacityProfile>,
-
-    /// The form of the output
-    #[arg(short, long, value_enum, default_value = "table")]
-    output: Format,
+    #[command(flatten)]
+    view: ViewArguments,
 
     /// Print again whenever something has changed, until interrupted
     #[arg(short, long)]
@@ -57,7 +51,7 @@ pub(crate) struct Arguments {
 pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let cluster = Cluster::connect(&arguments.cluster).await?;
     let namespace = (!arguments.all_namespaces).then(|| cluster.namespace.clone());
-    let redraws = arguments.watch && arguments.output != Format::Json && std::io::stdout().is_terminal();
+    let redraws = arguments.watch && arguments.view.output != Format::Json && std::io::stdout().is_terminal();
     let mut reader =
         Reader { cluster: &cluster, namespace: namespace.as_deref(), arguments: &arguments, settings: None };
     let (mut last, mut last_failure) = (None, None);
@@ -77,7 +71,7 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
                     {
                         eprintln!("{note}");
                     }
-                    report.write(out, arguments.output)?;
+                    report.write(out, arguments.view.output)?;
                     out.flush()?;
                     last = Some(report);
                 }
@@ -117,7 +111,7 @@ impl Reader<'_> {
         let Self { cluster, namespace, arguments, .. } = *self;
         let (settings, freshness) = match &self.settings {
             Some(settings) => (settings.clone(), Freshness::Cached),
-            None => (read::settings(cluster).await?.with_profile(arguments.capacity_profile), Freshness::Now),
+            None => (arguments.view.apply(read::settings(cluster).await?), Freshness::Now),
         };
         let has_failed = matches!(settings.origin, Origin::Defaults { error: Some(_) });
         let snapshot = read::snapshot(cluster, namespace, settings.clone(), Wanted::SpotEvents, freshness).await?;
