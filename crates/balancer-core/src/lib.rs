@@ -59,6 +59,9 @@ mod patch;
 mod profile;
 mod reply;
 
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
 pub use action::{Action, Driver, Executor, IgnoreReason, JobId, JobRef};
 pub use capacity::{Capacity, Counts};
 pub use conventions::{Conventions, DriverCapacity, SpotPreference, SpotPreferenceError};

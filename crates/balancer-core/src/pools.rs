@@ -92,21 +92,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    fn pool(instance_type: &str, zone: &str) -> Arc<Pool> {
-        Arc::new(Pool { instance_type: instance_type.into(), zone: zone.into() })
-    }
-
-    fn share(percent: u32) -> Ratio {
-        Ratio::from_billionths(percent * 10_000_000).expect("a ratio")
-    }
-
-    /// Spot executors by the instance types of their nodes, all in one zone.
-    fn spot(pools: &[(&str, u32)]) -> Shares {
-        let spot = pools.iter().map(|(_, bound)| bound).sum();
-        let pools = pools.iter().map(|(instance_type, bound)| (pool(instance_type, "a"), *bound)).collect();
-        Shares { bound: spot, on_one_node: 1, spot, pools, waiting: 0 }
-    }
+    use crate::testing::{share, spot};
 
     #[test]
     fn a_pool_above_its_share_is_avoided_and_without_a_share_none_is() {

@@ -173,22 +173,9 @@ impl BlastRadius {
 
 #[cfg(test)]
 mod tests {
+    use balancer_core::testing::{share, spot};
+
     use super::*;
-
-    fn pool(instance_type: &str, zone: &str) -> Arc<Pool> {
-        Arc::new(Pool { instance_type: instance_type.into(), zone: zone.into() })
-    }
-
-    fn share(percent: u32) -> Ratio {
-        Ratio::from_billionths(percent * 10_000_000).expect("a ratio")
-    }
-
-    /// Spot executors by the instance types of their nodes, all in one zone.
-    fn spot(pools: &[(&str, u32)]) -> Shares {
-        let spot = pools.iter().map(|(_, bound)| bound).sum();
-        let pools = pools.iter().map(|(instance_type, bound)| (pool(instance_type, "a"), *bound)).collect();
-        Shares { bound: spot, on_one_node: 1, spot, pools, waiting: 0 }
-    }
 
     fn job(id: &str) -> Arc<JobId> {
         Arc::new(JobId { namespace: "etl".into(), app_id: id.into() })

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use balancer_core::testing::share;
 use balancer_core::{
     Capacity, Conventions, Counts, JobId, JobLedger, Millis, PlaceOutcome, PlaceRequest, Pod, Policy, PolicyOverrides,
     Ratio, ReconcileOutcome, RemovalOutcome, Term, Unconfirmed, decide,
@@ -255,7 +256,7 @@ fn distance(counts: Counts, policy: Policy) -> f64 {
 
 fn policies() -> impl Strategy<Value = Policy> {
     (prop::sample::select(vec![0, 10, 30, 50, 70, 90, 100]), 0u32..4).prop_map(|(percent, base)| {
-        let spot_ratio = Ratio::from_billionths(percent * 10_000_000).expect("a ratio").into();
+        let spot_ratio = share(percent).into();
         Policy { on_demand_base: base, ..Policy { spot_ratio, ..Policy::DEFAULT } }
     })
 }

@@ -260,7 +260,7 @@ impl FixedCapacity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use balancer_core::Ratio;
+    use balancer_core::testing;
 
     #[test]
     fn counts_outside_their_bounds_are_wrong() {
@@ -282,7 +282,7 @@ mod tests {
     #[test]
     fn a_stated_ratio_is_without_effect_unless_it_is_what_all_executors_require() {
         let contradicts = |capacity, states_ratio, percent: Option<u32>, base| {
-            let share = percent.map(|percent| Ratio::from_billionths(percent * 10_000_000).expect("a ratio").into());
+            let share = percent.map(|percent| testing::share(percent).into());
             let spot_ratio = share.unwrap_or(balancer_core::SpotRatio::Off);
             let policy = Policy { on_demand_base: base, ..Policy { spot_ratio, ..Policy::DEFAULT } };
             FixedCapacity { capacity, states_ratio }.contradicts(policy, Policy::DEFAULT)
