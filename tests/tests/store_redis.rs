@@ -609,7 +609,11 @@ async fn a_large_ledger_that_has_lost_its_counts_gets_an_estimate_until_they_are
     assert!(!is_exact && estimate.total() == 3_000 && estimate.spot.abs_diff(2_000) < 300, "{estimate:?}");
     let correct = async |bench: &Bench, found, term| bench.ledger.correct_counts(JOB, found, Term(term)).await;
     assert!(!correct(&bench, right, 1).await?, "nobody began to count");
-    assert!(bench.ledger.begin_count(JOB, Term(1)).await?);
+    bench.ledger.begin_count(JOB, Term(0)).await?;
+    assert!(!bench.ask::<bool>(cmd("HEXISTS").arg(COUNT).arg("counting")).await?, "the term is an earlier one");
+    bench.ledger.begin_count(JobRef { app_id: "spark-2", ..JOB }, Term(1)).await?;
+    assert!(!bench.ask::<bool>(cmd("EXISTS").arg("exec-count:{etl:spark-2}")).await?, "there is nothing to count");
+    bench.ledger.begin_count(JOB, Term(1)).await?;
     assert!(!correct(&bench, Counts { spot: 2_001, ..right }, 1).await?, "another number");
     assert!(!correct(&bench, right, 2).await?, "another term began");
     assert!(!correct(&bench, right, 0).await?);
@@ -631,9 +635,10 @@ async fn counts_are_not_corrected_once_an_entry_has_changed_meanwhile() -> Resul
         bench.ask::<()>(&cmd("FLUSHALL")).await?;
         bench.mend(&all, Some(policy("1", 0)?), DAY).await?;
         place(&bench, "waiting").await?;
-        assert!(bench.ledger.begin_count(JOB, Term(1)).await?);
+        bench.ledger.begin_count(JOB, Term(1)).await?;
         // Placing again changes nothing.
         place(&bench, "waiting").await?;
+        assert_eq!(bench.ask::<String>(cmd("HGET").arg(COUNT).arg("counting")).await?, "1", "it has begun");
         let state = JobState { gone: &["waiting"], ..JobState::default() };
         match change {
             "none" => {}

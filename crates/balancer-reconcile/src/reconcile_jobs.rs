@@ -215,7 +215,7 @@ impl<L: Ledger> State<'_, L> {
                 let term = self.reconciler.leadership.term().ok_or(Stopped::NotLeading)?;
                 match ledger.begin_count(job.as_job_ref(), term).await {
                     // A full store cannot correct counts, but it can lose entries.
-                    Ok(_) | Err(StoreError::Full(_)) => {}
+                    Ok(()) | Err(StoreError::Full(_)) => {}
                     Err(error) => return Err(Stopped::Failed(error)),
                 }
             }

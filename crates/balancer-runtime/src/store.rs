@@ -304,7 +304,7 @@ impl Ledger for Store {
         forward!(self.entries(job, cursor))
     }
 
-    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<(), StoreError> {
         forward!(self.begin_count(job, term))
     }
 

@@ -126,8 +126,8 @@ pub trait Ledger: Send + Sync + 'static {
     ) -> impl Future<Output = Result<EntryPage, StoreError>> + Send;
 
     /// Announces a listing of all entries whose result may be passed to [`correct_counts`](Self::correct_counts), unless the
-    /// ledger was reconciled in a later term. Returns whether the store follows it: not if there is no entry.
-    fn begin_count(&self, job: JobRef<'_>, term: Term) -> impl Future<Output = Result<bool, StoreError>> + Send;
+    /// ledger has no entry, or was reconciled in a later term.
+    fn begin_count(&self, job: JobRef<'_>, term: Term) -> impl Future<Output = Result<(), StoreError>> + Send;
 
     /// Replaces the job's counts by those that a listing of all entries has found, unless the ledger was reconciled in a
     /// later term, or the counts should have changed since [`begin_count`](Self::begin_count), which has to be called in the

@@ -339,12 +339,12 @@ impl Ledger for RedisLedger {
         reply::entry_page(&self.shared.transport.read(command).await?)
     }
 
-    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<(), StoreError> {
         let script = &self.shared.scripts.begin_count;
         let mut command = Self::command(script, job, 2, self.shared.ttl.len() + 20);
         command.write_arg(self.shared.ttl.as_bytes());
         command.write_arg_fmt(term);
-        reply::is_done(&self.shared.transport.run(script, command).await?)
+        reply::nothing(&self.shared.transport.run(script, command).await?)
     }
 
     async fn correct_counts(&self, job: JobRef<'_>, found: Counts, term: Term) -> Result<bool, StoreError> {

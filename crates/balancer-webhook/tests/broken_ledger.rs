@@ -70,7 +70,7 @@ impl Ledger for Broken {
         self.fail()
     }
 
-    async fn begin_count(&self, _: JobRef<'_>, _: Term) -> Result<bool, StoreError> {
+    async fn begin_count(&self, _: JobRef<'_>, _: Term) -> Result<(), StoreError> {
         self.fail()
     }
 

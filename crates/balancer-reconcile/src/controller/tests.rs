@@ -146,7 +146,7 @@ impl Ledger for Scripted {
         Ok(EntryPage { entries: rest, next })
     }
 
-    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<bool, StoreError> {
+    async fn begin_count(&self, job: JobRef<'_>, term: Term) -> Result<(), StoreError> {
         self.before(Call::BeginCount)?;
         self.memory.begin_count(job, term).await
     }

@@ -155,7 +155,12 @@ pub(super) fn reconciled(reply: &Value) -> Result<ReconcileOutcome, StoreError> 
     read().ok_or_else(|| invalid(reply))
 }
 
-/// The reply of `begin_count.lua` and `correct_counts.lua`.
+/// The reply of `begin_count.lua`.
+pub(super) fn nothing(reply: &Value) -> Result<(), StoreError> {
+    if *reply == Value::Nil { Ok(()) } else { Err(invalid(reply)) }
+}
+
+/// The reply of `correct_counts.lua`.
 pub(super) fn is_done(reply: &Value) -> Result<bool, StoreError> {
     match reply {
         Value::Int(is_done @ 0..=1) => Ok(*is_done == 1),
