@@ -64,6 +64,13 @@ struct Turn {
     has_corrected: bool,
 }
 
+impl Turn {
+    /// Names the executors that are due, and compares nothing.
+    fn without_comparison(due: Due) -> Self {
+        Self { due, comparison: None, may_continue: false, compared_since: None, has_corrected: false }
+    }
+}
+
 /// The attempt to reconcile one job's ledger.
 struct Attempt {
     turn: Turn,
@@ -178,16 +185,16 @@ impl<L: Ledger> State<'_, L> {
                 let comparison = Some(comparison);
                 Turn { due, comparison, may_continue: true, compared_since: changed_at, has_corrected }
             } else if !(due.compares_all || is_waiting) {
-                Turn { due, comparison: None, may_continue: false, compared_since: None, has_corrected: false }
+                Turn::without_comparison(due)
             } else if is_large && room == 0 {
                 self.comparisons.wait(&job, since);
-                Turn { due, comparison: None, may_continue: false, compared_since: None, has_corrected: false }
+                Turn::without_comparison(due)
             } else {
                 room -= usize::from(is_large);
                 self.doubts.forget(&job);
                 let compared_since = self.comparisons.stop_waiting(&job).or(since);
                 let comparison = Some(Comparison::new(self.index.keys(&job)));
-                Turn { due, comparison, may_continue: is_large, compared_since, has_corrected: false }
+                Turn { comparison, may_continue: is_large, compared_since, ..Turn::without_comparison(due) }
             });
         }
         turns
