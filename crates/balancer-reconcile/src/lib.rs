@@ -42,7 +42,6 @@ mod store_check;
 mod store_epoch;
 mod stuck;
 mod term;
-mod text;
 mod unconfirmed;
 mod unschedulable;
 mod waiting;

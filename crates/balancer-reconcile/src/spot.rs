@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use balancer_core::{
     Capacity, JobId, Millis, Policy, SpotPreference, SpotRatio, SpotState, Steer, SteerOutcome, Steering, millis,
 };
+use balancer_runtime::text::number_of;
 use balancer_store::Ledger;
 use tokio::time::Instant;
 
@@ -18,7 +19,6 @@ use crate::metrics::{ReplacedLabel, SpotLabel};
 use crate::replace::{Answer, Result};
 use crate::state::{Parts, State};
 use crate::stuck::StuckExecutor;
-use crate::text::number_of;
 
 /// Calls to the store about one job in a row: it is closed, and then its executors are deleted.
 const MAX_STEPS: usize = 3;

@@ -6,10 +6,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use balancer_runtime::text::number_of;
 use tokio::time::Instant;
 
 use crate::index::DriverRef;
-use crate::text::number_of;
 
 /// An executor that waits for less is no reason to worry anybody: a new node takes about so long.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);

@@ -11,6 +11,7 @@ pub mod metric_labels;
 pub mod shutdown;
 pub mod store;
 pub mod tasks;
+pub mod text;
 
 use std::process::ExitCode;
 

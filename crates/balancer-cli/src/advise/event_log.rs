@@ -8,6 +8,7 @@ use std::io::BufRead;
 use std::num::NonZeroUsize;
 use std::path::Path;
 
+use balancer_runtime::text::number_of;
 use lru::LruCache;
 use serde::{Deserialize, Serialize};
 
@@ -62,8 +63,9 @@ pub(super) enum EventLogError {
     },
     /// Tasks ended, and no stage: how wide and how large the stages are cannot be told from the tasks that ended first.
     #[error(
-        "{path} has {tasks} tasks that ended, and no stage that did; accepted: a log with a stage that ended. Wait until \
-         one has, or take the log of another run"
+        "{path} has {} that ended, and no stage that did; accepted: a log with a stage that ended. Wait until one has, or \
+         take the log of another run",
+        number_of(*tasks, "task")
     )]
     NoStages {
         /// The path.
@@ -758,7 +760,7 @@ mod tests {
         let early = read(None).expect_err("no stage").to_string();
         let later = read(Some(stage(0, 1, (1000, 3000))));
         std::fs::remove_file(&path).expect("removed");
-        assert!(early.contains("1 tasks that ended, and no stage") && early.contains("Wait until one has"), "{early}");
+        assert!(early.contains("1 task that ended, and no stage") && early.contains("Wait until one has"), "{early}");
         assert_eq!(later.expect("a stage").stages, 1);
     }
 

@@ -10,6 +10,7 @@ mod size;
 use std::io::Write;
 use std::path::PathBuf;
 
+use balancer_runtime::text::number_of;
 use bytesize::ByteSize;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
@@ -120,16 +121,19 @@ fn facts(run: &Run) -> Vec<Vec<String>> {
     add(
         "executors",
         format!(
-            "{}, {} at once, {} lost, up to {} cores",
-            run.executors, run.executors_at_once, run.executors_lost, run.executor_cores
+            "{}, {} at once, {} lost, up to {}",
+            run.executors,
+            run.executors_at_once,
+            run.executors_lost,
+            number_of(run.executor_cores, "core")
         ),
     );
     if let Some(used) = run.utilisation() {
         add("cores in use", format!("{:.0} %", used * 100.0));
     }
-    let (tasks, cores) = (run.concurrent_tasks, run.cores_at_once);
-    add("tasks at once", format!("{tasks} while it did most of its work, on up to {cores} cores"));
-    add("stages", format!("{}, the largest with {} tasks", run.stages, run.largest_stage_tasks));
+    let (tasks, cores) = (run.concurrent_tasks, number_of(run.cores_at_once, "core"));
+    add("tasks at once", format!("{tasks} while it did most of its work, on up to {cores}"));
+    add("stages", format!("{}, the largest with {}", run.stages, number_of(run.largest_stage_tasks, "task")));
     add(
         "tasks",
         format!(
@@ -151,4 +155,44 @@ fn facts(run: &Run) -> Vec<Vec<String>> {
         add("log ends early", cause.clone());
     }
     rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_of_each_is_not_several() {
+        let run = Run {
+            duration_milliseconds: 1000,
+            executors: 1,
+            executors_at_once: 1,
+            executors_lost: 1,
+            executors_out_of_memory: 1,
+            executor_cores: 1,
+            cores_at_once: 1,
+            stages: 1,
+            tasks: 1,
+            failed_tasks: 1,
+            fetch_failures: 1,
+            largest_stage_tasks: 1,
+            concurrent_tasks: 1,
+            executor_memory_bytes: Some(1 << 40),
+            executor_memory_overhead_bytes: Some(1 << 40),
+            ..Run::default()
+        };
+        for dynamic_allocation in [false, true] {
+            let job = Job::Run(Box::new(Run { dynamic_allocation, ..run.clone() }));
+            let advice = size::advise(&job, Preset::Balanced);
+            let mut out = Vec::new();
+            write_tables(&mut out, &job, &advice, true).expect("tables");
+            let text = String::from_utf8(out).expect("text");
+            let words: Vec<&str> = text.split_whitespace().collect();
+            let plurals = words.windows(2).filter(|pair| pair[0] == "1" && pair[1].len() > 2);
+            let plurals: Vec<_> =
+                plurals.filter(|pair| pair[1].trim_end_matches([',', ';', ':']).ends_with('s')).collect();
+            assert!(plurals.is_empty(), "{plurals:?} in {text}");
+            assert!(text.contains("1 core") && text.contains("1 task"), "{text}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 //! Every rule is pure, and the same job always gets the same advice.
 
 use balancer_core::{Capacity, Counts, Policy, PolicyField, Ratio, decide};
+use balancer_runtime::text::number_of;
 use bytesize::ByteSize;
 use clap::ValueEnum;
 use serde::Serialize;
@@ -331,7 +332,8 @@ fn of_run(run: &Run, notes: &mut Vec<Note>) -> Size {
     let mut because =
         format!("a task of the earlier run wanted {} for joins, sorts and aggregations", shown(run.wanted_task_bytes),);
     if short {
-        because += &format!(", and {} executors may have had too little memory", run.executors_out_of_memory);
+        because +=
+            &format!(", and {} may have had too little memory", number_of(run.executors_out_of_memory, "executor"));
     }
     let mut memory = memory(&kind, cores, Basis::Measured, because);
     compare_memory(run, cores, &mut memory, notes);
@@ -362,13 +364,14 @@ fn run_cores(run: &Run) -> (u64, String) {
     let task_cpus = run.cpus_of_a_task();
     let (used, had) = (run.concurrent_tasks.max(1).saturating_mul(task_cpus), run.cores_at_once);
     if run.dynamic_allocation && had > 0 {
-        let executors = run.executors_at_once;
+        let executors = number_of(run.executors_at_once, "executor");
         return (
             had,
-            format!("the earlier run had up to {had} cores, in {executors} executors, and Spark chose how many"),
+            format!("the earlier run had up to {}, in {executors}, and Spark chose how many", number_of(had, "core")),
         );
     }
-    let measured = format!("{used} of up to {had} cores were in use while the earlier run did most of its work");
+    let measured =
+        format!("the earlier run used {used} of up to {} while it did most of its work", number_of(had, "core"));
     let wanted = used.saturating_mul(100).div_ceil(UTILISATION_PERCENT);
     // Stages may have run at the same time, so no limit is below what was in use.
     let most = run.largest_stage_tasks.saturating_mul(task_cpus).max(used);
@@ -403,10 +406,10 @@ fn compare_memory(run: &Run, cores: u64, memory: &mut Memory, notes: &mut Vec<No
         let Some(had) = had.filter(|&had| is_below_half(advised, had)) else { return };
         *basis = Basis::Assumed;
         notes.push(format!(
-            "the earlier run had {} of {what} for {} cores, and less than half of that is advised for each core: {hidden} not show in \
+            "the earlier run had {} of {what} for {}, and less than half of that is advised for each core: {hidden} not show in \
              the log, so keep what it had if the job needs it for them",
             shown(had),
-            run.executor_cores,
+            number_of(run.executor_cores, "core"),
         ).into());
     };
     add("heap", memory.heap, run.executor_memory_bytes, "cached and broadcast data do", &mut memory.basis);
@@ -449,8 +452,11 @@ fn run_notes(run: &Run, notes: &mut Vec<Note>) {
     }
     if run.fetch_failures > 0 {
         notes.push(
-            format!("{} tasks of the earlier run did not find shuffle files of lost executors", run.fetch_failures)
-                .into(),
+            format!(
+                "{} of the earlier run did not find shuffle files of lost executors",
+                number_of(run.fetch_failures, "task")
+            )
+            .into(),
         );
     }
 }
@@ -478,8 +484,9 @@ fn partitions(shuffle: u64, tasks: u64, basis: Basis, cause: &str) -> (u64, Basi
     // Full rounds of tasks, so that no core waits for the last ones.
     let count = count.max(DEFAULT_PARTITIONS).div_ceil(tasks) * tasks;
     let why = format!(
-        "{cause}: parts of {}, {DEFAULT_PARTITIONS} of them at least, in full rounds of {tasks} tasks; Spark merges small ones",
-        shown(PARTITION)
+        "{cause}: parts of {}, {DEFAULT_PARTITIONS} of them at least, in full rounds of {}; Spark merges small ones",
+        shown(PARTITION),
+        number_of(tasks, "task"),
     );
     (count, basis, why)
 }
@@ -528,7 +535,11 @@ fn policy(job: &Job, preset: Preset, size: &Size, keeps_volumes: bool, settings:
         }
         if run.executors_lost.saturating_mul(100) > run.executors.saturating_mul(MANY_LOST_PERCENT) {
             step += 1;
-            reasons.push(format!("a step safer for {} of {} executors lost", run.executors_lost, run.executors));
+            reasons.push(format!(
+                "a step safer for {} of {} lost",
+                run.executors_lost,
+                number_of(run.executors, "executor")
+            ));
             basis = Basis::Measured;
         }
     }

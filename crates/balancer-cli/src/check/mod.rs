@@ -8,6 +8,7 @@ mod snapshot;
 
 use std::io::{self, Write};
 
+use balancer_runtime::text::number_of;
 use clap::Args;
 use serde::Serialize;
 
@@ -104,7 +105,7 @@ impl Report {
         match (errors + warnings, self.unchecked.len()) {
             (0, 0) => writeln!(out, "No problems found."),
             (0, _) => writeln!(out, "No problems found in what was checked."),
-            _ => writeln!(out, "{}, {}.", counted(errors, "error"), counted(warnings, "warning")),
+            _ => writeln!(out, "{}, {}.", number_of(errors, "error"), number_of(warnings, "warning")),
         }
     }
 
@@ -124,11 +125,6 @@ impl Report {
 fn row(Finding { problem, object, text, fix }: &Finding) -> Vec<String> {
     let (severity, id) = (problem.severity().to_string(), problem.id().to_owned());
     vec![severity, id, object.clone(), text.clone(), fix.clone(), problem.documentation()]
-}
-
-fn counted(number: usize, what: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
-    format!("{number} {what}{plural}")
 }
 
 #[derive(Serialize)]

@@ -264,6 +264,7 @@ impl<'s> Subject<'s> {
         let mut words = vec![format!("{ratio}: {source}.")];
         match fields.on_demand_base {
             Some(0) => {}
+            Some(1) => words.push("The first executor goes to on-demand; the ratio applies to the others.".into()),
             Some(base) => {
                 words.push(format!("The first {base} executors go to on-demand; the ratio applies to the others."))
             }

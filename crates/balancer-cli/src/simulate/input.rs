@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use balancer_core::{InvalidField, Policy, PolicyField, PolicyOverrides, Ratio, RatioError, SpotPreference};
+use balancer_runtime::text::number_of;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
@@ -148,7 +149,7 @@ pub(crate) enum Preference {
 /// Why options do not fit together.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum InputError {
-    #[error("{option} has {have} values for {pools} pools; accepted: one value, or one for each pool")]
+    #[error("{option} has {} for {}; accepted: one value, or one for each pool", number_of(*have, "value"), number_of(*pools, "pool"))]
     PerPool { option: &'static str, have: usize, pools: usize },
     #[error("--spot-prices {spot} is above --on-demand-price {on_demand}; accepted: up to the on-demand price")]
     SpotPrice { spot: f64, on_demand: f64 },

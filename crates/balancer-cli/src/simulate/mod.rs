@@ -10,6 +10,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use balancer_runtime::text::number_of;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
@@ -140,9 +141,10 @@ fn notes(simulation: &Simulation) -> Vec<String> {
     ];
     if simulation.runs < simulation.wanted_runs {
         notes.push(format!(
-            "Only {} runs for each ratio and base instead of {}, which would take more than about 10 minutes. The error bars are \
+            "Only {} for each ratio and base instead of {}, which would take more than about 10 minutes. The error bars are \
              wider.",
-            simulation.runs, simulation.wanted_runs
+            number_of(simulation.runs, "run"),
+            simulation.wanted_runs
         ));
     }
     let unfinished = simulation.forecasts.iter().map(|forecast| forecast.unfinished).fold(0.0, f64::max);

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use balancer_runtime::text::number_of;
 use k8s_openapi::ByteString;
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
@@ -126,8 +127,8 @@ pub(super) fn validity(snapshot: &Snapshot) -> Vec<Finding> {
         finding(Problem::CertificateExpired, format!("The certificate expired at {}.", day(until)), RENEW)
     } else if until - now < ((until - from) / RENEWED_AT_PART).min(MOST_EXPIRES_SOON_DAYS * DAY) {
         let left = match until - now {
-            seconds if seconds < DAY => format!("{} hours", seconds / HOUR),
-            seconds => format!("{} days", seconds / DAY),
+            seconds if seconds < DAY => number_of(seconds / HOUR, "hour"),
+            seconds => number_of(seconds / DAY, "day"),
         };
         finding(Problem::CertificateExpires, format!("The certificate expires in {left}, at {}.", day(until)), RENEW)
     } else {

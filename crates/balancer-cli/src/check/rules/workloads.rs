@@ -1,5 +1,6 @@
 //! Checks what runs: the Deployments, their settings and replicas, and the leader.
 
+use balancer_runtime::text::number_of;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 
@@ -150,10 +151,14 @@ fn replicas(component: &Component, ready: usize, effect: &str) -> Vec<Finding> {
     match ready {
         // Nobody wants it to run.
         _ if wanted == 0 => finding(Problem::NoReadyReplica, format!("It is scaled to 0 replicas. {effect}")),
-        0 => finding(Problem::NoReadyReplica, format!("None of its {wanted} replicas is ready. {effect}")),
-        ready if ready < wanted => {
-            finding(Problem::ReplicaNotReady, format!("{ready} of its {wanted} replicas are ready."))
-        }
+        0 => finding(
+            Problem::NoReadyReplica,
+            format!("It has no ready replica, and should have {}. {effect}", number_of(wanted, "replica")),
+        ),
+        ready if ready < wanted => finding(
+            Problem::ReplicaNotReady,
+            format!("It has {}, and should have {wanted}.", number_of(ready, "ready replica")),
+        ),
         _ => Vec::new(),
     }
 }

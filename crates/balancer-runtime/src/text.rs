@@ -1,8 +1,10 @@
 //! Words for people.
 
+use std::fmt::Display;
+
 /// A number of things, such as `1 executor` or `2 executors`.
-pub(crate) fn number_of(number: usize, thing: &str) -> String {
-    let plural = if number == 1 { "" } else { "s" };
+pub fn number_of<N: Display + PartialEq + From<u8>>(number: N, thing: &str) -> String {
+    let plural = if number == N::from(1) { "" } else { "s" };
     format!("{number} {thing}{plural}")
 }
 
