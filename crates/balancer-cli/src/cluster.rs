@@ -24,6 +24,9 @@ const REQUEST_LIMIT: Duration = Duration::from_secs(15);
 /// The objects of one page, as kubectl has it.
 const PAGE: u32 = 500;
 
+/// The objects of a list that are kept: as many as a cluster may have pods by the limits of Kubernetes.
+const MAX_OBJECTS: usize = 150_000;
+
 /// The resourceVersion that apiservers answer from their caches.
 const OF_CACHE: &str = "0";
 
@@ -106,6 +109,9 @@ pub(crate) enum RequestError {
     /// The API could not be reached, or has a fault.
     #[error("the Kubernetes API is not available: {0}")]
     Unavailable(String),
+    /// A list is longer than a command can keep.
+    #[error("there are more than {0} of them")]
+    TooMany(usize),
     /// The API does not accept the request.
     #[error("the Kubernetes API refuses the request: {0}")]
     Refused(String),
@@ -180,20 +186,48 @@ pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) ->
     })
 }
 
+/// The first objects of a list.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct FirstOf<T> {
+    pub(crate) objects: Vec<T>,
+    /// Whether the list has more objects.
+    pub(crate) has_more: bool,
+}
+
+impl<T> FirstOf<T> {
+    /// All objects of the list; an error if it has more than these.
+    pub(crate) fn all(self) -> Result<Vec<T>, RequestError> {
+        if self.has_more { Err(RequestError::TooMany(self.objects.len())) } else { Ok(self.objects) }
+    }
+}
+
 /// All objects of a list, page by page. `keep` takes what is needed of each object, so that a large cluster fits into
-/// memory.
+/// memory. A part of a list would give wrong counts, so a list that is too long is an error.
 pub(crate) async fn list<K, T>(
     api: &Api<K>,
     parameters: ListParams,
-    mut keep: impl FnMut(K) -> Option<T>,
+    keep: impl FnMut(K) -> Option<T>,
 ) -> Result<Vec<T>, RequestError>
 where
     K: Clone + DeserializeOwned + Debug,
 {
-    pages(async |page| api.list(page).await, parameters, &mut keep).await
+    list_first(api, parameters, MAX_OBJECTS, keep).await?.all()
 }
 
-/// The same for the metadata alone.
+/// The first objects of a list, at most so many.
+pub(crate) async fn list_first<K, T>(
+    api: &Api<K>,
+    parameters: ListParams,
+    most: usize,
+    mut keep: impl FnMut(K) -> Option<T>,
+) -> Result<FirstOf<T>, RequestError>
+where
+    K: Clone + DeserializeOwned + Debug,
+{
+    pages(async |page| api.list(page).await, parameters, most, &mut keep).await
+}
+
+/// The same as [`list`] for the metadata alone.
 pub(crate) async fn list_metadata<K, T>(
     api: &Api<K>,
     parameters: ListParams,
@@ -202,24 +236,31 @@ pub(crate) async fn list_metadata<K, T>(
 where
     K: Clone + DeserializeOwned + Debug + kube::Resource<DynamicType = ()>,
 {
-    pages(async |page| api.list_metadata(page).await, parameters, &mut keep).await
+    pages(async |page| api.list_metadata(page).await, parameters, MAX_OBJECTS, &mut keep).await?.all()
 }
 
 async fn pages<K: Clone, T>(
     read: impl AsyncFn(&ListParams) -> kube::Result<ObjectList<K>>,
     parameters: ListParams,
+    most: usize,
     keep: &mut impl FnMut(K) -> Option<T>,
-) -> Result<Vec<T>, RequestError> {
+) -> Result<FirstOf<T>, RequestError> {
     // With a limit, an apiserver does not answer from its cache.
     let is_of_cache = parameters.resource_version.as_deref() == Some(OF_CACHE);
     let mut page = if is_of_cache { parameters } else { parameters.limit(PAGE) };
-    let mut kept = Vec::new();
+    let mut objects = Vec::new();
     loop {
         let list = within(read(&page)).await?;
-        kept.extend(list.items.into_iter().filter_map(&mut *keep));
+        // One more than are kept shows that there are more.
+        let room = (most + 1).saturating_sub(objects.len());
+        objects.extend(list.items.into_iter().filter_map(&mut *keep).take(room));
+        if objects.len() > most {
+            objects.truncate(most);
+            return Ok(FirstOf { objects, has_more: true });
+        }
         match list.metadata.continue_.filter(|token| !token.is_empty()) {
             Some(token) => page = page.continue_token(&token),
-            None => return Ok(kept),
+            None => return Ok(FirstOf { objects, has_more: false }),
         }
     }
 }
@@ -246,8 +287,8 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_list_is_read_to_its_last_page() {
+    /// The odd numbers of a list of three pages, at most so many; and the pages that were asked for.
+    async fn odd(most: usize) -> (FirstOf<i32>, Vec<(Option<u32>, Option<String>)>) {
         let asked = RefCell::new(Vec::new());
         let read = async |parameters: &ListParams| {
             let token = parameters.continue_token.clone();
@@ -261,13 +302,24 @@ mod tests {
             let metadata = ListMeta { continue_: next.map(str::to_owned), ..ListMeta::default() };
             Ok(ObjectList { types: TypeMeta::default(), metadata, items })
         };
-        let odd = pages(read, ListParams::default(), &mut |item: i32| (item % 2 == 1).then_some(item)).await;
-        assert_eq!(odd.expect("a list"), [1, 3, 5]);
+        let odd = pages(read, ListParams::default(), most, &mut |item: i32| (item % 2 == 1).then_some(item)).await;
+        (odd.expect("a list"), asked.into_inner())
+    }
+
+    #[tokio::test]
+    async fn a_list_is_read_to_its_last_page() {
+        let (odd, asked) = odd(3).await;
+        assert_eq!(odd, FirstOf { objects: vec![1, 3, 5], has_more: false });
         let token = |token: &str| Some(token.to_owned());
-        assert_eq!(
-            asked.into_inner(),
-            [(Some(PAGE), None), (Some(PAGE), token("second")), (Some(PAGE), token("third"))]
-        );
+        assert_eq!(asked, [(Some(PAGE), None), (Some(PAGE), token("second")), (Some(PAGE), token("third"))]);
+    }
+
+    #[tokio::test]
+    async fn a_list_is_not_read_further_than_what_is_kept_of_it() {
+        let (first, asked) = odd(1).await;
+        assert_eq!((&first, asked.len()), (&FirstOf { objects: vec![1], has_more: true }, 2));
+        let error = first.all().expect_err("too many");
+        assert_eq!(error.to_string(), "there are more than 1 of them");
     }
 
     #[tokio::test(start_paused = true)]

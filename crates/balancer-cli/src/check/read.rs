@@ -18,10 +18,10 @@ use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{self, Endpoints, Namespace, Pod, Secret, Service, Toleration};
 use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
-use kube::api::{Api, ListParams, PostParams};
+use kube::api::{Api, ListParams, ObjectMeta, PostParams};
 use serde::Serialize;
 
-use crate::cluster::{Cluster, RequestError, list, within};
+use crate::cluster::{Cluster, FirstOf, RequestError, list, list_first, within};
 use crate::snapshot::read::core_pod;
 
 use super::metrics::Metrics;
@@ -48,6 +48,12 @@ const ADMIN_PORT: &str = "admin";
 const MAX_REPLICAS: usize = 10;
 /// How many live executors are read for what executors tolerate.
 const MAX_EXECUTORS: u32 = 500;
+/// How many nodes are checked. What holds for none of them or for all of them cannot be told of a part.
+const MAX_NODES: usize = 20_000;
+/// How many namespaces are checked, likewise.
+const MAX_CLUSTER_NAMESPACES: usize = 20_000;
+/// Of how many drivers the annotations are checked.
+const MAX_DRIVERS: usize = 10_000;
 /// How many requests run at once.
 const AT_ONCE: usize = 8;
 /// From the first sample of metrics to the second. A reconciler calls the store once a second.
@@ -342,8 +348,15 @@ impl Reader<'_> {
             let (name, labels) = (node.metadata.name.unwrap_or_default(), node.metadata.labels.unwrap_or_default());
             Some(Node { name, labels, taints })
         };
-        let (namespaces, nodes) =
-            tokio::join!(list(&namespaces, ListParams::default(), Some), list(&nodes, ListParams::default(), node));
+        let namespace = |namespace: Namespace| {
+            let ObjectMeta { name, labels, .. } = namespace.metadata;
+            Some(Namespace { metadata: ObjectMeta { name, labels, ..ObjectMeta::default() }, ..Namespace::default() })
+        };
+        let (namespaces, nodes) = tokio::join!(
+            list_first(&namespaces, ListParams::default(), MAX_CLUSTER_NAMESPACES, namespace),
+            list_first(&nodes, ListParams::default(), MAX_NODES, node),
+        );
+        let (namespaces, nodes) = (namespaces.and_then(FirstOf::all), nodes.and_then(FirstOf::all));
         (self.known("the namespaces", namespaces), self.known("the nodes", nodes))
     }
 
@@ -362,17 +375,20 @@ impl Reader<'_> {
             found = self.drivers_in(namespace, &drivers).await;
         }
         let Some(drivers) = self.known("the drivers of jobs", found) else { return Default::default() };
+        if drivers.has_more {
+            self.note("further drivers of jobs", format!("only {MAX_DRIVERS} are checked"));
+        }
         let executors = within(self.cluster.api::<Pod>(namespace).list(&executors.limit(MAX_EXECUTORS))).await;
         let executors = self.known("the executors of jobs", executors).map(|list| list.items).unwrap_or_default();
-        (drivers, Executors::of(executors, conventions))
+        (drivers.objects, Executors::of(executors, conventions))
     }
 
     async fn drivers_in(
         &self,
         namespace: Option<&str>,
         drivers: &ListParams,
-    ) -> Result<Vec<CorePod<'static>>, RequestError> {
-        list(&self.cluster.api::<WatchedPod>(namespace), drivers.clone(), |pod| Some(pod.pod)).await
+    ) -> Result<FirstOf<CorePod<'static>>, RequestError> {
+        list_first(&self.cluster.api::<WatchedPod>(namespace), drivers.clone(), MAX_DRIVERS, |pod| Some(pod.pod)).await
     }
 
     /// Asks the API which of the rights that the programs need are missing.
@@ -522,6 +538,8 @@ mod tests {
 
     use serde_json::json;
 
+    use crate::snapshot::testing::{cluster, items};
+
     fn deployment(namespace: &str, instance: &str, component: &str) -> Deployment {
         let labels = json!({INSTANCE_LABEL: instance, COMPONENT_LABEL: component});
         let object = json!({"metadata": {"name": component, "namespace": namespace, "labels": labels}});
@@ -579,6 +597,35 @@ mod tests {
         let bound = found(vec![executor("spot", Some("n"), "Unschedulable"), executor("spot", Some("n"), "")]);
         assert!(!bound.spot_is_pending && bound.nodes.contains("n"), "{bound:?}");
         assert_eq!(bound.tolerations.len(), 1);
+    }
+
+    /// What is kept of so many nodes, namespaces and drivers, and the notes.
+    async fn large(nodes: usize, namespaces: usize, drivers: usize) -> ((bool, bool, usize), Vec<String>) {
+        let objects = |number: usize| items((0..number).map(|name| json!({"metadata": {"name": format!("{name}")}})).collect());
+        let cluster = cluster(move |request| {
+            let numbers = [("/nodes?", nodes), ("/namespaces?", namespaces), ("driver", drivers)];
+            let asked = numbers.into_iter().find(|(part, _)| request.contains(part));
+            objects(asked.map_or(0, |(_, number)| number))
+        });
+        let cluster = cluster.await;
+        let reader = Reader { cluster: &cluster, namespace: None, unchecked: RefCell::default() };
+        let (namespaces, nodes) = reader.cluster_wide().await;
+        let (drivers, _) = reader.job_pods(&Conventions::default()).await;
+        let notes = reader.unchecked.into_inner().into_iter().map(|Unchecked { what, why }| format!("{what}: {why}"));
+        ((nodes.is_some(), namespaces.is_some(), drivers.len()), notes.collect())
+    }
+
+    #[tokio::test]
+    async fn what_is_more_than_can_be_checked_is_noted() {
+        let most = large(MAX_NODES, MAX_CLUSTER_NAMESPACES, MAX_DRIVERS).await;
+        assert_eq!(most, ((true, true, MAX_DRIVERS), vec![]));
+        let more = large(MAX_NODES + 1, MAX_CLUSTER_NAMESPACES + 1, MAX_DRIVERS + 1).await;
+        let notes = [
+            "the namespaces: there are more than 20000 of them",
+            "the nodes: there are more than 20000 of them",
+            "further drivers of jobs: only 10000 are checked",
+        ];
+        assert_eq!(more, ((false, false, MAX_DRIVERS), notes.map(str::to_owned).to_vec()));
     }
 
     #[test]
