@@ -601,7 +601,8 @@ mod tests {
 
     /// What is kept of so many nodes, namespaces and drivers, and the notes.
     async fn large(nodes: usize, namespaces: usize, drivers: usize) -> ((bool, bool, usize), Vec<String>) {
-        let objects = |number: usize| items((0..number).map(|name| json!({"metadata": {"name": format!("{name}")}})).collect());
+        let objects =
+            |number: usize| items((0..number).map(|name| json!({"metadata": {"name": format!("{name}")}})).collect());
         let cluster = cluster(move |request| {
             let numbers = [("/nodes?", nodes), ("/namespaces?", namespaces), ("driver", drivers)];
             let asked = numbers.into_iter().find(|(part, _)| request.contains(part));

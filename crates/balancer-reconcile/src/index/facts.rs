@@ -1,18 +1,17 @@
 //! What is shown of one job.
 
-use std::collections::HashMap;
-
-use balancer_core::{Capacity, JobId, Policy, PolicyField, Ratio, SpotState};
+use balancer_core::{JobId, Policy, PolicyField, Ratio, SpotState};
 
 use super::ClusterIndex;
+use super::shares::ExecutorCounts;
 use crate::jobs::{InvalidAnnotationFacts, JobFacts, NodeShare, PoolShare, RatioSource, share};
 
 /// Jobs with fewer executors on nodes than this lose nothing worth a warning.
 const AT_RISK: u64 = 2;
 
 impl ClusterIndex {
-    /// What is shown of the job, whose ledger has this policy and this state; `None` if it has no live pod. It goes
-    /// through all executors of the job.
+    /// What is shown of the job, whose ledger has this policy and this state; `None` if it has no live pod. The
+    /// cost does not grow with the job's executors.
     pub(crate) fn facts(&self, job: &JobId, stored: Option<Policy>, spot: &SpotState) -> Option<JobFacts> {
         if !self.contains(job) {
             return None;
@@ -30,34 +29,18 @@ impl ClusterIndex {
             invalid_annotations: self.invalid_now(job),
             ..JobFacts::default()
         };
-        let (mut nodes, mut pending_on_demand) = (HashMap::<&str, u64>::new(), 0);
-        for executor in self.teams_of(job).flat_map(|team| team.executors.values()) {
-            if let Some(node) = &executor.node {
-                *nodes.entry(node).or_default() += 1;
-                match self.capacity(executor) {
-                    Some(Capacity::Spot) => facts.spot += 1,
-                    Some(Capacity::OnDemand) => facts.on_demand += 1,
-                    None => facts.unknown += 1,
-                }
-            } else {
-                facts.pending += 1;
-                facts.pending_spot += u64::from(executor.asked == Some(Capacity::Spot));
-                pending_on_demand += u64::from(executor.asked == Some(Capacity::OnDemand));
-            }
-        }
+        let ExecutorCounts { bound, pending, largest_node } = self.executors_by_capacity(job);
+        (facts.spot, facts.on_demand, facts.unknown) = (bound.spot as u64, bound.on_demand as u64, bound.none as u64);
+        (facts.pending, facts.pending_spot) = (pending.total() as u64, pending.spot as u64);
         if let Some(ratio) = policy.spot_ratio.share() {
-            let (on_spot, elsewhere) = (facts.spot + facts.pending_spot, facts.on_demand + pending_on_demand);
+            let (on_spot, elsewhere) = (facts.spot + facts.pending_spot, facts.on_demand + pending.on_demand as u64);
             facts.distance = distance(on_spot, elsewhere, policy.on_demand_base.into(), ratio);
         }
-        let bound = facts.executors() - facts.pending;
-        let largest_node = nodes.into_iter().max_by(|(one, of_one), (other, of_other)| {
-            // The same one each time.
-            of_one.cmp(of_other).then_with(|| other.cmp(one))
-        });
+        let bound = bound.total() as u64;
         facts.largest_node = largest_node.map(|(name, executors)| NodeShare {
-            name: name.to_owned(),
-            executors,
-            share: share(executors, bound),
+            name: name.to_string(),
+            executors: executors as u64,
+            share: share(executors as u64, bound),
         });
         let pools = self.shares(job).pools;
         let largest_pool =
@@ -122,7 +105,7 @@ pub fn distance(spot: u64, on_demand: u64, base: u64, ratio: Ratio) -> i64 {
 mod tests {
     use std::sync::Arc;
 
-    use balancer_core::{Conventions, Pod, SpotRatio};
+    use balancer_core::{Capacity, Conventions, Pod, SpotRatio};
     use serde_json::{Value, json};
 
     use super::*;

@@ -32,7 +32,7 @@ pub(super) struct Team {
     /// The names of those that have another key in the ledger, by that key.
     pub(super) generated: HashMap<Box<str>, Arc<str>>,
     /// What they require by themselves.
-    pub(super) fixed: FixedCounts,
+    pub(super) fixed: ByCapacity,
     pub(super) churn: Churn,
     /// Whether the owner is a live driver with the same job id.
     pub(super) has_driver: bool,
@@ -99,17 +99,24 @@ impl CountBounds {
     }
 }
 
-/// How many executors require each capacity by themselves, and how many none.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct FixedCounts {
-    spot: usize,
-    on_demand: usize,
-    none: usize,
+/// How many executors have each capacity, and how many none: of what they require by themselves, were sent to, or run on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct ByCapacity {
+    pub(super) spot: usize,
+    pub(super) on_demand: usize,
+    pub(super) none: usize,
 }
 
-impl FixedCounts {
-    fn of(&mut self, fixed: Option<Capacity>) -> &mut usize {
-        match fixed {
+impl ByCapacity {
+    /// One executor.
+    pub(super) fn one(capacity: Option<Capacity>) -> Self {
+        let mut one = Self::default();
+        *one.of(capacity) = 1;
+        one
+    }
+
+    pub(super) fn of(&mut self, capacity: Option<Capacity>) -> &mut usize {
+        match capacity {
             Some(Capacity::Spot) => &mut self.spot,
             Some(Capacity::OnDemand) => &mut self.on_demand,
             None => &mut self.none,
@@ -120,6 +127,22 @@ impl FixedCounts {
         self.spot += others.spot;
         self.on_demand += others.on_demand;
         self.none += others.none;
+    }
+
+    pub(super) fn remove(&mut self, others: Self) {
+        self.spot = self.spot.saturating_sub(others.spot);
+        self.on_demand = self.on_demand.saturating_sub(others.on_demand);
+        self.none = self.none.saturating_sub(others.none);
+    }
+
+    /// The same executors on a node of this capacity; on one whose capacity is not known they stay what they are.
+    pub(super) fn on(self, capacity: Option<Capacity>) -> Self {
+        if capacity.is_none() {
+            return self;
+        }
+        let mut on_node = Self::default();
+        *on_node.of(capacity) = self.total();
+        on_node
     }
 
     pub(super) fn total(self) -> usize {
@@ -142,9 +165,9 @@ impl Executor {
         self.key.as_deref().map_or_else(|| Arc::clone(name), Arc::from)
     }
 
-    /// Whether it was sent to spot, and has no node yet.
-    pub(super) fn waits_for_spot(&self) -> bool {
-        self.node.is_none() && self.asked == Some(Capacity::Spot)
+    /// It, by what it was sent to, if it has no node yet.
+    pub(super) fn pending(&self) -> ByCapacity {
+        if self.node.is_none() { ByCapacity::one(self.asked) } else { ByCapacity::default() }
     }
 }
 

@@ -24,8 +24,8 @@ pub use invalid_annotation::InvalidAnnotation;
 use invalid_annotation::InvalidAnnotations;
 pub(crate) use job::CountBounds;
 pub(crate) use job::FixedCapacity;
+use job::{ByCapacity, Driver, Executor, Group, Team};
 pub use job::{Churn, DesiredState, DriverRef};
-use job::{Driver, Executor, FixedCounts, Group, Team};
 use nodes::NodeIndex;
 
 /// All live executors and drivers by their jobs, and the capacities of the nodes.
@@ -453,7 +453,7 @@ impl ClusterIndex {
 
     /// What all of the job's live executors require by themselves, if they require the same capacity.
     pub(crate) fn fixed(&self, job: &JobId) -> Option<FixedCapacity> {
-        let mut all = FixedCounts::default();
+        let mut all = ByCapacity::default();
         self.teams_of(job).for_each(|team| all.add(team.fixed));
         // During a migration some may be of the original, which left no mark on those that it has placed.
         let capacity = all.common().filter(|_| all.total() >= FixedCapacity::ENOUGH)?;
@@ -555,19 +555,20 @@ impl ClusterIndex {
             let is_same_pod = *before.uid == *uid && before.states_ratio == states_ratio;
             is_same_pod && before.asked == asked && before.node.as_deref() == node
         });
-        let waited = before.as_ref().is_some_and(Executor::waits_for_spot);
+        let pending_before = before.as_ref().map(Executor::pending).unwrap_or_default();
+        let asked_before = before.as_ref().and_then(|before| before.asked);
         let key_before = before.as_ref().map(|before| before.key(&name));
         let mut bound = before.and_then(|before| before.node);
-        if bound.as_deref() != node {
+        if bound.as_deref() != node || asked_before != asked {
             if let Some(node) = bound.take() {
-                self.nodes.unbind(&node, &id, &name);
+                self.nodes.unbind(&node, &id, &name, asked_before);
             }
-            bound = node.map(|node| self.nodes.bind(node, &id, &name));
+            bound = node.map(|node| self.nodes.bind(node, &id, &name, asked));
         }
         let key = (key != &*name).then(|| key.into());
         let uid = uid.into();
         let executor = Executor { key, uid, node: bound, asked, fixed, states_ratio, generation };
-        self.nodes.set_waiting(&id, waited, executor.waits_for_spot());
+        self.nodes.set_pending(&id, pending_before, executor.pending());
         let mut changed = Executors::one(executor.key(&name));
         if let Some(before) = key_before {
             changed.merge(Executors::one(before));
@@ -606,9 +607,10 @@ impl ClusterIndex {
             team.remove(&name)
         });
         let key = executor.as_ref().map_or_else(|| Arc::clone(&name), |executor| executor.key(&name));
-        self.nodes.set_waiting(&id, executor.as_ref().is_some_and(Executor::waits_for_spot), false);
-        if let Some(node) = executor.and_then(|executor| executor.node) {
-            self.nodes.unbind(&node, &id, &name);
+        let pending = executor.as_ref().map(Executor::pending).unwrap_or_default();
+        self.nodes.set_pending(&id, pending, ByCapacity::default());
+        if let Some(Executor { node: Some(node), asked, .. }) = executor {
+            self.nodes.unbind(&node, &id, &name, asked);
         }
         self.change(&id, Change::Loss, Executors::one(key));
         self.note_busy(&id);
@@ -728,7 +730,7 @@ impl ClusterIndex {
             owner_uid: Box::default(),
             executors: HashMap::new(),
             generated: HashMap::new(),
-            fixed: FixedCounts::default(),
+            fixed: ByCapacity::default(),
             churn: Churn::default(),
             has_driver: false,
             is_reported: false,

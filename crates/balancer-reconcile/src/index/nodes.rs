@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use balancer_core::{Capacity, CapacityProfile, JobId, Pool};
 
+use super::job::ByCapacity;
 use super::shares::TeamShares;
 
 /// The nodes that exist, or to which an executor is bound.
@@ -30,10 +31,18 @@ struct Node {
     /// The platform that shows that the node is spot, if it is not the configured one.
     other_platform: Option<CapacityProfile>,
     exists: bool,
-    /// The jobs with executors bound to the node, and the names of these. A virtual node may have very many of both.
-    jobs: HashMap<Arc<JobId>, HashSet<Arc<str>>>,
+    /// The jobs with executors bound to the node, and these. A virtual node may have very many of both.
+    jobs: HashMap<Arc<JobId>, Bound>,
     /// In which list, or after which, it was reported last.
     generation: u32,
+}
+
+/// The executors of a job that are bound to a node.
+#[derive(Debug, Default)]
+struct Bound {
+    names: HashSet<Arc<str>>,
+    /// How many they are, by what they were sent to.
+    asked: ByCapacity,
 }
 
 impl NodeIndex {
@@ -74,7 +83,7 @@ impl NodeIndex {
             node.change(teams, |node| node.capacity = capacity);
         }
         (node.exists, node.generation) = (true, generation);
-        node.jobs.iter().filter(move |_| has_changed)
+        node.jobs.iter().filter(move |_| has_changed).map(|(job, bound)| (job, &bound.names))
     }
 
     /// Stores the pool of a node. Returns the jobs whose executors are affected by a change.
@@ -132,39 +141,57 @@ impl NodeIndex {
         self.teams.get(team)
     }
 
-    /// An executor of the team starts, or ceases, to wait for a spot node.
-    pub(super) fn set_waiting(&mut self, team: &Arc<JobId>, before: bool, now: bool) {
+    /// How many executors of the team are bound to the node.
+    pub(super) fn executors(&self, name: &str, team: &JobId) -> usize {
+        let bound = self.nodes.get(name).and_then(|node| node.jobs.get(team));
+        bound.map_or(0, |bound| bound.names.len())
+    }
+
+    /// What an executor of the team adds to those without a node.
+    pub(super) fn set_pending(&mut self, team: &Arc<JobId>, before: ByCapacity, now: ByCapacity) {
         if before != now {
-            shares_of(&mut self.teams, team).wait(now);
+            shares_of(&mut self.teams, team).set_pending(before, now);
             forget_if_empty(&mut self.teams, team);
         }
     }
 
-    /// Stores that an executor of the job is bound to the node. Returns the node's own copy of its name.
-    pub(super) fn bind(&mut self, name: &str, job: &Arc<JobId>, executor: &Arc<str>) -> Arc<str> {
-        let (node, teams) = self.node(name);
-        let executors = node.jobs.entry(Arc::clone(job)).or_default();
-        if executors.insert(Arc::clone(executor)) {
-            let shares = shares_of(teams, job);
-            shares.bind(number(executors));
-            shares.add(node.capacity, node.pool.as_ref(), 1);
+    /// Stores that an executor of the job, which was sent to a capacity, is bound to the node. Returns the node's own copy
+    /// of its name.
+    pub(super) fn bind(
+        &mut self,
+        name: &str,
+        job: &Arc<JobId>,
+        executor: &Arc<str>,
+        asked: Option<Capacity>,
+    ) -> Arc<str> {
+        let new = Node { generation: self.generation, ..Node::default() };
+        self.nodes.entry(name.into()).or_insert(new);
+        let name = self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name));
+        let Some(node) = self.nodes.get_mut(&name) else { return name };
+        let bound = node.jobs.entry(Arc::clone(job)).or_default();
+        if bound.names.insert(Arc::clone(executor)) {
+            *bound.asked.of(asked) += 1;
+            let shares = shares_of(&mut self.teams, job);
+            shares.bind(&name, number(&bound.names));
+            shares.add(node.capacity, node.pool.as_ref(), ByCapacity::one(asked));
         }
-        self.nodes.get_key_value(name).map_or_else(|| name.into(), |(name, _)| Arc::clone(name))
+        name
     }
 
-    /// Stores that an executor of the job is no longer bound to the node.
-    pub(super) fn unbind(&mut self, name: &str, job: &Arc<JobId>, executor: &str) {
+    /// Stores that an executor of the job, which was sent to a capacity, is no longer bound to the node.
+    pub(super) fn unbind(&mut self, name: &Arc<str>, job: &Arc<JobId>, executor: &str, asked: Option<Capacity>) {
         let Some(node) = self.nodes.get_mut(name) else { return };
-        if let Some(executors) = node.jobs.get_mut(job)
-            && executors.contains(executor)
+        if let Some(bound) = node.jobs.get_mut(job)
+            && bound.names.contains(executor)
         {
             if let Some(shares) = self.teams.get_mut(job) {
-                shares.unbind(number(executors));
-                shares.remove(node.capacity, node.pool.as_ref(), 1);
+                shares.unbind(name, number(&bound.names));
+                shares.remove(node.capacity, node.pool.as_ref(), ByCapacity::one(asked));
             }
             forget_if_empty(&mut self.teams, job);
-            executors.remove(executor);
-            if executors.is_empty() {
+            bound.names.remove(executor);
+            bound.asked.remove(ByCapacity::one(asked));
+            if bound.names.is_empty() {
                 node.jobs.remove(job);
             }
         }
@@ -199,15 +226,15 @@ impl NodeIndex {
 impl Node {
     /// Changes its capacity or its pool, and with it what is kept of the executors that are bound to it.
     fn change(&mut self, teams: &mut HashMap<Arc<JobId>, TeamShares>, change: impl FnOnce(&mut Self)) {
-        for (team, executors) in &self.jobs {
+        for (team, bound) in &self.jobs {
             if let Some(shares) = teams.get_mut(team) {
-                shares.remove(self.capacity, self.pool.as_ref(), number(executors));
+                shares.remove(self.capacity, self.pool.as_ref(), bound.asked);
             }
         }
         change(self);
-        for (team, executors) in &self.jobs {
+        for (team, bound) in &self.jobs {
             if let Some(shares) = teams.get_mut(team) {
-                shares.add(self.capacity, self.pool.as_ref(), number(executors));
+                shares.add(self.capacity, self.pool.as_ref(), bound.asked);
             }
         }
     }
@@ -252,14 +279,14 @@ mod tests {
     fn a_changed_capacity_affects_the_executors_that_are_bound_to_the_node() {
         let mut nodes = NodeIndex::default();
         for (id, executor) in [("a", "a1"), ("a", "a2"), ("b", "b1")] {
-            nodes.bind("n", &job(id), &executor.into());
+            nodes.bind("n", &job(id), &executor.into(), None);
         }
-        nodes.bind("other", &job("a"), &"a3".into());
+        nodes.bind("other", &job("a"), &"a3".into(), None);
         assert_eq!(affected(&mut nodes, "n", Some(Spot)), ["a: a1 a2", "b: b1"]);
         assert!(affected(&mut nodes, "n", Some(Spot)).is_empty());
-        nodes.unbind("n", &job("a"), "a1");
-        nodes.unbind("n", &job("b"), "b1");
-        nodes.unbind("n", &job("a"), "a3");
+        nodes.unbind(&"n".into(), &job("a"), "a1", None);
+        nodes.unbind(&"n".into(), &job("b"), "b1", None);
+        nodes.unbind(&"n".into(), &job("a"), "a3", None);
         assert_eq!(affected(&mut nodes, "n", None), ["a: a2"]);
         assert_eq!(nodes.capacity("n"), None);
     }
@@ -268,12 +295,12 @@ mod tests {
     fn a_deleted_node_is_remembered_while_executors_are_bound_to_it() {
         let mut nodes = NodeIndex::default();
         nodes.apply("n", Some(OnDemand)).for_each(drop);
-        nodes.bind("n", &job("a"), &"a1".into());
+        nodes.bind("n", &job("a"), &"a1".into(), None);
         nodes.delete("n");
         nodes.init();
         nodes.init_done();
         assert_eq!(nodes.capacity("n"), Some(OnDemand));
-        nodes.unbind("n", &job("a"), "a1");
+        nodes.unbind(&"n".into(), &job("a"), "a1", None);
         assert_eq!(nodes.len(), 0);
     }
 

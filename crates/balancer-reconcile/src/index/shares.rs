@@ -1,61 +1,56 @@
 //! How the executors of a job are spread over nodes and over pools of spot nodes. Kept with each change, at a cost that
 //! does not grow with the job.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
 use balancer_core::{Capacity, JobId, Policy, Pool, Shares};
 
 use super::ClusterIndex;
+use super::job::ByCapacity;
 
-/// The [`Shares`] of one team.
+/// The [`Shares`] of one team, and what is shown of it.
 #[derive(Debug, Default)]
 pub(super) struct TeamShares {
-    bound: u32,
-    /// How many nodes have one executor of the team, how many have two, and so on.
-    nodes: Vec<u32>,
-    spot: u32,
+    /// The executors that are bound to a node, by what they count as: what the node is, or else what they were sent to.
+    bound: ByCapacity,
+    /// How many there are on each node. The last one has the most; of several the one whose name comes first.
+    nodes: BTreeSet<(u32, Reverse<Arc<str>>)>,
+    /// Those on spot nodes.
+    spot: usize,
     /// A team has few pools.
     pools: Vec<(Arc<Pool>, u32)>,
-    waiting: u32,
+    /// The executors without a node, by what they were sent to.
+    pending: ByCapacity,
 }
 
 impl TeamShares {
-    /// A node has got one more executor, and now has so many.
-    pub(super) fn bind(&mut self, executors: u32) {
-        self.bound += 1;
-        self.count(executors, true);
-        self.count(executors.saturating_sub(1), false);
+    /// The node has got one more executor, and now has so many.
+    pub(super) fn bind(&mut self, node: &Arc<str>, executors: u32) {
+        let node = Reverse(Arc::clone(node));
+        let before = (executors.saturating_sub(1), node);
+        self.nodes.remove(&before);
+        self.nodes.insert((executors, before.1));
     }
 
-    /// A node has lost an executor of so many.
-    pub(super) fn unbind(&mut self, executors: u32) {
-        self.bound = self.bound.saturating_sub(1);
-        self.count(executors, false);
-        self.count(executors.saturating_sub(1), true);
-    }
-
-    /// One node more, or less, has so many executors.
-    fn count(&mut self, executors: u32, more: bool) {
-        let Some(at) = executors.checked_sub(1).and_then(|at| usize::try_from(at).ok()) else { return };
-        if more && self.nodes.len() <= at {
-            self.nodes.resize(at + 1, 0);
-        }
-        if let Some(nodes) = self.nodes.get_mut(at) {
-            *nodes = if more { *nodes + 1 } else { nodes.saturating_sub(1) };
-        }
-        while self.nodes.last() == Some(&0) {
-            self.nodes.pop();
+    /// The node has lost an executor of so many.
+    pub(super) fn unbind(&mut self, node: &Arc<str>, executors: u32) {
+        let Some((_, node)) = self.nodes.take(&(executors, Reverse(Arc::clone(node)))) else { return };
+        if executors > 1 {
+            self.nodes.insert((executors - 1, node));
         }
     }
 
     /// So many executors are bound to a node of this capacity and pool.
-    pub(super) fn add(&mut self, capacity: Option<Capacity>, pool: Option<&Arc<Pool>>, executors: u32) {
+    pub(super) fn add(&mut self, capacity: Option<Capacity>, pool: Option<&Arc<Pool>>, executors: ByCapacity) {
+        self.bound.add(executors.on(capacity));
         if capacity != Some(Capacity::Spot) {
             return;
         }
-        self.spot += executors;
+        self.spot += executors.total();
         let Some(pool) = pool else { return };
+        let executors = small(executors.total());
         match self.pools.iter_mut().find(|(known, _)| Arc::ptr_eq(known, pool)) {
             Some((_, bound)) => *bound += executors,
             None => self.pools.push((Arc::clone(pool), executors)),
@@ -63,46 +58,58 @@ impl TeamShares {
     }
 
     /// So many executors are no longer bound to a node of this capacity and pool.
-    pub(super) fn remove(&mut self, capacity: Option<Capacity>, pool: Option<&Arc<Pool>>, executors: u32) {
+    pub(super) fn remove(&mut self, capacity: Option<Capacity>, pool: Option<&Arc<Pool>>, executors: ByCapacity) {
+        self.bound.remove(executors.on(capacity));
         if capacity != Some(Capacity::Spot) {
             return;
         }
-        self.spot = self.spot.saturating_sub(executors);
+        self.spot = self.spot.saturating_sub(executors.total());
         let at = pool.and_then(|pool| self.pools.iter().position(|(known, _)| Arc::ptr_eq(known, pool)));
         if let Some(at) = at
             && let Some((_, bound)) = self.pools.get_mut(at)
         {
-            *bound = bound.saturating_sub(executors);
+            *bound = bound.saturating_sub(small(executors.total()));
             if *bound == 0 {
                 self.pools.swap_remove(at);
             }
         }
     }
 
-    /// One executor more, or less, waits for a spot node.
-    pub(super) fn wait(&mut self, more: bool) {
-        self.waiting = if more { self.waiting + 1 } else { self.waiting.saturating_sub(1) };
+    /// What an executor adds to those without a node.
+    pub(super) fn set_pending(&mut self, before: ByCapacity, now: ByCapacity) {
+        self.pending.remove(before);
+        self.pending.add(now);
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.bound == 0 && self.waiting == 0
+        self.bound.total() == 0 && self.pending.total() == 0
     }
+}
+
+fn small(executors: usize) -> u32 {
+    u32::try_from(executors).unwrap_or(u32::MAX)
+}
+
+/// The executors of a job, by what they count as.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct ExecutorCounts {
+    /// Those that are bound to a node.
+    pub(super) bound: ByCapacity,
+    /// Those without a node, by what they were sent to.
+    pub(super) pending: ByCapacity,
+    /// The node with the most of them, and how many it has.
+    pub(super) largest_node: Option<(Arc<str>, usize)>,
 }
 
 impl ClusterIndex {
     /// How the job's executors are spread.
     pub fn shares(&self, job: &JobId) -> Shares {
         let mut shares = Shares::default();
-        for team in self.teams_of(job) {
-            let id = self.groups.get(&team.group).and_then(|group| group.teams.get(&team.owner));
-            let Some(TeamShares { bound, nodes, spot, pools, waiting }) = id.and_then(|id| self.nodes.shares(id))
-            else {
-                continue;
-            };
-            shares.bound += bound;
-            shares.spot += spot;
-            shares.waiting += waiting;
-            shares.on_one_node = shares.on_one_node.max(u32::try_from(nodes.len()).unwrap_or(u32::MAX));
+        for (_, TeamShares { bound, nodes, spot, pools, pending }) in self.team_shares(job) {
+            shares.bound += small(bound.total());
+            shares.spot += small(*spot);
+            shares.waiting += small(pending.spot);
+            shares.on_one_node = shares.on_one_node.max(nodes.last().map_or(0, |(executors, _)| *executors));
             if shares.pools.is_empty() {
                 shares.pools.clone_from(pools);
                 continue;
@@ -114,6 +121,31 @@ impl ClusterIndex {
             shares.pools.extend(merged);
         }
         shares
+    }
+
+    /// How many executors the job has, at a cost that does not grow with them.
+    pub(super) fn executors_by_capacity(&self, job: &JobId) -> ExecutorCounts {
+        let mut executors = ExecutorCounts::default();
+        for (_, TeamShares { bound, nodes, pending, .. }) in self.team_shares(job) {
+            executors.bound.add(*bound);
+            executors.pending.add(*pending);
+            let Some((_, Reverse(node))) = nodes.last() else { continue };
+            // Both the job's driver and no owner at all may have executors there.
+            let on_node = self.team_shares(job).map(|(team, _)| self.nodes.executors(node, team)).sum::<usize>();
+            let largest = executors.largest_node.as_ref();
+            if largest.is_none_or(|(name, most)| (on_node, Reverse(node)) > (*most, Reverse(name))) {
+                executors.largest_node = Some((Arc::clone(node), on_node));
+            }
+        }
+        executors
+    }
+
+    /// The teams whose executors are the job's and are spread or pending, and how they are.
+    fn team_shares(&self, job: &JobId) -> impl Iterator<Item = (&Arc<JobId>, &TeamShares)> {
+        self.teams_of(job).filter_map(|team| {
+            let id = self.groups.get(&team.group)?.teams.get(&team.owner)?;
+            Some((id, self.nodes.shares(id)?))
+        })
     }
 
     /// The job's policy: what its driver states, else what its ledger has, else the settings.
@@ -199,13 +231,27 @@ mod tests {
         sorted(shares)
     }
 
+    /// The same for what is shown of it, except that of several nodes with the most executors any may be the largest one.
+    fn counted_executors(index: &ClusterIndex, job: &JobId) -> (ExecutorCounts, HashMap<Arc<str>, usize>) {
+        let (mut counted, mut nodes) = (ExecutorCounts::default(), HashMap::<Arc<str>, usize>::new());
+        for executor in index.teams_of(job).flat_map(|team| team.executors.values()) {
+            let Some(node) = &executor.node else {
+                counted.pending.add(ByCapacity::one(executor.asked));
+                continue;
+            };
+            counted.bound.add(ByCapacity::one(index.capacity(executor)));
+            *nodes.entry(Arc::clone(node)).or_default() += 1;
+        }
+        (counted, nodes)
+    }
+
     fn sorted(mut shares: Shares) -> Shares {
         shares.pools.sort();
         shares
     }
 
     proptest! {
-        /// Executors come, move between owners, are bound and go, and nodes change and go, in any order.
+        /// ExecutorCounts come, move between owners, are bound and go, and nodes change and go, in any order.
         #[test]
         fn shares_that_are_kept_equal_those_that_are_counted(steps in proptest::collection::vec(step(), 0..80)) {
             let mut index = ClusterIndex::new(Arc::new(Conventions::default()), Policy::default());
@@ -222,6 +268,19 @@ mod tests {
                 }
                 for job in index.jobs().cloned().collect::<Vec<_>>() {
                     prop_assert_eq!(sorted(index.shares(&job)), counted(&index, &job));
+                    let ExecutorCounts { bound, pending, largest_node } = index.executors_by_capacity(&job);
+                    let (expected, nodes) = counted_executors(&index, &job);
+                    prop_assert_eq!((bound, pending), (expected.bound, expected.pending));
+                    let largest = nodes.iter().max_by(|(one, of_one), (other, of_other)| {
+                        of_one.cmp(of_other).then_with(|| other.cmp(one))
+                    });
+                    if index.teams_of(&job).count() == 1 {
+                        prop_assert_eq!(largest_node, largest.map(|(node, executors)| (Arc::clone(node), *executors)));
+                    } else if let Some((node, executors)) = largest_node {
+                        prop_assert_eq!(nodes.get(&node), Some(&executors));
+                    } else {
+                        prop_assert!(nodes.is_empty());
+                    }
                 }
             }
             for name in 0..12 {

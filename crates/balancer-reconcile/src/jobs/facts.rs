@@ -134,13 +134,6 @@ pub struct InvalidAnnotationFacts {
     pub problem: String,
 }
 
-impl JobFacts {
-    /// All executors.
-    pub fn executors(&self) -> u64 {
-        self.spot + self.on_demand + self.pending + self.unknown
-    }
-}
-
 /// A share of all.
 #[expect(clippy::cast_precision_loss, reason = "far fewer executors than 2^52")]
 pub fn share(part: u64, all: u64) -> f64 {
