@@ -10,12 +10,13 @@ use balancer_core::{CapacityLabels, CapacityProfile};
 use balancer_runtime::cluster::chain;
 use clap::Args;
 use kube::api::{Api, ListParams, ObjectList};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{AuthProviderConfig, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use crate::output::Format;
+use crate::proxy::proxy;
 use crate::settings::Settings;
 
 /// How long connecting may take, and how long one request.
@@ -125,35 +126,51 @@ impl Cluster {
     pub(crate) async fn connect(arguments: &ClusterArguments) -> anyhow::Result<Self> {
         let ClusterArguments { namespace, context, kubeconfig } = arguments;
         let options = KubeConfigOptions { context: context.clone(), ..KubeConfigOptions::default() };
-        let mut config = match (kubeconfig, context) {
+        let (mut config, kubeconfig) = match (kubeconfig, context) {
             (Some(path), _) => {
                 let what = || format!("cannot use the kubeconfig {}", path.display());
                 let read = Kubeconfig::read_from(path).map_err(|error| anyhow!(chain(&error))).with_context(what)?;
-                let config = Config::from_custom_kubeconfig(read, &options).await;
-                config.map_err(|error| anyhow!(chain(&error))).with_context(what)?
+                let config = Config::from_custom_kubeconfig(read.clone(), &options).await;
+                (config.map_err(|error| anyhow!(chain(&error))).with_context(what)?, Some(read))
             }
-            (None, Some(context)) => Config::from_kubeconfig(&options)
-                .await
-                .map_err(|error| anyhow!(chain(&error)))
-                .with_context(|| format!("cannot use the context {context:?} of the kubeconfig"))?,
-            (None, None) => Config::infer().await.map_err(|error| {
-                anyhow!(
-                    "no access to a cluster; accepted: --kubeconfig, KUBECONFIG, ~/.kube/config or a pod's service \
-                     account: {}",
-                    chain(&error)
-                )
-            })?,
+            (None, Some(context)) => {
+                let config = Config::from_kubeconfig(&options)
+                    .await
+                    .map_err(|error| anyhow!(chain(&error)))
+                    .with_context(|| format!("cannot use the context {context:?} of the kubeconfig"))?;
+                (config, Kubeconfig::read().ok())
+            }
+            (None, None) => {
+                let config = Config::infer().await.map_err(|error| {
+                    anyhow!(
+                        "no access to a cluster; accepted: --kubeconfig, KUBECONFIG, ~/.kube/config or a pod's service \
+                         account: {}",
+                        chain(&error)
+                    )
+                })?;
+                (config, Kubeconfig::read().ok())
+            }
         };
-        if let Some(proxy) = &config.proxy_url {
+        // In a pod there is no kubeconfig, and no proxy on the way to the cluster.
+        config.proxy_url = match &kubeconfig {
+            Some(kubeconfig) => {
+                let stated = stated_proxy(kubeconfig, context.as_deref());
+                proxy(stated, &config.cluster_url, |name| std::env::var(name).ok())?
+            }
+            None => None,
+        };
+        if let Some(provider) = config.auth_info.auth_provider.as_ref().filter(|provider| !is_supported(provider)) {
             bail!(
-                "a proxy is set ({proxy}, by HTTPS_PROXY or the proxy-url of the kubeconfig); accepted: none, because this \
-                 command connects to the cluster directly"
+                "the user of the kubeconfig has the auth-provider {:?}; accepted: oidc with an id-token, gcp with a cmd-path, or an exec plugin, \
+                 such as kubelogin for Azure",
+                provider.name
             );
         }
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.read_timeout = Some(2 * REQUEST_LIMIT);
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
-        let client = Client::try_from(config).context("cannot create a Kubernetes client")?;
+        let client = Client::try_from(config).map_err(|error| anyhow!(chain(&error)));
+        let client = client.context("cannot create a Kubernetes client")?;
         Ok(Self { client, namespace })
     }
 
@@ -166,6 +183,23 @@ impl Cluster {
             Some(namespace) => Api::namespaced(self.client.clone(), namespace),
             None => Api::all(self.client.clone()),
         }
+    }
+}
+
+/// The `proxy-url` of the context's cluster.
+fn stated_proxy<'k>(kubeconfig: &'k Kubeconfig, context: Option<&str>) -> Option<&'k str> {
+    let context = context.or(kubeconfig.current_context.as_deref())?;
+    let context = kubeconfig.contexts.iter().find(|known| known.name == context)?.context.as_ref()?;
+    let cluster = kubeconfig.clusters.iter().find(|known| known.name == context.cluster)?.cluster.as_ref()?;
+    cluster.proxy_url.as_deref()
+}
+
+/// Whether the client gets a token by an auth-provider, which kubectl itself no longer has except `oidc`.
+fn is_supported(provider: &AuthProviderConfig) -> bool {
+    match provider.name.as_str() {
+        "oidc" => provider.config.contains_key("id-token"),
+        "gcp" => provider.config.contains_key("cmd-path"),
+        _ => false,
     }
 }
 
@@ -283,9 +317,135 @@ pub(crate) fn is_temporary(error: &anyhow::Error) -> bool {
 mod tests {
     use std::cell::RefCell;
 
+    use k8s_openapi::api::core::v1::Pod;
     use kube::core::{ListMeta, Status, TypeMeta};
+    use serde_json::{Value, json};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::{TcpListener, TcpStream};
 
     use super::*;
+
+    /// A cluster of this kubeconfig's cluster and user.
+    async fn connect(name: &str, cluster: Value, user: Value) -> anyhow::Result<Cluster> {
+        let path = std::env::temp_dir().join(format!("spot-balancer-{name}-{}", std::process::id()));
+        let kubeconfig = json!({
+            "apiVersion": "v1", "kind": "Config", "current-context": "c",
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "clusters": [{"name": "c", "cluster": cluster}],
+            "users": [{"name": "u", "user": user}],
+        });
+        std::fs::write(&path, kubeconfig.to_string()).expect("a kubeconfig");
+        let arguments = ClusterArguments { namespace: None, context: None, kubeconfig: Some(path.clone()) };
+        let cluster = Cluster::connect(&arguments).await;
+        std::fs::remove_file(&path).expect("removed");
+        cluster
+    }
+
+    /// The lines of a request up to the empty one.
+    async fn head(stream: &mut TcpStream) -> String {
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.expect("a byte"));
+        }
+        String::from_utf8(head).expect("text")
+    }
+
+    /// Answers a request with an empty list. Returns the head of the request.
+    async fn answer(stream: &mut TcpStream) -> String {
+        let head = head(stream).await;
+        let body = json!({"apiVersion": "v1", "kind": "PodList", "metadata": {}, "items": []}).to_string();
+        let text = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        stream.write_all(text.as_bytes()).await.expect("written");
+        head
+    }
+
+    async fn pods(cluster: &Cluster) -> Result<Vec<Pod>, RequestError> {
+        list(&cluster.api::<Pod>(Some("etl")), ListParams::default(), Some).await
+    }
+
+    #[tokio::test]
+    async fn a_cluster_is_reached_through_the_proxy_of_the_kubeconfig() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let proxy = format!("http://me:secret@{}", listener.local_addr().expect("an address"));
+        // Nobody but the proxy knows the name.
+        let cluster = json!({"server": "http://cluster.invalid:6443", "proxy-url": proxy});
+        let cluster = connect("proxy", cluster, json!({})).await.expect("a cluster");
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let connect = head(&mut stream).await;
+            stream.write_all(b"HTTP/1.1 200 OK\r\n\r\n").await.expect("written");
+            (connect, answer(&mut stream).await)
+        };
+        let (pods, (connect, request)) = tokio::join!(pods(&cluster), serve);
+        assert!(pods.expect("a list").is_empty());
+        assert!(connect.starts_with("CONNECT cluster.invalid:6443 HTTP/1.1\r\n"), "{connect}");
+        assert!(connect.to_lowercase().contains("\r\nproxy-authorization: basic "), "{connect}");
+        assert!(request.starts_with("GET /api/v1/namespaces/etl/pods?"), "{request}");
+    }
+
+    #[tokio::test]
+    async fn a_cluster_is_reached_through_a_socks_proxy() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let proxy = format!("socks5://{}", listener.local_addr().expect("an address"));
+        let cluster = json!({"server": "http://cluster.invalid:6443", "proxy-url": proxy});
+        let cluster = connect("socks", cluster, json!({})).await.expect("a cluster");
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let mut greeting = [0; 2];
+            stream.read_exact(&mut greeting).await.expect("a greeting");
+            let mut methods = vec![0; greeting[1].into()];
+            stream.read_exact(&mut methods).await.expect("methods");
+            stream.write_all(&[5, 0]).await.expect("written");
+            // Version, command, reserved, a name; its length; the name and the port.
+            let mut request = [0; 5];
+            stream.read_exact(&mut request).await.expect("a request");
+            let mut address = vec![0; usize::from(request[4]) + 2];
+            stream.read_exact(&mut address).await.expect("an address");
+            stream.write_all(&[5, 0, 0, 1, 0, 0, 0, 0, 0, 0]).await.expect("written");
+            (address, answer(&mut stream).await)
+        };
+        let (pods, (address, _)) = tokio::join!(pods(&cluster), serve);
+        assert!(pods.expect("a list").is_empty());
+        assert!(address.starts_with(b"cluster.invalid"), "{address:?}");
+    }
+
+    #[tokio::test]
+    async fn an_exec_plugin_of_the_kubeconfig_is_asked_for_a_token() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let server = format!("http://{}", listener.local_addr().expect("an address"));
+        let user = |script: &str| {
+            let exec = json!({
+                "apiVersion": "client.authentication.k8s.io/v1", "command": "sh", "args": ["-c", script],
+                "env": [{"name": "TOKEN", "value": "t1"}], "interactiveMode": "Never",
+            });
+            json!({"exec": exec})
+        };
+        let script = r#"echo "{\"kind\":\"ExecCredential\",\"apiVersion\":\"client.authentication.k8s.io/v1\",\"status\":{\"token\":\"$TOKEN\"}}""#;
+        let cluster = connect("exec", json!({"server": server}), user(script)).await.expect("a cluster");
+        let serve = async {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            answer(&mut stream).await
+        };
+        let (pods, request) = tokio::join!(pods(&cluster), serve);
+        assert!(pods.expect("a list").is_empty());
+        assert!(request.to_lowercase().contains("\r\nauthorization: bearer t1\r\n"), "{request}");
+        let failed = connect("exec-fails", json!({"server": server}), user("echo who are you >&2; exit 3")).await;
+        let error = format!("{:#}", failed.err().expect("no token"));
+        assert!(error.contains("cannot create a Kubernetes client") && error.contains("who are you"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_auth_provider_that_is_not_supported_is_named() {
+        let cluster = || json!({"server": "http://cluster.invalid"});
+        for (name, config) in [("azure", json!({})), ("gcp", json!({})), ("openstack", json!({}))] {
+            let user = json!({"auth-provider": {"name": name, "config": config}});
+            let error = connect(&format!("provider-{name}"), cluster(), user).await.err().expect("not supported");
+            let expected = format!("the user of the kubeconfig has the auth-provider {name:?}; accepted: oidc with");
+            assert!(error.to_string().starts_with(&expected), "{error}");
+        }
+        let user = json!({"auth-provider": {"name": "oidc", "config": {"id-token": "t1"}}});
+        connect("provider-oidc", cluster(), user).await.expect("supported");
+    }
 
     /// The odd numbers of a list of three pages, at most so many; and the pages that were asked for.
     async fn odd(most: usize) -> (FirstOf<i32>, Vec<(Option<u32>, Option<String>)>) {

@@ -9,6 +9,7 @@ mod check;
 mod cluster;
 mod explain;
 mod output;
+mod proxy;
 mod settings;
 mod simulate;
 mod snapshot;
