@@ -76,6 +76,7 @@ impl<L: Ledger> State<'_, L> {
                 () = until(steer_at) => self.steer_pools().await,
                 () = until(self.jobs_view.due()) => self.update_jobs_view(),
                 () = ready(()), if self.has_resync_step() => self.resync_step().await,
+                () = ready(()), if self.has_audit_step() => self.audit_step().await,
                 () = until(due) => {
                     let jobs = self.queue.take_due(Instant::now(), BATCH);
                     self.reconcile_batch(jobs).await;

@@ -92,6 +92,8 @@ pub(crate) struct State<'a, L> {
     /// Whether a resync has ended in this term.
     pub(crate) has_resynced: bool,
     pub(crate) audit: RecordAudit,
+    /// The jobs whose records are audited next.
+    pub(crate) auditing: Vec<Arc<JobId>>,
     pub(crate) confirmations: Confirmations,
     pub(crate) lookups: PodLookups,
     pub(crate) events: EventRecorder,
@@ -129,6 +131,7 @@ impl<'a, L> State<'a, L> {
             resync: None,
             has_resynced: false,
             audit: RecordAudit::default(),
+            auditing: Vec::new(),
             confirmations: Confirmations::default(),
             lookups: PodLookups::new(reconciler.client.clone(), Arc::clone(conventions)),
             events: EventRecorder::start(reconciler.client.clone(), tasks),
@@ -181,7 +184,7 @@ impl<'a, L> State<'a, L> {
             self.reconciler.parts.metrics.set_spot_closed(0, Duration::ZERO);
         }
         self.has_outdated_totals = true;
-        (self.queue, self.audit) = (WorkQueue::default(), RecordAudit::default());
+        (self.queue, self.audit, self.auditing) = (WorkQueue::default(), RecordAudit::default(), Vec::new());
         (self.comparisons, self.moves, self.resync) = (Comparisons::default(), HashMap::new(), None);
         self.has_resynced = false;
         self.doubts = Doubts::default();

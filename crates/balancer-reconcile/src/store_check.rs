@@ -21,11 +21,13 @@ pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_AUDIT_PERIOD: Duration = Duration::from_secs(9);
 /// A job of so many executors is compared as a whole whenever its record differs: that is a few calls.
 pub(crate) const SMALL: usize = 2048;
+/// Records that are read before others have their turn in the loop.
+const RECORDS_PER_TURN: usize = 64;
 /// Calls to the store at once.
 const CONCURRENCY: usize = 8;
 
 impl<L: Ledger> State<'_, L> {
-    /// Sends a heartbeat to the store, and audits the records of some of the jobs.
+    /// Sends a heartbeat to the store, and starts to audit the records of some of the jobs.
     pub(crate) async fn check_store(&mut self) {
         self.show_totals();
         self.report_unschedulable();
@@ -33,7 +35,7 @@ impl<L: Ledger> State<'_, L> {
         self.confirmations.sweep(Instant::now());
         let is_due = self.terms.leads() && self.plan.has_listed();
         if is_due && self.is_store_up().await && self.plan.due(Instant::now()).is_none() {
-            self.audit_records().await;
+            self.start_audit();
         }
     }
 
@@ -92,13 +94,26 @@ impl<L: Ledger> State<'_, L> {
         (!is_as_left || is_lacking).then(Executors::default)
     }
 
+    /// Chooses the records to audit until the next heartbeat, unless some of the last ones are left.
+    pub(crate) fn start_audit(&mut self) {
+        if self.auditing.is_empty() {
+            let grace = self.reconciler.parts.settings.grace;
+            let period = (grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
+            self.auditing = self.audit.next_batch(usize::try_from(period).unwrap_or(1));
+        }
+    }
+
+    /// Whether the audit goes on at once.
+    pub(crate) fn has_audit_step(&self) -> bool {
+        !self.auditing.is_empty() && self.may_write()
+    }
+
     /// Compares some of the ledgers' counts and policies with those that were left there. That reveals placements without a
     /// pod, ledgers that the store has lost, and policies that something else has changed. It also keeps the ledgers of
     /// quiet jobs from expiring.
-    pub(crate) async fn audit_records(&mut self) {
-        let (watchdog, Parts { ledger, metrics, settings, .. }) = (&self.watchdog, &self.reconciler.parts);
-        let period = (settings.grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
-        let batch = self.audit.next_batch(usize::try_from(period).unwrap_or(1));
+    pub(crate) async fn audit_step(&mut self) {
+        let batch = self.auditing.split_off(self.auditing.len().saturating_sub(RECORDS_PER_TURN));
+        let (watchdog, Parts { ledger, metrics, .. }) = (&self.watchdog, &self.reconciler.parts);
         let answers: Vec<_> = stream::iter(batch)
             .map(|job| async move {
                 let found = ledger.record(job.as_job_ref()).await;

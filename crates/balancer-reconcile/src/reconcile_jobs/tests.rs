@@ -292,7 +292,8 @@ async fn in_sync<'a>(bench: &'a Bench, number: u32) -> State<'a, Scripted> {
 async fn audit(state: &mut State<'_, Scripted>, mut meanwhile: impl FnMut(&mut State<'_, Scripted>)) -> Vec<Work> {
     state.reconciler.parts.ledger.take_work();
     // All jobs are audited in one second, because the grace is five.
-    state.audit_records().await;
+    state.start_audit();
+    state.audit_step().await;
     let mut work = turns(state).await.concat();
     meanwhile(state);
     for _ in 0..30 {
@@ -376,7 +377,8 @@ async fn a_large_ledger_that_is_gone_is_compared_at_once() {
     let ended = balancer_core::JobState { gone: &gone, ended: true, ..Default::default() };
     now(bench.ledger.memory.reconcile(job("large").as_job_ref(), &ended, Duration::ZERO, Term(1))).expect("an answer");
     assert_eq!(bench.entries(&job("large")), 0);
-    state.audit_records().await;
+    state.start_audit();
+    state.audit_step().await;
     turns(&mut state).await;
     assert_eq!(bench.entries(&job("large")), 3_000);
 }
@@ -436,4 +438,20 @@ async fn counts_that_a_comparison_could_not_confirm_are_compared_again_later_and
     assert!(!pages(&turns(&mut state).await.concat()).is_empty());
     advance(COUNT_AGAIN_AFTER).await;
     assert!(pages(&turns(&mut state).await.concat()).is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_records_of_many_jobs_are_read_in_several_turns() {
+    let bench = Bench::new();
+    let names: Vec<String> = (0..200).map(|id| format!("job-{id}")).collect();
+    let mut state = bench.state(names.iter().flat_map(|name| executors(name, 1)));
+    names.iter().for_each(|name| state.queue.enqueue_at(job(name), Executors::All, Instant::now()));
+    while turn(&mut state).await.is_some() {}
+    let mut left = Vec::new();
+    for _ in 0..3 {
+        state.start_audit();
+        left.push(state.auditing.len());
+        state.audit_step().await;
+    }
+    assert_eq!(left, [200, 136, 72]);
 }
