@@ -21,7 +21,7 @@ pub(crate) enum Event<K> {
     RelistApply(K),
     /// That list is complete.
     RelistDone,
-    /// That list could not be had, and why.
+    /// That list failed, and why.
     RelistFailed(WatchError),
     /// An object was added or changed.
     Apply(K),
