@@ -251,7 +251,7 @@ mod tests {
     }
 
     proptest! {
-        /// ExecutorCounts come, move between owners, are bound and go, and nodes change and go, in any order.
+        /// Executors come, move between owners, are bound and go, and nodes change and go, in any order.
         #[test]
         fn shares_that_are_kept_equal_those_that_are_counted(steps in proptest::collection::vec(step(), 0..80)) {
             let mut index = ClusterIndex::new(Arc::new(Conventions::default()), Policy::default());
