@@ -13,7 +13,7 @@ use balancer_tests::control_plane::Plane;
 use balancer_tests::events::{self, until_warned};
 use balancer_tests::scenario::{Counts, Scenario, placed, strict};
 use balancer_tests::scheduling::{is_unschedulable, node_of};
-use balancer_tests::wait::{SOON, until_true};
+use balancer_tests::wait::{SOON, until, until_true};
 use balancer_tests::webhook::WebhookOptions;
 use balancer_tests::{need, nodes, pods};
 use k8s_openapi::api::core::v1::{Event, Pod};
@@ -251,7 +251,8 @@ async fn fill(scenario: &Scenario, node: &str) -> Result<Pod> {
         pod["spec"]["priorityClassName"] = scenario.namespace.clone().into();
         pod["spec"]["containers"][0]["resources"] = json!({"requests": {"cpu": "3999500m"}});
     });
-    scenario.post(&pod).await?.pod()
+    // The apiserver looks the class up in a cache.
+    until(SOON, "the filler to be accepted", async || Ok(Some(scenario.post(&pod).await?.pod()?))).await
 }
 
 #[tokio::test]
