@@ -10,10 +10,11 @@
 //! cargo bench -p balancer-tests --bench floor
 //! ```
 //!
-//! Words after `--` choose the rows that contain all of them: `-- HTTP/1.1 fifty`.
+//! Words after `--` choose the rows that contain all of them: `-- HTTP/1.1 fifty`. With the path of another
+//! version's webhook in `SPOT_BALANCER_BEFORE` there are rows for it too, on one server and on memory.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -51,13 +52,20 @@ async fn measure() -> Result<()> {
     let chosen: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     // The stores of a group have turns next to each other, and next to a floor on the first.
     let (cluster, sentinels) = (RedisCluster::start().await?, SentinelSet::start().await?);
-    let with_redis = vec![
+    let mut with_redis = vec![
         Store::redis("Redis", &redis, [&redis]).await?,
         Store::redis("cluster", &cluster, cluster.primaries().await.iter().filter_map(|node| cluster.nodes.get(*node)))
             .await?,
         Store::redis("sentinel", &sentinels, sentinels.servers.get(sentinels.primary().await?)).await?,
     ];
-    let groups = [with_redis, vec![Store::memory()]];
+    let mut with_memory = vec![Store::memory()?];
+    let redis_before = RedisServer::start().await?;
+    if let Some(program) = std::env::var_os("SPOT_BALANCER_BEFORE").map(PathBuf::from) {
+        let store = Store::redis("Redis before", &redis_before, [&redis_before]).await?;
+        with_redis.push(Store { program: program.clone(), ..store });
+        with_memory.push(Store { name: "memory before", program, ..Store::memory()? });
+    }
+    let groups = [with_redis, with_memory];
     println!(
         "{:30} {:>9} {:>9} {:>6} {:>9} {:>9} {:>6} {:>9} {:>9} {:>8}",
         "", "floor µs", "ours µs", "ratio", "floor /s", "ours /s", "ratio", "its Redis", "our Redis", "ours MB"
@@ -129,17 +137,20 @@ struct Turn {
     per_second: f64,
 }
 
-/// Where a server keeps its ledgers.
+/// Where a webhook keeps its ledgers.
 struct Store {
     name: &'static str,
+    /// The webhook.
+    program: PathBuf,
     environment: Vec<(&'static str, String)>,
     /// To each server that holds ledgers; replicas are left out.
     servers: Vec<MultiplexedConnection>,
 }
 
 impl Store {
-    fn memory() -> Self {
-        Self { name: "memory", environment: vec![("STORE", "memory".to_owned())], servers: Vec::new() }
+    fn memory() -> Result<Self> {
+        let environment = vec![("STORE", "memory".to_owned())];
+        Ok(Self { name: "memory", program: parts::program("balancer-webhook")?, environment, servers: Vec::new() })
     }
 
     /// With these servers, of which `primaries` hold the ledgers. The webhook finds out how they work together.
@@ -151,7 +162,7 @@ impl Store {
         let mut environment = vec![("STORE", "redis".to_owned()), ("REDIS_URL", servers.url())];
         environment.extend(servers.sentinel_master().map(|master| ("REDIS_SENTINEL_MASTER", master.to_owned())));
         let servers = try_join_all(primaries.into_iter().map(RedisServer::connection)).await?;
-        Ok(Self { name, environment, servers })
+        Ok(Self { name, program: parts::program("balancer-webhook")?, environment, servers })
     }
 
     /// User and system time of all its servers so far, in seconds.
@@ -179,7 +190,7 @@ impl Server {
     }
 
     async fn ours(store: &Store) -> Result<Self> {
-        Self::start(&parts::program("balancer-webhook")?, store).await
+        Self::start(&store.program, store).await
     }
 
     async fn start(program: &Path, store: &Store) -> Result<Self> {
