@@ -46,9 +46,11 @@ pub(crate) fn apply(
                 }
                 Event::Delete(pod) => {
                     let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
-                    index.delete_pod(&namespace, &name);
-                    waiting.unschedulable.delete(&namespace, &name);
-                    waiting.stuck.delete(&namespace, &name);
+                    let uid = pod.pod.metadata.uid.as_deref().unwrap_or_default();
+                    if index.delete_watched_pod(&namespace, &name, uid) {
+                        waiting.unschedulable.delete(&namespace, &name);
+                        waiting.stuck.delete(&namespace, &name);
+                    }
                 }
                 Event::InitDone | Event::RelistDone => {
                     index.init_pods_done(scope);

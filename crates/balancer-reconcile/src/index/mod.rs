@@ -63,10 +63,10 @@ struct Lists {
     is_listed: bool,
 }
 
-/// The pods of a namespace, by their names.
 /// The names of pods, by their namespaces.
 type Watched = HashMap<Box<str>, HashSet<Box<str>>>;
 
+/// The pods of a namespace, by their names.
 #[derive(Debug, Default)]
 struct Namespace {
     /// The team of each executor.
@@ -224,6 +224,25 @@ impl ClusterIndex {
     pub fn delete_pod(&mut self, namespace: &str, name: &str) {
         self.watched_pod(namespace, name);
         self.remove_pod(namespace, name);
+    }
+
+    /// A watch has reported that the pod with this uid is gone. Returns whether it was known: a list may have
+    /// shown a later pod of this name already, which the watch will report too.
+    pub(crate) fn delete_watched_pod(&mut self, namespace: &str, name: &str, uid: &str) -> bool {
+        let is_other = self.uid(namespace, name).is_some_and(|known| known != uid);
+        if is_other {
+            self.watched_pod(namespace, name);
+        } else {
+            self.delete_pod(namespace, name);
+        }
+        !is_other
+    }
+
+    /// The uid of the live executor or driver of this name.
+    fn uid(&self, namespace: &str, name: &str) -> Option<&str> {
+        let pods = self.namespaces.get(namespace)?;
+        let executor = || self.teams.get(pods.executors.get(name)?)?.executors.get(name).map(|executor| &*executor.uid);
+        executor().or_else(|| pods.drivers.get(name).map(|driver| &*driver.uid))
     }
 
     /// The watch has reported the pod, so a list that is under way has nothing to say about it.
@@ -559,11 +578,15 @@ impl ClusterIndex {
         let asked_before = before.as_ref().and_then(|before| before.asked);
         let key_before = before.as_ref().map(|before| before.key(&name));
         let mut bound = before.and_then(|before| before.node);
-        if bound.as_deref() != node || asked_before != asked {
+        if bound.as_deref() != node {
             if let Some(node) = bound.take() {
                 self.nodes.unbind(&node, &id, &name, asked_before);
             }
             bound = node.map(|node| self.nodes.bind(node, &id, &name, asked));
+        } else if let Some(node) = &bound
+            && asked_before != asked
+        {
+            self.nodes.set_asked(node, &id, asked_before, asked);
         }
         let key = (key != &*name).then(|| key.into());
         let uid = uid.into();

@@ -200,6 +200,17 @@ impl NodeIndex {
         }
     }
 
+    /// Stores that an executor of the job, which is bound to the node, counts as sent to another capacity.
+    pub(super) fn set_asked(&mut self, name: &str, job: &Arc<JobId>, before: Option<Capacity>, now: Option<Capacity>) {
+        let Some(node) = self.nodes.get_mut(name) else { return };
+        let (Some(bound), Some(shares)) = (node.jobs.get_mut(job), self.teams.get_mut(job)) else { return };
+        let (before, now) = (ByCapacity::one(before), ByCapacity::one(now));
+        bound.asked.remove(before);
+        bound.asked.add(now);
+        shares.remove(node.capacity, node.pool.as_ref(), before);
+        shares.add(node.capacity, node.pool.as_ref(), now);
+    }
+
     /// The node was reported. One that a list has reported is not listed again.
     fn note(&mut self, name: &str) {
         if let Some(watched) = &mut self.watched {

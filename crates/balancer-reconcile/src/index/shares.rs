@@ -105,11 +105,12 @@ impl ClusterIndex {
     /// How the job's executors are spread.
     pub fn shares(&self, job: &JobId) -> Shares {
         let mut shares = Shares::default();
-        for (_, TeamShares { bound, nodes, spot, pools, pending }) in self.team_shares(job) {
+        let largest = self.largest_node(job).map(|(_, executors)| small(executors));
+        shares.on_one_node = largest.unwrap_or_default();
+        for (_, TeamShares { bound, spot, pools, pending, .. }) in self.team_shares(job) {
             shares.bound += small(bound.total());
             shares.spot += small(*spot);
             shares.waiting += small(pending.spot);
-            shares.on_one_node = shares.on_one_node.max(nodes.last().map_or(0, |(executors, _)| *executors));
             if shares.pools.is_empty() {
                 shares.pools.clone_from(pools);
                 continue;
@@ -125,19 +126,32 @@ impl ClusterIndex {
 
     /// How many executors the job has, at a cost that does not grow with them.
     pub(super) fn executors_by_capacity(&self, job: &JobId) -> ExecutorCounts {
-        let mut executors = ExecutorCounts::default();
-        for (_, TeamShares { bound, nodes, pending, .. }) in self.team_shares(job) {
+        let largest_node = self.largest_node(job).map(|(node, executors)| (Arc::clone(node), executors));
+        let mut executors = ExecutorCounts { largest_node, ..ExecutorCounts::default() };
+        for (_, TeamShares { bound, pending, .. }) in self.team_shares(job) {
             executors.bound.add(*bound);
             executors.pending.add(*pending);
-            let Some((_, Reverse(node))) = nodes.last() else { continue };
-            // Both the job's driver and no owner at all may have executors there.
-            let on_node = self.team_shares(job).map(|(team, _)| self.nodes.executors(node, team)).sum::<usize>();
-            let largest = executors.largest_node.as_ref();
-            if largest.is_none_or(|(name, most)| (on_node, Reverse(node)) > (*most, Reverse(name))) {
-                executors.largest_node = Some((Arc::clone(node), on_node));
-            }
         }
         executors
+    }
+
+    /// The node with the most executors of the job, and how many it has. A job may have executors of its driver and
+    /// without an owner on the same node: both are gone through from their largest nodes down, until what is left of both
+    /// together is no more than the most that was found.
+    fn largest_node(&self, job: &JobId) -> Option<(&Arc<str>, usize)> {
+        let executors_on = |node: &str| self.team_shares(job).map(|(team, _)| self.nodes.executors(node, team)).sum();
+        let mut orders: Vec<_> = self.team_shares(job).map(|(_, shares)| shares.nodes.iter().rev()).collect();
+        let mut largest = None;
+        loop {
+            let mut most_left = 0;
+            for (executors, Reverse(node)) in orders.iter_mut().filter_map(Iterator::next) {
+                most_left += usize::try_from(*executors).unwrap_or(usize::MAX);
+                largest = largest.max(Some((executors_on(node), Reverse(node))));
+            }
+            if largest.is_none_or(|(most, _)| most_left <= most) {
+                return largest.map(|(executors, Reverse(node))| (node, executors));
+            }
+        }
     }
 
     /// The teams whose executors are the job's and are spread or pending, and how they are.
@@ -208,9 +222,8 @@ mod tests {
     /// What a job's shares are, from the executors and nodes as the index has them.
     fn counted(index: &ClusterIndex, job: &JobId) -> Shares {
         let mut shares = Shares::default();
-        let mut pools = HashMap::<Arc<Pool>, u32>::new();
+        let (mut pools, mut nodes) = (HashMap::<Arc<Pool>, u32>::new(), HashMap::<&str, u32>::new());
         for team in index.teams_of(job) {
-            let mut nodes = HashMap::<&str, u32>::new();
             for executor in team.executors.values() {
                 let Some(node) = &executor.node else {
                     shares.waiting += u32::from(executor.asked == Some(Capacity::Spot));
@@ -225,8 +238,8 @@ mod tests {
                     }
                 }
             }
-            shares.on_one_node = shares.on_one_node.max(nodes.into_values().max().unwrap_or(0));
         }
+        shares.on_one_node = nodes.into_values().max().unwrap_or(0);
         shares.pools = pools.into_iter().collect();
         sorted(shares)
     }
@@ -278,6 +291,7 @@ mod tests {
                         prop_assert_eq!(largest_node, largest.map(|(node, executors)| (Arc::clone(node), *executors)));
                     } else if let Some((node, executors)) = largest_node {
                         prop_assert_eq!(nodes.get(&node), Some(&executors));
+                        prop_assert_eq!(largest.map(|(_, most)| *most), Some(executors));
                     } else {
                         prop_assert!(nodes.is_empty());
                     }

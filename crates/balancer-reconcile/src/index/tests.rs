@@ -571,7 +571,9 @@ mod relists {
 
     #[derive(Clone, Debug)]
     enum Event {
-        Pod(u8, Option<Executor>),
+        Pod(u8, Executor),
+        /// A pod is gone, and its uid.
+        PodGone(u8, u32),
         Node(u8, Option<Option<Capacity>>),
     }
 
@@ -610,8 +612,6 @@ mod relists {
         has_lost: bool,
         /// The uids of which the watch has said that they are gone.
         gone: Vec<u32>,
-        /// What the watch has said last.
-        last: BTreeMap<u8, u32>,
     }
 
     fn executor(name: u8, executor: &Executor) -> Pod<'static> {
@@ -625,7 +625,7 @@ mod relists {
 
     impl World {
         fn change(&mut self, name: u8) {
-            self.events.push_back(Event::Pod(name, self.pods.get(&name).cloned()));
+            self.events.extend(self.pods.get(&name).map(|now| Event::Pod(name, now.clone())));
         }
 
         fn step(&mut self, index: &mut ClusterIndex, step: Step) {
@@ -644,9 +644,8 @@ mod relists {
                     }
                 }
                 Step::Delete { name } => {
-                    if self.pods.remove(&name).is_some() {
-                        self.change(name);
-                    }
+                    let gone = self.pods.remove(&name);
+                    self.events.extend(gone.map(|gone| Event::PodGone(name, gone.uid)));
                 }
                 Step::SetNode { node, capacity } => {
                     self.nodes.insert(node, capacity);
@@ -685,13 +684,13 @@ mod relists {
 
         fn report(&mut self, index: &mut ClusterIndex, event: Event) {
             match event {
-                Event::Pod(name, Some(now)) => {
-                    self.last.insert(name, now.uid);
-                    index.apply_pod(&executor(name, &now), None);
-                }
-                Event::Pod(name, None) => {
-                    self.gone.extend(self.last.remove(&name));
-                    index.delete_pod("etl", &format!("e{name}"));
+                Event::Pod(name, now) => index.apply_pod(&executor(name, &now), None),
+                Event::PodGone(name, uid) => {
+                    self.gone.push(uid);
+                    let (key, uid) = (format!("e{name}"), uid.to_string());
+                    let is_other = index.live(&job(), &key).is_some_and(|live| *live.uid != *uid);
+                    index.delete_watched_pod("etl", &key, &uid);
+                    assert_eq!(index.has_executor(&job(), &key), is_other, "another pod of this name stays");
                 }
                 Event::Node(node, Some(capacity)) => index.apply_node(&format!("n{node}"), capacity),
                 Event::Node(node, None) => index.delete_node(&format!("n{node}")),
@@ -820,6 +819,20 @@ fn only_real_changes_are_reported_and_a_loss_is_the_most_urgent() {
     assert_eq!(changed(&mut index), [Change::Loss], "a pod that is no executor any more");
     apply(&mut index, "e2", "executor", |_| {});
     assert_eq!(changed(&mut index), [Change::Other]);
+}
+
+#[test]
+fn the_capacity_of_a_node_that_is_gone_is_remembered_when_an_annotation_is_edited() {
+    let mut index = index();
+    index.apply_node("n", Some(Capacity::Spot));
+    let bound = |pod: &mut Value| pod["spec"]["nodeName"] = json!("n");
+    apply(&mut index, "e", "executor", bound);
+    index.delete_node("n");
+    apply(&mut index, "e", "executor", |pod| {
+        bound(pod);
+        pod["metadata"]["annotations"] = json!({"workload/capacity-type": "on-demand"});
+    });
+    assert_eq!((capacities(&index), index.nodes.len()), (vec![Some(Capacity::Spot)], 1));
 }
 
 #[test]
