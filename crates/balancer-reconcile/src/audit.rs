@@ -91,10 +91,15 @@ impl RecordAudit {
         }
     }
 
+    /// How many jobs are checked at once if all are in so many batches.
+    pub(crate) fn batch_size(&self, batches: usize) -> usize {
+        self.turns.len().div_ceil(batches.max(1))
+    }
+
     /// The next jobs to check, one in `batches` of all: after so many batches each was checked.
     pub(crate) fn next_batch(&mut self, batches: usize) -> Vec<Arc<JobId>> {
         let mut batch = Vec::new();
-        for _ in 0..self.turns.len().div_ceil(batches.max(1)) {
+        for _ in 0..self.batch_size(batches) {
             let Some(job) = self.turns.pop_front() else { break };
             match self.expected.get(&job) {
                 Some(Some(_)) => {

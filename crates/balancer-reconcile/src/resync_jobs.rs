@@ -41,6 +41,8 @@ impl<L: Ledger> State<'_, L> {
     /// Starts to reconcile all ledgers: of the jobs in the cluster, and of those that only the store has.
     pub(crate) fn start_resync(&mut self, resync: Resync) {
         self.plan.begin();
+        // It compares these jobs anyway.
+        self.auditing.clear();
         let started_at = resync.lists_started_at.unwrap_or_else(Instant::now);
         let jobs: Vec<_> = self.index.jobs().cloned().collect();
         let number = jobs.len();

@@ -1,6 +1,7 @@
 //! Checks every second whether the store answers, has lost data, and has the counts and policies that were left in it.
 
 use std::hash::{BuildHasher, RandomState};
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -94,12 +95,15 @@ impl<L: Ledger> State<'_, L> {
         (!is_as_left || is_lacking).then(Executors::default)
     }
 
-    /// Chooses the records to audit until the next heartbeat, unless some of the last ones are left.
+    /// Chooses the records to audit until the next heartbeat. What is left of the last ones comes first; if more than that is
+    /// left, the loop cannot audit so many.
     pub(crate) fn start_audit(&mut self) {
-        if self.auditing.is_empty() {
-            let grace = self.reconciler.parts.settings.grace;
-            let period = (grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
-            self.auditing = self.audit.next_batch(usize::try_from(period).unwrap_or(1));
+        let grace = self.reconciler.parts.settings.grace;
+        let period = (grace / 4).clamp(HEARTBEAT_INTERVAL, MAX_AUDIT_PERIOD).as_secs();
+        let batches = usize::try_from(period).unwrap_or(1);
+        if self.auditing.len() <= self.audit.batch_size(batches) {
+            let left = mem::replace(&mut self.auditing, self.audit.next_batch(batches));
+            self.auditing.extend(left);
         }
     }
 

@@ -26,14 +26,14 @@ use crate::watch::{Event, Source, SyncStatus};
 const PER_PAGE: usize = 500;
 
 /// A reconciler whose turns the test takes.
-struct Bench {
+pub(crate) struct Bench {
     ledger: Arc<Scripted>,
     registry: Registry,
     reconciler: Reconciler<Scripted>,
 }
 
 impl Bench {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut registry = admin::registry("test");
         let tasks = Tasks::register(&mut registry);
         let ledger = Arc::new(Scripted::new(|_, _| Ok(())));
@@ -49,7 +49,7 @@ impl Bench {
     }
 
     /// What the loop works with, when everything is in sync and these pods are live.
-    fn state(&self, pods: impl IntoIterator<Item = Value>) -> State<'_, Scripted> {
+    pub(crate) fn state(&self, pods: impl IntoIterator<Item = Value>) -> State<'_, Scripted> {
         let mut sync = SyncStatus::new([None]);
         for source in [Source::Pods(None), Source::Nodes] {
             sync.observe(&source, &Event::<()>::InitDone, Instant::now());
@@ -453,5 +453,6 @@ async fn the_records_of_many_jobs_are_read_in_several_turns() {
         left.push(state.auditing.len());
         state.audit_step().await;
     }
-    assert_eq!(left, [200, 136, 72]);
+    // What is left is audited next to what is due, and nothing is added to more than that.
+    assert_eq!(left, [200, 136 + 200, 72 + 200]);
 }
