@@ -3,11 +3,11 @@
 
 use std::convert::Infallible;
 use std::future::{Future, pending, ready};
+use std::iter::from_fn;
 use std::pin::pin;
 use std::sync::Arc;
 
 use balancer_store::Ledger;
-use futures::FutureExt;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
@@ -21,7 +21,7 @@ use crate::term::TermChange;
 use crate::unconfirmed::TAKE_INTERVAL;
 use crate::watch::{ClusterEvent, SyncStatus, WatchSet};
 
-/// Events that are received before anything else has its turn.
+/// Events that are received in a turn.
 const MAX_EVENTS: usize = 1024;
 
 impl<L: Ledger> Reconciler<L> {
@@ -52,13 +52,13 @@ impl<L: Ledger> State<'_, L> {
         placements.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             self.watchdog.turned();
-            self.sync.advance(Instant::now());
+            self.receive(&mut watches);
             self.show_leader();
             self.follow_jobs_requests();
             let due = self.queue.next_due().filter(|_| self.may_write());
             let steer_at = self.changed_shares.due().filter(|_| self.may_write());
             tokio::select! {
-                event = watches.next() => self.receive(&mut watches, event),
+                event = watches.next() => self.apply(event),
                 () = leadership.changed() => {}
                 () = requests.next() => {}
                 _ = heartbeats.tick() => {
@@ -70,7 +70,7 @@ impl<L: Ledger> State<'_, L> {
                 answer = self.pod_calls.next() => self.replaced(answer).await,
                 () = until(self.plan.relist_at()) => {
                     watches.relist();
-                    self.sync.relist();
+                    self.sync.relist(Instant::now());
                     self.plan.lists_started(false, Instant::now());
                 }
                 () = until(steer_at) => self.steer_pools().await,
@@ -90,7 +90,6 @@ impl<L: Ledger> State<'_, L> {
                 self.plan.request(Cause::Start);
             }
             self.report_invalid_annotations();
-            self.sync.advance(Instant::now());
             self.plan.request_if_synced(|namespace| self.sync.is_synced(namespace));
             if let Some(resync) = self.plan.due(Instant::now())
                 && self.resync.is_none()
@@ -102,18 +101,17 @@ impl<L: Ledger> State<'_, L> {
         }
     }
 
-    /// Applies all events that have arrived.
-    fn receive(&mut self, watches: &mut WatchSet, first: ClusterEvent) {
-        let conventions = &self.reconciler.parts.conventions;
-        let (mut next, mut left) = (Some(first), MAX_EVENTS);
-        while let Some(event) = next.take() {
-            apply(event, &mut self.index, &mut self.sync, &mut self.waiting, conventions);
-            left -= 1;
-            if left > 0 {
-                next = watches.next().now_or_never();
-            }
-        }
+    fn apply(&mut self, event: ClusterEvent) {
+        apply(event, &mut self.index, &mut self.sync, &mut self.waiting, &self.reconciler.parts.conventions);
+    }
+
+    /// Applies the events that have arrived. Each turn does so, because a loss must not wait for the other work of the loop.
+    fn receive(&mut self, watches: &mut WatchSet) {
+        let received = from_fn(|| watches.try_next()).take(MAX_EVENTS).map(|event| self.apply(event)).count();
         let (changed, now) = (self.index.take_changed(), Instant::now());
+        if received < MAX_EVENTS {
+            self.sync.advance(now);
+        }
         self.has_outdated_totals |= !changed.is_empty();
         // A process that starts to lead begins with a resync.
         if self.terms.leads() {
@@ -125,6 +123,9 @@ impl<L: Ledger> State<'_, L> {
         }
         if self.plan.is_listing() && self.sync.is_ready(self.plan.has_listed(), now) {
             self.plan.lists_done(self.terms.take_needs_list(), self.terms.leads());
+            if self.sync.take_relist_failed() {
+                self.plan.relist_soon();
+            }
             self.show_totals();
         }
     }

@@ -182,6 +182,7 @@ pub struct Metrics {
     resyncs: Family<CauseLabels, Counter>,
     resync_seconds: Histogram,
     watch_restarts: Family<WatchLabels, Counter>,
+    relist_failures: Family<WatchLabels, Counter>,
     store_errors: Family<StoreErrorLabels, Counter>,
     invalid_annotations: Family<InvalidFieldLabels, Counter>,
     live_jobs: Gauge,
@@ -264,6 +265,11 @@ impl Metrics {
             resyncs: register(registry, "resyncs", "Passes over all jobs, by cause"),
             resync_seconds: seconds(),
             watch_restarts: register(registry, "watch_restarts", "Watches that were disconnected and restarted"),
+            relist_failures: register(
+                registry,
+                "relist_failures",
+                "Lists next to a watch, which find what it has missed, that failed",
+            ),
             store_errors: register(registry, "store_errors", "Failed calls to the store"),
             invalid_annotations: register(
                 registry,
@@ -341,6 +347,7 @@ impl Metrics {
         }
         for &resource in WatchedLabel::ALL {
             drop(self.watch_restarts.get_or_create(&WatchLabels { resource }));
+            drop(self.relist_failures.get_or_create(&WatchLabels { resource }));
         }
         for kind in StoreError::KINDS {
             drop(self.store_errors.get_or_create(&StoreErrorLabels { kind }));
@@ -390,6 +397,10 @@ impl Metrics {
 
     pub(crate) fn watch_restarted(&self, resource: WatchedLabel) {
         self.watch_restarts.get_or_create(&WatchLabels { resource }).inc();
+    }
+
+    pub(crate) fn relist_failed(&self, resource: WatchedLabel) {
+        self.relist_failures.get_or_create(&WatchLabels { resource }).inc();
     }
 
     pub(crate) fn store_failed(&self, error: &StoreError) {

@@ -589,4 +589,4 @@ impl<L: Ledger> State<'_, L> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

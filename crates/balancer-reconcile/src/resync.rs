@@ -10,6 +10,8 @@ use crate::metrics::Cause;
 
 /// A new leader does not list again what was listed so recently. Before, it may have been cut off from the cluster.
 const RECENT: Duration = Duration::from_secs(1);
+/// From lists of which one has failed to the next.
+const AFTER_FAILED_LISTS: Duration = Duration::from_secs(60);
 /// The longest pause after a resync that could not reach all ledgers. It goes through all jobs each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// The pauses after such resyncs in succession.
@@ -30,6 +32,8 @@ pub(crate) struct ResyncPlan {
     /// From one list of everything to the next.
     interval: Duration,
     lists_started_at: Instant,
+    /// When everything is listed again, while it is not.
+    relist_at: Instant,
     is_listing: bool,
     /// Whether new watches follow the last lists, or those that are under way.
     starts_watches: bool,
@@ -53,6 +57,7 @@ impl ResyncPlan {
         Self {
             interval,
             lists_started_at: now,
+            relist_at: now + interval,
             is_listing: true,
             starts_watches: true,
             has_listed: false,
@@ -77,7 +82,12 @@ impl ResyncPlan {
 
     /// When everything has to be listed again; `None` while lists are under way.
     pub(crate) fn relist_at(&self) -> Option<Instant> {
-        (!self.is_listing).then_some(self.lists_started_at + self.interval)
+        (!self.is_listing).then_some(self.relist_at)
+    }
+
+    /// A list of those that were started last has failed. What its watch has lost must not stay unknown for an interval.
+    pub(crate) fn relist_soon(&mut self) {
+        self.relist_at = self.lists_started_at + self.interval.min(AFTER_FAILED_LISTS);
     }
 
     /// Whether a new leader has to start all lists and watches anew: it may have been cut off from the cluster. It need not
@@ -89,6 +99,7 @@ impl ResyncPlan {
     /// All lists start anew, and the watches too if `starts_watches`.
     pub(crate) fn lists_started(&mut self, starts_watches: bool, now: Instant) {
         (self.lists_started_at, self.is_listing, self.starts_watches) = (now, true, starts_watches);
+        self.relist_at = now + self.interval;
     }
 
     /// All lists are complete, or are not available now. `is_new_term` says whether they are the first of a term, `leads`
@@ -192,6 +203,22 @@ mod tests {
         assert!(plan.is_listing() && plan.has_listed() && plan.relist_at().is_none());
         plan.lists_done(false, true);
         assert_eq!(plan.relist_at(), Some(start + 3 * INTERVAL));
+    }
+
+    #[test]
+    fn lists_that_have_failed_are_repeated_soon_and_once() {
+        let (mut plan, start) = plan();
+        plan.lists_done(false, true);
+        plan.relist_soon();
+        assert_eq!(plan.relist_at(), Some(start + AFTER_FAILED_LISTS));
+        plan.lists_started(false, start + AFTER_FAILED_LISTS);
+        plan.lists_done(false, true);
+        assert_eq!(plan.relist_at(), Some(start + AFTER_FAILED_LISTS + INTERVAL));
+        let short = Duration::from_secs(5);
+        let mut plan = ResyncPlan::new(short, start);
+        plan.lists_done(false, true);
+        plan.relist_soon();
+        assert_eq!(plan.relist_at(), Some(start + short));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use super::*;
 use crate::arguments::ReconcileSettings;
 use crate::jobs::SpotFacts;
 use crate::metrics::Metrics;
+use crate::watch::{Event as WatchEvent, WatchError};
 use crate::{Running, start_with};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -448,6 +449,22 @@ async fn a_loss_is_followed_while_everything_is_listed_again() {
     sleep(LISTS_AGAIN_FOR + 5 * SECOND).await;
     assert_eq!(executors().await, 1, "the list brings nothing back");
     assert_eq!(metric(&registry, "reconcile_resyncs_total{cause=\"interval\"}"), 1.0);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_outage_does_not_end_before_the_events_that_wait_are_applied() {
+    let bench = crate::reconcile_jobs::tests::Bench::new();
+    let mut state = bench.state([]);
+    let (mut watches, sender) = WatchSet::of_test();
+    let send = |event| sender.try_send(ClusterEvent::Pods(None, event)).is_ok();
+    assert!(send(WatchEvent::Disconnected(WatchError::Expired)) && send(WatchEvent::Resumed));
+    state.receive(&mut watches);
+    while send(WatchEvent::Resumed) {}
+    sleep(60 * SECOND).await;
+    state.receive(&mut watches);
+    assert!(!state.sync.is_synced("etl"), "others may wait");
+    state.receive(&mut watches);
+    assert!(state.sync.is_synced("etl"));
 }
 
 #[tokio::test(start_paused = true)]

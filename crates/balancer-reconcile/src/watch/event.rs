@@ -74,6 +74,11 @@ pub(crate) enum WatchError {
     Ended(String),
     #[error("the Kubernetes API did not answer within {0:?}")]
     TimedOut(Duration),
+    #[error("the list did not end within {0:?}")]
+    ListTooSlow(Duration),
+    /// The API keeps the state that a list has begun with for some minutes only.
+    #[error("the Kubernetes API no longer has the rest of the list, which took too long")]
+    ListExpired,
 }
 
 impl From<kube::Error> for WatchError {

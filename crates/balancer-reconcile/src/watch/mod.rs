@@ -22,6 +22,8 @@ use tokio::task::JoinSet;
 use crate::arguments::ReconcileSettings;
 use crate::metrics::{Metrics, WatchedLabel};
 
+#[cfg(test)]
+pub(crate) use event::WatchError;
 pub(crate) use event::{ClusterEvent, Event, Source};
 pub(crate) use node::WatchedNode;
 pub use pod::WatchedPod;
@@ -63,6 +65,7 @@ impl WatchSet {
             label: WatchedLabel::Nodes,
             metrics: Arc::clone(metrics),
             listing: Mutex::default(),
+            needs_list: watch::Sender::new(true),
         };
         nodes.start(&asked, &mut tasks);
         for namespace in scopes(&settings.namespaces) {
@@ -82,15 +85,29 @@ impl WatchSet {
                 label: WatchedLabel::Pods,
                 metrics: Arc::clone(metrics),
                 listing: Mutex::default(),
+                needs_list: watch::Sender::new(true),
             };
             pods.start(&asked, &mut tasks);
         }
         (Self { events, tasks, relists }, SyncStatus::new(scopes(&settings.namespaces)))
     }
 
+    /// Without watches: the test sends their events.
+    #[cfg(test)]
+    pub(crate) fn of_test() -> (Self, mpsc::Sender<ClusterEvent>) {
+        let (sender, events) = mpsc::channel(MAX_WAITING);
+        (Self { events, tasks: JoinSet::new(), relists: watch::channel(()).0 }, sender)
+    }
+
     /// Lists everything again. The watches go on meanwhile.
     pub(crate) fn relist(&self) {
         self.relists.send_replace(());
+    }
+
+    /// An event that has arrived. Unlike [`WatchSet::next`], it does not stop at the number of polls that tokio lets a task
+    /// make in a row.
+    pub(crate) fn try_next(&mut self) -> Option<ClusterEvent> {
+        self.events.try_recv().ok()
     }
 
     /// The next event. The watches never end.
@@ -132,10 +149,16 @@ mod tests {
     #[tokio::test]
     #[should_panic(expected = "in a watch")]
     async fn next_passes_on_the_panic_of_a_watch() {
-        let (_sender, events) = mpsc::channel(1);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(async { panic!("in a watch") });
-        let _ = WatchSet { events, tasks, relists: watch::channel(()).0 }.next().await;
+        let (mut watches, _sender) = WatchSet::of_test();
+        watches.tasks.spawn(async { panic!("in a watch") });
+        let _ = watches.next().await;
+    }
+
+    #[tokio::test]
+    async fn all_events_that_wait_are_received_at_once() {
+        let (mut watches, sender) = WatchSet::of_test();
+        while sender.try_send(ClusterEvent::Nodes(Event::Resumed)).is_ok() {}
+        assert_eq!(std::iter::from_fn(|| watches.try_next()).count(), MAX_WAITING);
     }
 
     #[test]

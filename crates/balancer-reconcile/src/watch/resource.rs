@@ -45,6 +45,9 @@ pub(super) struct ResourceWatch<K> {
     pub(super) metrics: Arc<Metrics>,
     /// Held during a list, because a list ends with the removal of what it did not contain.
     pub(super) listing: Mutex<()>,
+    /// Whether the watch cannot go on without a list of its own. Another list is given up for it: it is as good as that one,
+    /// and the source is out of sync until its end.
+    pub(super) needs_list: watch::Sender<bool>,
 }
 
 impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWatch<K> {
@@ -64,6 +67,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
         let mut pause = pauses.build();
         loop {
             let started = Instant::now();
+            self.needs_list.send_replace(version.is_none());
             let result = match version.clone() {
                 None => self.list(&mut version).await,
                 Some(from) => self.watch(from, &mut version).await,
@@ -95,16 +99,22 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
     /// Lists again whenever that is asked for, until nobody can ask or receives the events.
     async fn run_relists(self: Arc<Self>, mut asked: watch::Receiver<()>) {
         let pauses = ExponentialBuilder::default().with_min_delay(LAST_PAUSE / 2).with_max_delay(LAST_PAUSE);
+        let mut needs_list = self.needs_list.subscribe();
         while asked.changed().await.is_ok() {
             let relist = async || match timeout(RELIST_TIMEOUT, self.relist()).await {
                 Ok(result) => result,
-                Err(_) => Err(WatchError::TimedOut(RELIST_TIMEOUT)),
+                Err(_) => Err(WatchError::ListTooSlow(RELIST_TIMEOUT)),
             };
             let may_retry = |error: &WatchError| !matches!(error, WatchError::ReceiverDropped);
             let retried = relist.retry(pauses.with_max_times(RELISTS - 1)).sleep(sleep).when(may_retry);
-            if let Err(error) = retried.await
-                && self.send(Event::RelistFailed(error)).await.is_err()
-            {
+            let result = tokio::select! {
+                biased;
+                _ = needs_list.wait_for(|needs_list| *needs_list) => continue,
+                result = retried => result,
+            };
+            let Err(error) = result else { continue };
+            self.metrics.relist_failed(self.label);
+            if self.send(Event::RelistFailed(error)).await.is_err() {
                 return;
             }
         }
@@ -132,8 +142,11 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
     async fn list_pages(&self, event: impl Fn(K) -> Event<K>) -> Result<Option<String>, WatchError> {
         let mut list = ListParams { label_selector: self.selector.clone(), limit: Some(PAGE), ..ListParams::default() };
         loop {
-            let page =
-                timeout(PAGE_TIMEOUT, self.api.list(&list)).await.map_err(|_| WatchError::TimedOut(PAGE_TIMEOUT))??;
+            let page = timeout(PAGE_TIMEOUT, self.api.list(&list)).await;
+            let page = page.map_err(|_| WatchError::TimedOut(PAGE_TIMEOUT))?.map_err(|error| match error.into() {
+                WatchError::Expired => WatchError::ListExpired,
+                error => error,
+            })?;
             for item in page.items {
                 self.send(event(item)).await?;
             }
@@ -178,5 +191,149 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
             self.send(event).await?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use balancer_runtime::admin;
+    use http::{Request, Response};
+    use kube::Client;
+    use kube::client::Body;
+    use prometheus_client::registry::Registry;
+    use serde_json::{Value, json};
+    use tower_test::mock::{self, Handle, SendResponse};
+
+    use super::super::pod::WatchedPod;
+    use super::*;
+    use crate::controller::tests::metric;
+
+    /// A watch of pods whose API is the test.
+    struct Bench {
+        api: Handle<Request<Body>, Response<Body>>,
+        ask: watch::Sender<()>,
+        events: mpsc::Receiver<ClusterEvent>,
+        registry: Registry,
+        _tasks: JoinSet<()>,
+    }
+
+    impl Bench {
+        /// Its first list has ended, and its watch is under way.
+        async fn watching() -> (Self, SendResponse<Response<Body>>) {
+            let (service, api) = mock::pair();
+            let (events, received) = mpsc::channel(64);
+            let mut registry = admin::registry("test");
+            let metrics = Arc::new(Metrics::register(&mut registry));
+            let (ask, asked) = watch::channel(());
+            let mut tasks = JoinSet::new();
+            let pods = ResourceWatch {
+                api: Api::<WatchedPod>::all(Client::new(service, "default")),
+                selector: None,
+                seconds: 30,
+                events,
+                wrap: Box::new(|event| ClusterEvent::Pods(None, event)),
+                label: WatchedLabel::Pods,
+                metrics,
+                listing: Mutex::default(),
+                needs_list: watch::Sender::new(true),
+            };
+            pods.start(&asked, &mut tasks);
+            let mut bench = Self { api, ask, events: received, registry, _tasks: tasks };
+            bench.answer_list().await;
+            let (query, watching) = bench.request().await;
+            assert!(query.contains("watch="), "{query}");
+            assert_eq!([bench.event().await, bench.event().await], ["Init", "InitDone"]);
+            (bench, watching)
+        }
+
+        async fn request(&mut self) -> (String, SendResponse<Response<Body>>) {
+            let (request, answer) = self.api.next_request().await.expect("a request");
+            (request.uri().query().unwrap_or_default().to_owned(), answer)
+        }
+
+        async fn answer_list(&mut self) {
+            let (query, list) = self.request().await;
+            assert!(!query.contains("watch="), "{query}");
+            list.send_response(ok(&json!({"metadata": {"resourceVersion": "7"}, "items": []})));
+        }
+
+        async fn event(&mut self) -> &'static str {
+            match self.events.recv().await {
+                Some(ClusterEvent::Pods(None, event)) => match event {
+                    Event::Init => "Init",
+                    Event::InitDone => "InitDone",
+                    Event::Relist => "Relist",
+                    Event::RelistDone => "RelistDone",
+                    Event::RelistFailed(_) => "RelistFailed",
+                    Event::Disconnected(WatchError::Expired) => "Expired",
+                    Event::Resumed => "Resumed",
+                    _ => "another event",
+                },
+                _ => "nothing",
+            }
+        }
+    }
+
+    fn ok(body: &Value) -> Response<Body> {
+        Response::new(Body::from(body.to_string().into_bytes()))
+    }
+
+    fn failure(code: u16) -> Response<Body> {
+        let status =
+            json!({"kind": "Status", "status": "Failure", "code": code, "reason": "", "message": "for the test"});
+        let mut answer = ok(&status);
+        *answer.status_mut() = code.try_into().expect("a status");
+        answer
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_next_to_the_watch_gives_way_to_the_list_that_the_watch_needs() {
+        let (mut bench, watching) = Bench::watching().await;
+        bench.ask.send_replace(());
+        let (_, _hangs) = bench.request().await;
+        assert_eq!(bench.event().await, "Relist");
+        let started = Instant::now();
+        watching.send_response(failure(410));
+        bench.answer_list().await;
+        let events = [bench.event().await, bench.event().await, bench.event().await];
+        assert_eq!(events, ["Expired", "Init", "InitDone"]);
+        assert!(started.elapsed() < LAST_PAUSE, "{:?}", started.elapsed());
+        // The watch's list was as good as that one. The next is made when it is asked for.
+        let (query, watching) = bench.request().await;
+        assert!(query.contains("watch=") && query.contains("resourceVersion=7"), "{query}");
+        watching.send_response(ok(&json!({"type": "BOOKMARK", "object": {"metadata": {"resourceVersion": "8"}}})));
+        assert_eq!(bench.event().await, "Resumed");
+        bench.ask.send_replace(());
+        loop {
+            let (query, answer) = bench.request().await;
+            if !query.contains("watch=") {
+                answer.send_response(ok(&json!({"metadata": {"resourceVersion": "9"}, "items": []})));
+                break;
+            }
+        }
+        let mut seen = Vec::new();
+        while seen.last() != Some(&"RelistDone") {
+            seen.push(bench.event().await);
+        }
+        assert!(seen.contains(&"Relist"), "{seen:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_next_to_the_watch_is_attempted_some_times_and_its_failure_is_counted_once() {
+        let (mut bench, _watching) = Bench::watching().await;
+        bench.ask.send_replace(());
+        for _ in 0..RELISTS {
+            let (query, answer) = bench.request().await;
+            assert!(!query.contains("watch="), "{query}");
+            assert_eq!(bench.event().await, "Relist");
+            answer.send_response(failure(500));
+        }
+        assert_eq!(bench.event().await, "RelistFailed");
+        assert_eq!(metric(&bench.registry, "reconcile_relist_failures_total{resource=\"pods\"}"), 1.0);
+        // The watch, which gets no answer here, goes on.
+        for _ in 0..3 {
+            let (query, _) = bench.request().await;
+            assert!(query.contains("watch="), "it is not attempted again: {query}");
+        }
     }
 }

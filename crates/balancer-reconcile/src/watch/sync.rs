@@ -1,6 +1,7 @@
 //! Which sources are in sync with the cluster. Pure: the clock is the caller's.
 
 use std::collections::{HashMap, HashSet};
+use std::mem;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,9 @@ const CATCH_UP: Duration = Duration::from_secs(1);
 /// reason to ignore the others.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How long the lists of everything next to the watches are waited for. What comes later is taken into account all the same.
+const RELIST_PATIENCE: Duration = Duration::from_secs(60);
+
 /// Which sources are in sync: their list was complete, and their watch reports every change.
 #[derive(Debug)]
 pub(crate) struct SyncStatus {
@@ -23,8 +27,11 @@ pub(crate) struct SyncStatus {
     /// The sources whose list was never complete.
     unlisted: HashSet<Source>,
     outages: HashMap<Source, Outage>,
-    /// The sources that are listed again, and in sync all the same.
+    /// The sources that are listed again, and in sync all the same; until when they are waited for.
     relisting: HashSet<Source>,
+    relisted_by: Option<Instant>,
+    /// Whether one of these lists has failed.
+    has_relist_failed: bool,
     /// When some pods were in sync first, without interruption.
     partly_synced_since: Option<Instant>,
 }
@@ -41,12 +48,26 @@ impl SyncStatus {
     pub(crate) fn new(pods: impl IntoIterator<Item = Option<Arc<str>>>) -> Self {
         let pods: Vec<_> = pods.into_iter().map(Source::Pods).collect();
         let unlisted = pods.iter().cloned().chain([Source::Nodes]).collect();
-        Self { pods, unlisted, outages: HashMap::new(), relisting: HashSet::new(), partly_synced_since: None }
+        Self {
+            pods,
+            unlisted,
+            outages: HashMap::new(),
+            relisting: HashSet::new(),
+            relisted_by: None,
+            has_relist_failed: false,
+            partly_synced_since: None,
+        }
     }
 
     /// Everything is listed again. It stays in sync meanwhile.
-    pub(crate) fn relist(&mut self) {
+    pub(crate) fn relist(&mut self, now: Instant) {
         self.relisting = self.pods.iter().cloned().chain([Source::Nodes]).collect();
+        self.relisted_by = Some(now + RELIST_PATIENCE);
+    }
+
+    /// Whether a list of everything next to the watches has failed since the last call.
+    pub(crate) fn take_relist_failed(&mut self) -> bool {
+        mem::take(&mut self.has_relist_failed)
     }
 
     /// Takes one event into account, and logs when an outage starts, lasts and ends.
@@ -62,6 +83,8 @@ impl SyncStatus {
             }
             Event::InitDone => {
                 self.unlisted.remove(source);
+                // It has taken the place of the list next to the watch.
+                self.relisting.remove(source);
                 if self.outages.remove(source).is_some_and(|outage| outage.caught_up_at.is_none()) {
                     log_resumed(source);
                 }
@@ -69,9 +92,10 @@ impl SyncStatus {
             Event::RelistDone => drop(self.relisting.remove(source)),
             Event::RelistFailed(why) => {
                 self.relisting.remove(source);
+                self.has_relist_failed = true;
                 let (resource, namespace) = source.names();
                 let error = cluster::chain(why);
-                tracing::warn!(resource, namespace, error, "cannot list everything again; the watch goes on");
+                tracing::warn!(resource, namespace, error, "cannot list everything again; retrying within a minute");
             }
             Event::Disconnected(why) => self.disconnected(source, why, now),
             Event::Resumed => {
@@ -97,8 +121,8 @@ impl SyncStatus {
         self.outages.insert(source.clone(), outage);
     }
 
-    /// Ends the outages of the watches that have caught up by now. Call it only after the events that were received
-    /// have been applied, because from then on entries may be removed.
+    /// Ends the outages of the watches that have caught up by now. Call it only when no event waits to be applied, because
+    /// from then on entries may be removed.
     pub(crate) fn advance(&mut self, now: Instant) {
         self.outages.retain(|_, outage| outage.caught_up_at.is_none_or(|at| at > now));
     }
@@ -120,7 +144,7 @@ impl SyncStatus {
     /// Whether the lists are ready: all were complete at least once, or the missing ones are not available now. Nodes
     /// may be missing only if `had_nodes_before`, because executors would count as what they were meant for.
     pub(crate) fn is_ready(&mut self, had_nodes_before: bool, now: Instant) -> bool {
-        if !self.relisting.is_empty() {
+        if !self.relisting.is_empty() && self.relisted_by.is_some_and(|by| by > now) {
             return false;
         }
         if self.unlisted.is_empty() {
@@ -131,7 +155,6 @@ impl SyncStatus {
 
     /// Whether some pods have been in sync for a while, and each missing list failed at its last attempt.
     fn has_waited_enough(&mut self, now: Instant) -> bool {
-        self.advance(now);
         if !self.is_any_synced() {
             self.partly_synced_since = None;
             return false;
@@ -311,7 +334,7 @@ mod tests {
             bench.pods(namespace, Event::InitDone);
         }
         bench.nodes(Event::InitDone);
-        bench.status.relist();
+        bench.status.relist(bench.now);
         assert!(bench.is_synced("etl") && !bench.is_ready(true));
         bench.pods("ml", disconnected());
         for event in [Event::Relist, Event::RelistApply(()), Event::RelistDone] {
@@ -322,6 +345,37 @@ mod tests {
         assert!(bench.is_synced("etl") && !bench.is_ready(true), "the nodes are missing");
         bench.nodes(Event::RelistDone);
         assert!(bench.is_ready(true));
+        assert!(bench.status.take_relist_failed() && !bench.status.take_relist_failed());
+    }
+
+    #[test]
+    fn a_list_that_hangs_next_to_its_watch_is_waited_for_a_while() {
+        let mut bench = bench(&["etl", "ml"]);
+        for namespace in ["etl", "ml"] {
+            bench.pods(namespace, Event::InitDone);
+        }
+        bench.nodes(Event::InitDone);
+        bench.status.relist(bench.now);
+        bench.pods("etl", Event::RelistDone);
+        bench.nodes(Event::RelistDone);
+        assert!(!bench.after(RELIST_PATIENCE / 2).is_ready(true));
+        assert!(bench.after(RELIST_PATIENCE / 2).is_ready(true));
+        bench.status.relist(bench.now);
+        assert!(!bench.is_ready(true), "the wait starts anew");
+    }
+
+    #[test]
+    fn the_list_of_a_watch_takes_the_place_of_one_next_to_it() {
+        let mut bench = bench(&["etl"]);
+        bench.pods("etl", Event::InitDone);
+        bench.nodes(Event::InitDone);
+        bench.status.relist(bench.now);
+        bench.nodes(Event::RelistDone);
+        bench.pods("etl", Event::Disconnected(WatchError::Expired));
+        bench.pods("etl", Event::Init);
+        assert!(!bench.is_ready(true));
+        bench.pods("etl", Event::InitDone);
+        assert!(bench.is_ready(true) && bench.is_synced("etl") && !bench.status.take_relist_failed());
     }
 
     #[test]
