@@ -25,7 +25,10 @@ impl InvalidAnnotation {
     /// What is used instead of an invalid value, for the person who edited it.
     pub fn fallback(&self, invalid: &InvalidField) -> String {
         let value = self.in_use.value(invalid.field);
-        value.map_or_else(|| "still using the previous value".to_owned(), |value| format!("still using {value}"))
+        value.map_or_else(
+            || "using the last valid value, or else the default".to_owned(),
+            |value| format!("still using {value}"),
+        )
     }
 }
 

@@ -794,7 +794,7 @@ fn a_field_that_was_never_valid_is_left_to_the_ledger() {
         PolicyOverrides { spot_ratio: None, ..PolicyOverrides::from(Policy { on_demand_base: 4, ..Policy::DEFAULT }) }
     );
     let reported = index.take_invalid_annotations(usize::MAX);
-    assert_eq!(reported[0].fallback(&reported[0].invalid[0]), "still using the previous value");
+    assert_eq!(reported[0].fallback(&reported[0].invalid[0]), "using the last valid value, or else the default");
 }
 
 fn changed(index: &mut ClusterIndex) -> Vec<Change> {
