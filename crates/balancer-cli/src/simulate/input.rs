@@ -110,7 +110,7 @@ pub(crate) struct Arguments {
     pub(crate) max_executors_per_node: Option<PolicyOverrides>,
 
     /// As the setting SPOT_PREFERENCE [default: best-effort]
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, ignore_case = true)]
     pub(crate) spot_preference: Option<Preference>,
 
     /// As the setting SPOT_FALLBACK_SECONDS; 0 to wait for spot for any time [default: 0]
@@ -141,6 +141,7 @@ pub(crate) struct Arguments {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Preference {
     /// Spot executors run on on-demand while there is no spot
+    #[value(alias = "best_effort")]
     BestEffort,
     /// Spot executors wait for spot
     Strict,

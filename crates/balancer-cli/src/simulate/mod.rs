@@ -5,6 +5,7 @@ mod model;
 mod report;
 mod run;
 
+use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
@@ -47,6 +48,11 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     let sampling = Sampling { runs: arguments.runs, seed: arguments.seed };
     let runs = affordable_runs(&scenario, &policies, sampling)?;
     let sampling = Sampling { runs, ..sampling };
+    if let Some(path) = &arguments.html {
+        // Not only after minutes. What an earlier run has written stays until then.
+        let tried = OpenOptions::new().append(true).create(true).open(path);
+        drop(tried.with_context(|| cannot_write(path))?);
+    }
     let jobs = u64::try_from(policies.len())?.saturating_mul(u64::from(sampling.runs));
     // It shows itself only in a terminal.
     let progress = ProgressBar::new(jobs);
@@ -57,19 +63,19 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     let on_demand_cost = on_demand_price.map(|price| price * hours);
     let wanted_runs = arguments.runs;
     let simulation = Simulation { inputs, runs, wanted_runs, seed: sampling.seed, on_demand_cost, forecasts };
-    if let Some(path) = &arguments.html {
-        write_report(path, &simulation)?;
-    }
     match arguments.output {
         Format::Json => write_json(out, &simulation)?,
         Format::Table | Format::Wide => write_text(out, &simulation, arguments.output == Format::Wide)?,
     }
+    if let Some(path) = &arguments.html {
+        let report = report::render(&simulation)?;
+        std::fs::write(path, report).with_context(|| cannot_write(path))?;
+    }
     Ok(())
 }
 
-fn write_report(path: &Path, simulation: &Simulation) -> anyhow::Result<()> {
-    let report = report::render(simulation)?;
-    std::fs::write(path, report).with_context(|| format!("--html {}: cannot write the report", path.display()))
+fn cannot_write(path: &Path) -> String {
+    format!("--html {}: cannot write the report", path.display())
 }
 
 /// One column of the table: its name, and what it shows of a forecast.
