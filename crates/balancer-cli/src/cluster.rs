@@ -93,11 +93,16 @@ impl ViewArguments {
 pub(crate) struct Cluster {
     pub(crate) client: Client,
     pub(crate) namespace: String,
+    /// The address of its API.
+    pub(crate) server: String,
 }
 
 /// Why the Kubernetes API has not answered a request as wanted.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RequestError {
+    /// The API does not know who asks: a token has expired, or the command that gets one fails.
+    #[error("the cluster does not accept the credentials of the kubeconfig; log in again: {0}")]
+    Unauthenticated(String),
     /// The caller lacks a right.
     #[error("{0}")]
     Forbidden(String),
@@ -169,9 +174,16 @@ impl Cluster {
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.read_timeout = Some(2 * REQUEST_LIMIT);
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let server = config.cluster_url.to_string();
         let client = Client::try_from(config).map_err(|error| anyhow!(chain(&error)));
         let client = client.context("cannot create a Kubernetes client")?;
-        Ok(Self { client, namespace })
+        Ok(Self { client, namespace, server })
+    }
+
+    /// The error, with the address of the cluster if the error is the cluster's and not about one of its objects.
+    pub(crate) fn located(&self, error: anyhow::Error) -> anyhow::Error {
+        let is_refused = matches!(error.downcast_ref(), Some(RequestError::Unauthenticated(_)));
+        if is_refused || is_temporary(&error) { error.context(self.server.clone()) } else { error }
     }
 
     /// The objects of a namespace, or of all.
@@ -209,7 +221,9 @@ pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) ->
     answer.map_err(|error| {
         let text = chain(&error);
         match error {
+            kube::Error::Auth(_) => RequestError::Unauthenticated(text),
             kube::Error::Api(status) => match status.code {
+                401 => RequestError::Unauthenticated(text),
                 403 => RequestError::Forbidden(text),
                 404 => RequestError::NotFound(text),
                 429 | 500.. => RequestError::Unavailable(text),
@@ -498,6 +512,9 @@ mod tests {
             let error = anyhow::Error::from(error).context("cannot list");
             assert_eq!(is_temporary(&error), is_tried_again, "{code}");
         }
+        let status = Status::failure("a message", "Unauthorized").with_code(401).boxed();
+        let error = within(async { Err::<(), _>(kube::Error::Api(status)) }).await.expect_err("an error");
+        assert!(error.to_string().contains("log in again"), "{error}");
         assert!(is_temporary(&RequestError::TimedOut.into()));
         assert!(!is_temporary(&anyhow!("something else")));
     }

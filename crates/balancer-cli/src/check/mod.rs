@@ -51,7 +51,8 @@ struct Report {
 /// [`Unhealthy`] if something is wrong; another error if it cannot be checked.
 pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let cluster = Cluster::connect(&arguments.cluster).await?;
-    let (snapshots, unchecked) = read::snapshots(&cluster, arguments.cluster.namespace.as_deref()).await?;
+    let read = read::snapshots(&cluster, arguments.cluster.namespace.as_deref()).await;
+    let (snapshots, unchecked) = read.map_err(|error| cluster.located(error))?;
     let mut findings: Vec<Finding> = Vec::new();
     for finding in snapshots.iter().flat_map(rules::findings) {
         // Installations share the nodes and the jobs of a cluster.

@@ -20,6 +20,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams, ObjectMeta, PostParams};
 use serde::Serialize;
+use tokio::time::timeout;
 
 use crate::cluster::{Cluster, FirstOf, RequestError, list, list_first, within};
 use crate::snapshot::read::core_pod;
@@ -58,6 +59,8 @@ const MAX_DRIVERS: usize = 10_000;
 const AT_ONCE: usize = 8;
 /// From the first sample of metrics to the second. A reconciler calls the store once a second.
 const BETWEEN_SAMPLES: Duration = Duration::from_millis(2500);
+/// How long a replica may take for its metrics.
+const PAGE_LIMIT: Duration = Duration::from_secs(3);
 /// The largest page of metrics, in bytes. One of ours has less than a hundredth of it.
 const MAX_PAGE: usize = 4 << 20;
 
@@ -185,13 +188,12 @@ impl Reader<'_> {
         None
     }
 
-    /// The same, and an error if the API does not answer at all.
+    /// The same, and an error unless there is an answer or the caller may not have one: without what every check needs, nothing
+    /// must look healthy.
     fn known_or_down<T>(&self, what: &str, answer: Result<T, RequestError>) -> anyhow::Result<Option<T>> {
         match answer {
-            Err(error @ (RequestError::TimedOut | RequestError::Unavailable(_))) => {
-                Err(error).with_context(|| format!("cannot read {what}"))
-            }
-            answer => Ok(self.known(what, answer)),
+            answer @ (Ok(_) | Err(RequestError::Forbidden(_))) => Ok(self.known(what, answer)),
+            Err(error) => Err(error).with_context(|| format!("cannot read {what}")),
         }
     }
 
@@ -269,12 +271,15 @@ impl Reader<'_> {
         deployments: Option<&Deployments>,
     ) -> Snapshot {
         let (namespace, instance) = release;
-        let is_ours = |found: &&FoundHook| {
+        let is_ours = |found: &FoundHook| {
             found.instance == *instance && found.namespace.as_ref().is_none_or(|own| own == namespace)
         };
+        let (own, others): (Vec<_>, Vec<_>) = hooks.into_iter().flatten().partition(|found| is_ours(found));
+        let hooks_of = |found: Vec<&FoundHook>| found.into_iter().map(|found| found.hook.clone()).collect();
         let mut snapshot = Snapshot {
             namespace: namespace.clone(),
-            hooks: hooks.map(|hooks| hooks.iter().filter(is_ours).map(|found| found.hook.clone()).collect()),
+            hooks: hooks.map(|_| hooks_of(own)),
+            other_hooks: hooks_of(others),
             components: self.components(release, deployments).await,
             now: Timestamp::now(),
             ..Snapshot::default()
@@ -425,7 +430,7 @@ impl Reader<'_> {
     /// The metrics of the replicas, through the apiserver.
     async fn metrics(&self, snapshot: &Snapshot) -> Vec<Sample> {
         let mut replicas = Vec::new();
-        for pod in snapshot.pods.iter().flatten() {
+        for pod in snapshot.pods.iter().flatten().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
             let Some(component) = component_of(pod) else { continue };
             let skipped = match metrics_port(pod) {
                 Ok(_) if replicas.len() == MAX_REPLICAS => format!("only {MAX_REPLICAS} replicas are asked"),
@@ -456,15 +461,22 @@ impl Reader<'_> {
     }
 
     async fn page(&self, namespace: &str, name: &str, port: i32) -> Option<Metrics> {
-        let what = format!("{REDIS} of the replicas");
         let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy/metrics");
         let request = Request::get(path).body(Vec::new()).ok()?;
-        let page = self.known(&what, within(self.cluster.client.request_text(request)).await)?;
-        if page.len() > MAX_PAGE {
-            self.note(what, "the page of metrics is too large");
-            return None;
-        }
-        Some(Metrics(page))
+        let answer = timeout(PAGE_LIMIT, within(self.cluster.client.request_text(request))).await;
+        // The API answers for the pod, so its error says nothing about the API.
+        let why = match answer {
+            Ok(Ok(page)) if page.len() <= MAX_PAGE => return Some(Metrics(page)),
+            Ok(Ok(_)) => "the page of metrics is too large".to_owned(),
+            Ok(Err(error @ RequestError::Forbidden(_))) => {
+                return self.known(&format!("{REDIS} of the replicas"), Err(error));
+            }
+            Ok(Err(RequestError::Unavailable(why))) => format!("the apiserver cannot reach it: {why}"),
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("it did not answer within {} s", PAGE_LIMIT.as_secs()),
+        };
+        self.note(format!("{REDIS} of the pod {name}"), why);
+        None
     }
 }
 
@@ -614,6 +626,19 @@ mod tests {
         let (drivers, _) = reader.job_pods(&Conventions::default()).await;
         let notes = reader.unchecked.into_inner().into_iter().map(|Unchecked { what, why }| format!("{what}: {why}"));
         ((nodes.is_some(), namespaces.is_some(), drivers.len()), notes.collect())
+    }
+
+    #[tokio::test]
+    async fn a_cluster_that_refuses_the_credentials_does_not_look_healthy() {
+        for code in [401, 400, 404, 500] {
+            let status =
+                json!({"kind": "Status", "status": "Failure", "code": code, "reason": "", "message": "for the test"});
+            let cluster = cluster(move |_| (code, status.clone())).await;
+            let error = snapshots(&cluster, None).await.map(|_| ()).expect_err("nothing could be read");
+            let text = format!("{:#}", cluster.located(error));
+            assert!(text.contains("cannot read the webhook configurations") && text.contains("for the test"), "{text}");
+            assert_eq!(text.starts_with(&cluster.server), [401, 500].contains(&code), "{text}");
+        }
     }
 
     #[tokio::test]

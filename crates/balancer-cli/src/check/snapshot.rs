@@ -214,6 +214,8 @@ pub(crate) struct Snapshot {
     /// The namespace of the installation; empty if no installation could be read.
     pub(crate) namespace: String,
     pub(crate) hooks: Option<Vec<Hook>>,
+    /// Those of the other installations.
+    pub(crate) other_hooks: Vec<Hook>,
     pub(crate) components: Option<Vec<Component>>,
     /// The pods of the installation.
     pub(crate) pods: Option<Vec<Pod>>,
@@ -272,6 +274,11 @@ impl Snapshot {
         let mut expressions = selector.into_iter().flat_map(|selector| selector.match_expressions.iter().flatten());
         let names = expressions.find(|own| own.key == "kubernetes.io/metadata.name" && own.operator == "In");
         names.and_then(|own| own.values.clone()).unwrap_or_default()
+    }
+
+    /// Whether the apiserver calls an address and not a Service, for creations or for deletions.
+    pub(crate) fn calls_url(&self) -> bool {
+        self.hooks.iter().flatten().any(|hook| hook.webhook.client_config.url.is_some())
     }
 
     /// The name of the Lease that elects the leader, if there is one.

@@ -39,19 +39,7 @@ pub(crate) struct Arguments {
 /// Explains the pod.
 pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let cluster = Cluster::connect(&arguments.cluster).await?;
-    let namespace = cluster.namespace.as_str();
-    let pod = match within(cluster.api::<v1::Pod>(Some(namespace)).get(&arguments.pod)).await {
-        Ok(pod) => pod,
-        Err(RequestError::NotFound(_)) => bail!(
-            "no pod {:?} in namespace {namespace:?}; it may be gone, or in another namespace (--namespace)",
-            arguments.pod
-        ),
-        Err(error) => return Err(error).with_context(|| format!("cannot get the pod {:?}", arguments.pod)),
-    };
-    let settings = arguments.view.apply(read::settings(&cluster).await?);
-    let wanted = Wanted::EventsOf(&pod);
-    let snapshot = read::snapshot(&cluster, Some(namespace), settings, wanted, Freshness::Now).await?;
-    let explanation = Explanation::of(&snapshot, &pod).context("the pod cannot be read")?;
+    let explanation = explain(&cluster, &arguments).await.map_err(|error| cluster.located(error))?;
     let Profile { origin, doubt, .. } = &explanation.settings;
     if let Some(note) = snapshot::note(&explanation.missing, origin, doubt.as_deref()) {
         eprintln!("{note}");
@@ -62,4 +50,21 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
         Format::Wide => explanation.write(out, true)?,
     }
     Ok(())
+}
+
+async fn explain(cluster: &Cluster, arguments: &Arguments) -> anyhow::Result<Explanation> {
+    let namespace = cluster.namespace.as_str();
+    let name = arguments.pod.as_str();
+    let name = ["pod/", "pods/"].iter().find_map(|kind| name.strip_prefix(kind)).unwrap_or(name);
+    let pod = match within(cluster.api::<v1::Pod>(Some(namespace)).get(name)).await {
+        Ok(pod) => pod,
+        Err(RequestError::NotFound(_)) => {
+            bail!("no pod {name:?} in namespace {namespace:?}; it may be gone, or in another namespace (--namespace)")
+        }
+        Err(error) => return Err(error).with_context(|| format!("cannot get the pod {name:?}")),
+    };
+    let settings = arguments.view.apply(read::settings(cluster).await?);
+    let wanted = Wanted::EventsOf(&pod);
+    let snapshot = read::snapshot(cluster, Some(namespace), settings, wanted, Freshness::Now).await?;
+    Explanation::of(&snapshot, &pod).context("the pod cannot be read")
 }

@@ -145,7 +145,8 @@ impl Subject<'_> {
     pub(super) fn changes(&self) -> Vec<String> {
         let annotation = self.conventions().annotation(PolicyField::SpotRatio);
         let driver = self.driver.as_ref().map(|driver| driver.name.as_str());
-        let on_driver = driver.map_or("on the driver".to_owned(), |driver| format!("on {driver}"));
+        let on_driver = driver
+            .map_or("on the driver, or on the executors if they have none".to_owned(), |driver| format!("on {driver}"));
         match self.outcome {
             Outcome::OtherRole => vec![format!(
                 "Nothing, unless it is meant as an executor: set the label {} to {:?}.",
@@ -161,7 +162,7 @@ impl Subject<'_> {
                 "No capacity in the nodeSelector or affinity of the executor's template. New executors then follow the ratio.".into(),
             ],
             Outcome::NotPlaced => vec![
-                "A new executor is placed if the webhook answers. The job is not changed by executors that exist.".into(),
+                "Nothing: only new executors are placed, and only if the webhook answers.".into(),
             ],
             Outcome::Placed | Outcome::NotRecorded => self.placed_changes(annotation, &on_driver),
         }
@@ -183,9 +184,10 @@ impl Subject<'_> {
             RatioSource::Owner => "sessions",
             _ => "executors",
         };
-        words.push(format!(
-            "Another ratio ({annotation} {on_driver}) applies to new {edited}. This executor stays as it is until it ends."
-        ));
+        let runs =
+            self.node().is_some() && self.phase() == "Running" && self.core.metadata.deletion_timestamp.is_none();
+        let stays = if runs { " This executor stays as it is until it ends." } else { "" };
+        words.push(format!("Another ratio ({annotation} {on_driver}) applies to new {edited}.{stays}"));
         words
     }
 

@@ -147,7 +147,8 @@ pub(crate) async fn cluster(answer: impl Fn(&str) -> (u16, Value) + Send + Sync 
         }
     });
     let config = kube::Config::new(format!("http://{address}").parse().expect("an address"));
-    Cluster { client: kube::Client::try_from(config).expect("a client"), namespace: "etl".into() }
+    let server = config.cluster_url.to_string();
+    Cluster { client: kube::Client::try_from(config).expect("a client"), namespace: "etl".into(), server }
 }
 
 /// A list as the API has it.

@@ -21,6 +21,9 @@ pub(crate) struct Report {
     /// `None` for all namespaces.
     #[serde(skip)]
     pub(crate) namespace: Option<String>,
+    /// The one that is shown; `None` for all jobs.
+    #[serde(skip)]
+    pub(crate) job: Option<String>,
     #[serde(skip)]
     pub(crate) now: Timestamp,
 }
@@ -126,6 +129,7 @@ impl Report {
             missing: snapshot.missing(),
             jobs,
             namespace: namespace.map(str::to_owned),
+            job: None,
             now: snapshot.now,
         }
     }

@@ -57,7 +57,7 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
     let (mut last, mut last_failure) = (None, None);
     loop {
         let started = Instant::now();
-        match reader.report().await {
+        match reader.report().await.map_err(|error| cluster.located(error)) {
             Ok(report) => {
                 last_failure = None;
                 // On a terminal the ages go on; elsewhere only what has changed is printed.
@@ -119,6 +119,7 @@ impl Reader<'_> {
         let mut report = Report::of(&snapshot, namespace);
         if let Some(name) = &arguments.job {
             report.jobs.retain(|job| job.is_called(name));
+            report.job = Some(name.clone());
             if report.jobs.is_empty() && !arguments.watch {
                 let place =
                     namespace.map_or("any namespace".to_owned(), |namespace| format!("namespace {namespace:?}"));

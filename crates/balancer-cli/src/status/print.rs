@@ -20,10 +20,12 @@ impl Report {
         }
         if self.jobs.is_empty() {
             let place = self.namespace.as_ref().map(|namespace| format!(" in namespace {namespace}"));
-            return writeln!(out, "No live jobs found{}.", place.unwrap_or_default());
+            let what = self.job.as_ref().map_or("jobs".to_owned(), |job| format!("job {job:?}"));
+            return writeln!(out, "No live {what} found{}.", place.unwrap_or_default());
         }
         let is_wide = format == Format::Wide;
-        let columns = columns(self.namespace.is_none(), is_wide);
+        let has_unknown = self.jobs.iter().any(|job| job.unknown > 0);
+        let columns = columns(self.namespace.is_none(), is_wide, has_unknown);
         let header: Vec<&str> = columns.iter().map(|(header, _)| *header).collect();
         let row = |job: &JobStatus| columns.iter().map(|(_, cell)| cell(job, self.now)).collect();
         write_table(out, &header, self.jobs.iter().map(row))?;
@@ -36,7 +38,8 @@ impl Report {
 
 type Column = (&'static str, fn(&JobStatus, Timestamp) -> String);
 
-fn columns(all_namespaces: bool, is_wide: bool) -> Vec<Column> {
+/// Executors must not vanish from a table, so `UNKNOWN` is shown if some job has any.
+fn columns(all_namespaces: bool, is_wide: bool, has_unknown: bool) -> Vec<Column> {
     let mut columns: Vec<Column> = Vec::new();
     if all_namespaces {
         columns.push(("NAMESPACE", |job, _| job.namespace.clone()));
@@ -45,22 +48,26 @@ fn columns(all_namespaces: bool, is_wide: bool) -> Vec<Column> {
     if is_wide {
         columns.push(("DRIVER", |job, _| job.driver.clone().unwrap_or_else(|| NONE.into())));
     }
-    columns.extend::<[Column; 6]>([
+    columns.extend::<[Column; 4]>([
         ("RATIO", |job, _| job.ratio_words()),
         ("SOURCE", |job, _| job.source_words().into()),
         ("SPOT", |job, _| job.spot.to_string()),
         ("ON-DEMAND", |job, _| job.on_demand.to_string()),
+    ]);
+    if is_wide || has_unknown {
+        columns.push(("UNKNOWN", |job, _| job.unknown.to_string()));
+    }
+    columns.extend::<[Column; 2]>([
         ("PENDING", |job, _| job.pending.to_string()),
         ("DISTANCE", |job, _| job.distance_words()),
     ]);
     if is_wide {
-        columns.extend::<[Column; 5]>([
+        columns.extend::<[Column; 4]>([
             ("WANTED SPOT", |job, _| {
                 job.wanted_spot.map_or_else(|| job.without_ratio(), |wanted| format!("{wanted:.1}"))
             }),
             ("PENDING SPOT", |job, _| job.pending_spot.to_string()),
             ("PENDING ON-DEMAND", |job, _| job.pending_on_demand.to_string()),
-            ("UNKNOWN", |job, _| job.unknown.to_string()),
             ("FIXED", |job, _| job.fixed.to_string()),
         ]);
     }

@@ -54,6 +54,7 @@ pub(crate) fn findings(snapshot: &Snapshot) -> Vec<Finding> {
 pub(crate) fn unchecked(snapshot: &Snapshot) -> Vec<Unchecked> {
     let mut unchecked = workloads::unreadable(snapshot);
     unchecked.extend(workloads::not_literal(snapshot));
+    unchecked.extend(workloads::elsewhere(snapshot));
     unchecked
 }
 

@@ -171,6 +171,7 @@ fn healthy() -> Snapshot {
             hook(HookKind::Mutating, &authority.1, &mutating),
             hook(HookKind::Validating, &authority.1, &validating),
         ]),
+        other_hooks: Vec::new(),
         components: Some(vec![webhook(&[]), reconciler()]),
         pods: Some([WEBHOOK, WEBHOOK, RECONCILER, RECONCILER].map(|name| pod(name, "True")).to_vec()),
         service: Read::Found(of(json!({
@@ -289,11 +290,9 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("a namespace does not exist", "webhook-namespaces", |it| {
         it.namespaces.as_mut().expect("namespaces").remove(0);
     }),
+    ("a job in a namespace that is left out", "webhook-namespaces", |it| unserved(it)),
     ("a match condition", "webhook-conditions", |it| {
         edit(it, |one| one["matchConditions"] = json!([{"name": "mine", "expression": "false"}]));
-    }),
-    ("a URL", "webhook-service", |it| {
-        edit(it, |one| one["clientConfig"] = json!({"url": "https://x/", "caBundle": one["clientConfig"]["caBundle"]}));
     }),
     ("another Service", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["name"] = json!("x"))),
     ("another port", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["port"] = json!(8443))),
@@ -366,6 +365,11 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("a reconciler is not ready", "replica-not-ready", |it| {
         it.pods = Some(vec![pod(RECONCILER, "False"), pod(RECONCILER, "True")]);
     }),
+    ("the last reconciler is ending", "no-ready-replica", |it| {
+        let mut ending = pod(RECONCILER, "True");
+        ending.metadata.deletion_timestamp = Some(of(json!("2030-06-01T00:00:30Z")));
+        it.pods = Some(vec![ending]);
+    }),
     ("no Lease", "no-leader", |it| it.lease = Read::Absent),
     ("nobody leads", "no-leader", |it| it.lease = Read::Found(of(json!({"spec": {"holderIdentity": ""}})))),
     ("the leader is late", "no-leader", |it| it.now = "2030-06-01T00:02:00Z".parse().expect("a time")),
@@ -413,6 +417,47 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("an invalid ratio", "invalid-annotation", |it| it.drivers.push(driver(json!({"workload/spot-ratio": "much"})))),
     ("an invalid base", "invalid-annotation", |it| it.drivers.push(driver(json!({"workload/on-demand-base": "-1"})))),
 ];
+
+/// A job asks for a ratio in a namespace that no webhook selects.
+fn unserved(snapshot: &mut Snapshot) {
+    let labels = json!({"kubernetes.io/metadata.name": "ml"});
+    snapshot.namespaces.as_mut().expect("namespaces").push(of(json!({"metadata": {"name": "ml", "labels": labels}})));
+    let mut driver = driver(json!({"workload/spot-ratio": "0.7"}));
+    driver.metadata.namespace = Some("ml".into());
+    snapshot.drivers.push(driver);
+}
+
+#[test]
+fn a_job_in_a_namespace_of_another_installation_or_that_is_opted_out_is_served() {
+    let mut snapshot = healthy();
+    unserved(&mut snapshot);
+    snapshot.other_hooks = hooks(&mut snapshot).clone();
+    for hook in &mut snapshot.other_hooks {
+        hook.webhook.namespace_selector = None;
+    }
+    assert_eq!(findings(&snapshot), []);
+    let mut snapshot = healthy();
+    unserved(&mut snapshot);
+    let mut off = driver(json!({"workload/spot-ratio": "off"}));
+    off.metadata.namespace = Some("ml".into());
+    *snapshot.drivers.last_mut().expect("a driver") = off;
+    assert_eq!(findings(&snapshot), []);
+}
+
+#[test]
+fn a_webhook_may_be_called_by_a_url_and_run_elsewhere() {
+    let mut snapshot = healthy();
+    edit(&mut snapshot, |one| {
+        one["clientConfig"] = json!({"url": "https://x/", "caBundle": one["clientConfig"]["caBundle"]});
+    });
+    assert_eq!((findings(&snapshot), unchecked(&snapshot)), (vec![], vec![]));
+    snapshot.components.as_mut().expect("components").remove(0);
+    (snapshot.service, snapshot.endpoints) = (Read::Unknown, Read::Unknown);
+    assert_eq!(findings(&snapshot), []);
+    let notes: Vec<String> =
+        unchecked(&snapshot).into_iter().map(|note| format!("{}: {}", note.what, note.why)).collect();
+    assert_eq!(notes, ["the webhook and its settings: its configurations call a URL, and no Deployment of it is here"]);
+}
 
 fn set_components(snapshot: &mut Snapshot, components: Vec<Component>) {
     snapshot.components = Some(components);

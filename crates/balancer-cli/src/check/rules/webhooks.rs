@@ -1,7 +1,8 @@
 //! Checks the webhook configurations: whether the apiserver sends the pods of jobs to the webhook, and waits long enough.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
+use balancer_core::{Pod, PolicyField};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
@@ -103,7 +104,7 @@ pub(super) fn pods(snapshot: &Snapshot) -> Vec<Finding> {
                 Problem::WebhookPods,
                 hook.object(),
                 text,
-                format!("Upgrade the release with the settings for your pods, so that the selector has {label} in its values."),
+                format!("Upgrade the release with the settings for your pods, so that the selector has these values of {label}."),
             )
         })
     })
@@ -113,10 +114,21 @@ pub(super) fn pods(snapshot: &Snapshot) -> Vec<Finding> {
 pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
     let Some(namespaces) = &snapshot.namespaces else { return Vec::new() };
     let watched = snapshot.watched();
+    let is_selected = |hook: &Hook, name: &str| {
+        let namespace = namespaces.iter().find(|namespace| namespace.name_any() == name);
+        namespace.is_some_and(|found| selects(hook.webhook.namespace_selector.as_ref(), found.labels()))
+    };
+    let stating = stating_namespaces(snapshot);
     each(snapshot, |hook| {
-        let selected = |name: &str| {
-            let namespace = namespaces.iter().find(|namespace| namespace.name_any() == name);
-            namespace.is_some_and(|found| selects(hook.webhook.namespace_selector.as_ref(), found.labels()))
+        let selected = |name: &str| is_selected(hook, name);
+        let creations = || {
+            snapshot.hooks.iter().flatten().chain(&snapshot.other_hooks).filter(|hook| hook.kind == HookKind::Mutating)
+        };
+        let unserved: Vec<&str> = match hook.kind {
+            HookKind::Mutating => {
+                stating.iter().copied().filter(|name| !creations().any(|hook| is_selected(hook, name))).collect()
+            }
+            HookKind::Validating => Vec::new(),
         };
         let left_out: Vec<&String> = watched.iter().filter(|name| !selected(name)).collect();
         let (text, fix) = if !left_out.is_empty() {
@@ -139,11 +151,30 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
                 "The namespaceSelector selects no namespace that exists.".to_owned(),
                 "Label the namespaces of your jobs as namespaces.selector says.".to_owned(),
             )
+        } else if !unserved.is_empty() {
+            (
+                format!(
+                    "Drivers state a ratio in namespaces that the namespaceSelector leaves out: {}.",
+                    listed(&unserved)
+                ),
+                "Add them to namespaces.names, or label them as namespaces.selector says.".to_owned(),
+            )
         } else {
             return None;
         };
         Some(Finding::new(Problem::WebhookNamespaces, hook.object(), text, fix))
     })
+}
+
+/// The namespaces of the live drivers that state a ratio.
+fn stating_namespaces(snapshot: &Snapshot) -> BTreeSet<&str> {
+    let conventions = snapshot.settings().conventions;
+    let annotation = conventions.annotation(PolicyField::SpotRatio);
+    let states = |driver: &&Pod<'_>| {
+        let ratio = driver.annotation(annotation);
+        driver.is_live() && ratio.is_some_and(|ratio| !ratio.trim().eq_ignore_ascii_case("off"))
+    };
+    snapshot.drivers.iter().filter(states).filter_map(|driver| driver.metadata.namespace.as_deref()).collect()
 }
 
 /// No expression leaves out pods.
@@ -163,9 +194,8 @@ pub(super) fn conditions(snapshot: &Snapshot) -> Vec<Finding> {
 pub(super) fn service(snapshot: &Snapshot) -> Vec<Finding> {
     each(snapshot, |hook| {
         let finding = |text: String| Some(Finding::new(Problem::WebhookService, hook.object(), text, UPGRADE));
-        let Some(called) = &hook.webhook.client_config.service else {
-            return finding("It calls a URL and not the Service of the webhook.".to_owned());
-        };
+        // An address may lead to the webhook from anywhere.
+        let called = hook.webhook.client_config.service.as_ref()?;
         if called.namespace != snapshot.namespace {
             return finding(format!("It calls a Service in another namespace, {}.", called.namespace));
         }

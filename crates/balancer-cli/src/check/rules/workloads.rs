@@ -19,6 +19,10 @@ pub(super) fn deployments(snapshot: &Snapshot) -> Vec<Finding> {
     }
     let mut findings = Vec::new();
     if snapshot.component(WEBHOOK).is_none() {
+        // It runs somewhere else.
+        if snapshot.calls_url() {
+            return findings;
+        }
         let object = format!("Deployment of the webhook in {}", snapshot.namespace);
         let text = "There is none, so executors are created unchanged.";
         let fix = "Install the release again, or delete its webhook configurations.";
@@ -81,6 +85,15 @@ pub(super) fn unreadable(snapshot: &Snapshot) -> Vec<Unchecked> {
     unreadable.collect()
 }
 
+/// The webhook, if it is not known where it runs.
+pub(super) fn elsewhere(snapshot: &Snapshot) -> Vec<Unchecked> {
+    if snapshot.components.is_none() || snapshot.component(WEBHOOK).is_some() || !snapshot.calls_url() {
+        return Vec::new();
+    }
+    let what = "the webhook and its settings".to_owned();
+    vec![Unchecked { what, why: "its configurations call a URL, and no Deployment of it is here".to_owned() }]
+}
+
 /// The settings that the Deployments do not show, instead of which the defaults are checked.
 pub(super) fn not_literal(snapshot: &Snapshot) -> Vec<Unchecked> {
     let components = snapshot.components.iter().flatten();
@@ -103,7 +116,15 @@ fn has_no_ready_replica(snapshot: &Snapshot, component: &Component) -> bool {
 
 /// Whether both programs have the setting, for the same purpose.
 fn is_shared(name: &str) -> bool {
-    let own = ["ADMIN_PORT", "PORT", "MAX_NEW_JOBS_PER_MINUTE", "WEBHOOK_TIMEOUT_SECONDS", "ADMISSION_TOKEN_PATH"];
+    let own = [
+        "ADMIN_PORT",
+        "ADMISSION_TOKEN_PATH",
+        "MAX_NEW_JOBS_PER_MINUTE",
+        "PAGE_PORT",
+        "PORT",
+        "STORE_TIMEOUT_MILLISECONDS",
+        "WEBHOOK_TIMEOUT_SECONDS",
+    ];
     !own.contains(&name)
         && !["TLS_", "RECONCILE_", "WATCH_", "CLIENT_", "REDIS_", "LOG_"].iter().any(|own| name.starts_with(own))
 }
@@ -146,7 +167,7 @@ pub(super) fn reconciler_replicas(snapshot: &Snapshot) -> Vec<Finding> {
 
 fn replicas(component: &Component, ready: usize, effect: &str) -> Vec<Finding> {
     let wanted = component.replicas();
-    let fix = "Look at the Events and the logs of its pods.";
+    let fix = if wanted == 0 { "Scale it up." } else { "Look at the Events and the logs of its pods." };
     let finding = |problem, text: String| vec![Finding::new(problem, component.object(), text, fix)];
     match ready {
         // Nobody wants it to run.
@@ -168,6 +189,9 @@ pub(crate) fn is_of(pod: &Pod, component: &str) -> bool {
 }
 
 fn is_ready(pod: &Pod) -> bool {
+    if pod.metadata.deletion_timestamp.is_some() {
+        return false;
+    }
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     let mut ready = conditions.filter(|condition| condition.type_ == "Ready");
     ready.any(|condition| condition.status == "True")
