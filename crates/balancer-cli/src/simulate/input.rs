@@ -81,6 +81,16 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SHARE", value_parser = pool_wide)]
     pub(crate) pool_wide: Option<f64>,
 
+    /// The spot nodes that each pool has before the job starts, for all pools or for each [assumed: an autoscaler adds them]
+    #[arg(
+        long,
+        value_name = "NUMBERS",
+        value_delimiter = ',',
+        value_parser = ready_nodes,
+        conflicts_with_all = ["executors_per_node", "max_executors_per_node", "node_start_seconds"],
+    )]
+    pub(crate) ready_nodes: Vec<u32>,
+
     /// The executors of the job that fit on one node [assumed: 4]
     #[arg(long, value_name = "NUMBER", value_parser = per_node)]
     pub(crate) executors_per_node: Option<u32>,
@@ -93,7 +103,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) replacement_seconds: Option<f64>,
 
-    /// The seconds from the request of an executor until it has a node; 0 if the nodes are there already [assumed: 45]
+    /// The seconds from the request of an executor until it has a node that an autoscaler adds [assumed: 45]
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) node_start_seconds: Option<f64>,
 
@@ -233,13 +243,13 @@ impl Inputs {
     }
 
     /// One value for each pool.
-    fn per_pool(
+    fn per_pool<T: Copy + ToString>(
         &mut self,
         (option, name): (&'static str, &'static str),
-        stated: &[f64],
-        (assumed, reason): (f64, &'static str),
+        stated: &[T],
+        (assumed, reason): (T, &'static str),
         pools: usize,
-    ) -> Result<Vec<f64>, InputError> {
+    ) -> Result<Vec<T>, InputError> {
         let values = match stated {
             [] => vec![assumed; pools],
             [one] => vec![*one; pools],
@@ -248,7 +258,7 @@ impl Inputs {
         };
         let (source, reason) = if stated.is_empty() { (Source::Assumed, reason) } else { (Source::Stated, "") };
         let shown = if stated.is_empty() { &[assumed] } else { stated };
-        let value = shown.iter().map(f64::to_string).collect::<Vec<_>>().join(", ");
+        let value = shown.iter().map(T::to_string).collect::<Vec<_>>().join(", ");
         self.0.push(Input { option: Some(option), name, value, source, reason });
         Ok(values)
     }
@@ -311,7 +321,7 @@ impl Arguments {
     }
 
     fn cloud(&self, inputs: &mut Inputs) -> Result<Cloud, InputError> {
-        let lists = [self.rates.len(), self.discounts.len(), self.spot_prices.len()];
+        let lists = [self.rates.len(), self.discounts.len(), self.spot_prices.len(), self.ready_nodes.len()];
         let of_lists = lists.into_iter().max().filter(|values| *values > 1);
         let reason = "no source; one zone and four instance types";
         let pools =
@@ -335,11 +345,16 @@ impl Arguments {
         if let Some(price) = self.on_demand_price {
             inputs.stated(("--on-demand-price", "on-demand price per executor-hour"), price.to_string());
         }
-        let pools = (1..).zip(rates).zip(discounts);
-        let pool = |((position, rate), discount): ((usize, f64), f64)| SpotPool {
+        let name = ("--ready-nodes", "nodes that are there in each pool");
+        let reason = "none; Karpenter adds them when pods wait";
+        let ready_nodes = inputs.per_pool(name, &self.ready_nodes, (0, reason), pools)?;
+        let has_ready_nodes = !self.ready_nodes.is_empty();
+        let pools = (1..).zip(rates).zip(discounts).zip(ready_nodes);
+        let pool = |(((position, rate), discount), nodes): (((usize, f64), f64), u32)| SpotPool {
             name: format!("pool-{position}"),
             rate,
             discount,
+            ready_nodes: has_ready_nodes.then_some(nodes),
         };
         let mut pools: Vec<SpotPool> = pools.map(pool).collect();
         // Karpenter takes the cheapest pool that has capacity. The sort is stable.
@@ -350,7 +365,11 @@ impl Arguments {
             inputs.assume(("--pool-wide", "interruptions that take the pool"), self.pool_wide, (0.92, reason), share);
         let reason = "no source";
         let per_node = ("--executors-per-node", "executors per node");
-        let executors_per_node = inputs.assume(per_node, self.executors_per_node, (4, reason), |n| n.to_string());
+        // Neither matters if nodes are there: the scheduler spreads executors over them at once.
+        let executors_per_node = match has_ready_nodes {
+            true => 1,
+            false => inputs.assume(per_node, self.executors_per_node, (4, reason), |n| n.to_string()),
+        };
         let (option, reason) = (("--shortage-minutes", "shortage after a pool is lost"), "no source");
         let minutes = inputs.assume(option, self.shortage_minutes, (30.0, reason), |value| format!("{value} min"));
         let reason = "EMR on EKS, all executors lost, with volumes: 565 s instead of 440 s";
@@ -358,7 +377,10 @@ impl Arguments {
         let replacement =
             inputs.assume(option, self.replacement_seconds, (125.0, reason), |value| format!("{value} s"));
         let (option, reason) = (("--node-start-seconds", "time until an executor has a node"), "no source");
-        let node_start = inputs.assume(option, self.node_start_seconds, (45.0, reason), |value| format!("{value} s"));
+        let node_start = match has_ready_nodes {
+            true => 0.0,
+            false => inputs.assume(option, self.node_start_seconds, (45.0, reason), |value| format!("{value} s")),
+        };
         let speed = |value: f64| format!("{value} MB/s");
         let hand_over =
             inputs.assume(("--hand-over", "speed of handing over"), self.hand_over, (100.0, "no source"), speed);
@@ -461,6 +483,10 @@ fn price(text: &str) -> Result<f64, String> {
     number(text, |price| *price > 0.0 && *price <= 1e6, "a price above 0 and up to 1000000, such as 0.192")
 }
 
+fn ready_nodes(text: &str) -> Result<u32, String> {
+    number(text, |n| (1..=MAX_EXECUTORS).contains(n), "a whole number from 1 to 100000")
+}
+
 fn per_node(text: &str) -> Result<u32, String> {
     number(text, |n| (1..=1000).contains(n), "a whole number from 1 to 1000")
 }
@@ -517,6 +543,10 @@ mod tests {
                 "--executors 5 --hours 1 --max-pool-share 0",
                 ["'0'", "--max-pool-share", "accepted: above 0 and up to 1"],
             ),
+            (
+                "--executors 5 --hours 1 --ready-nodes 8,0",
+                ["'0'", "--ready-nodes", "accepted: a whole number from 1 to 100000"],
+            ),
             ("--executors 5 --hours 1 --runs 1", ["'1'", "--runs", "accepted: a whole number from 100 to 1000000"]),
             ("--executors 5 --hours 1 --spot-prices 1", ["not provided", "--on-demand-price", "Usage"]),
             ("--executors 5", ["not provided", "--hours", "Usage"]),
@@ -532,6 +562,10 @@ mod tests {
         assert_eq!(
             error("--pools 3 --rates 0.1,0.2"),
             "--rates has 2 values for 3 pools; accepted: one value, or one for each pool"
+        );
+        assert_eq!(
+            error("--rates 0.1,0.2,0.3 --ready-nodes 8,2"),
+            "--ready-nodes has 2 values for 3 pools; accepted: one value, or one for each pool"
         );
         assert_eq!(
             error("--on-demand-price 1 --spot-prices 0.5,1.5"),
@@ -567,6 +601,34 @@ mod tests {
         assert_eq!(sources(""), [Source::Assumed, Source::Assumed, Source::Default, Source::Default]);
         let stated = "--rates 0.05 --shuffle 10 --max-pool-share 1 --spot-preference best-effort";
         assert_eq!(sources(stated), [Source::Stated; 4]);
+    }
+
+    #[test]
+    fn nodes_that_are_there_describe_the_pools_and_stay_with_theirs_when_those_are_sorted() {
+        let pools = |options: &str| {
+            let pools = job(options).plan().unwrap().scenario.cloud.pools;
+            pools.into_iter().map(|pool| (pool.name, pool.ready_nodes)).collect::<Vec<_>>()
+        };
+        let pool = |number: usize, nodes| (format!("pool-{number}"), nodes);
+        assert_eq!(pools(""), [1, 2, 3, 4].map(|number| pool(number, None)));
+        assert_eq!(pools("--ready-nodes 3"), [1, 2, 3, 4].map(|number| pool(number, Some(3))));
+        assert_eq!(pools("--ready-nodes 3 --pools 2"), [1, 2].map(|number| pool(number, Some(3))));
+        assert_eq!(pools("--ready-nodes 8,2 --discounts 0.5,0.7"), [pool(2, Some(2)), pool(1, Some(8))]);
+        // An executor has its node at once.
+        let cloud = job("--ready-nodes 3").plan().unwrap().scenario.cloud;
+        assert_eq!(cloud.node_start_seconds, 0.0);
+    }
+
+    #[test]
+    fn nodes_that_are_there_exclude_the_options_about_nodes_that_an_autoscaler_adds() {
+        for other in ["--executors-per-node", "--max-executors-per-node", "--node-start-seconds"] {
+            let error = parse(&format!("--executors 5 --hours 1 --ready-nodes 3 {other} 2")).unwrap_err().to_string();
+            assert!(error.contains("cannot be used with") && error.contains(other), "{error}");
+        }
+        let shown = job("--ready-nodes 3").plan().unwrap().inputs;
+        assert!(!shown.iter().any(|input| {
+            input.option.is_some_and(|option| ["--executors-per-node", "--node-start-seconds"].contains(&option))
+        }));
     }
 
     #[test]

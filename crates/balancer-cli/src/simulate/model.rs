@@ -53,6 +53,9 @@ pub(crate) struct SpotPool {
     pub(crate) rate: f64,
     /// The share of the on-demand price that spot saves.
     pub(crate) discount: f64,
+    /// The nodes that are there before the job starts, with room for all of it. The scheduler spreads executors over them.
+    /// `None` if an autoscaler adds nodes.
+    pub(crate) ready_nodes: Option<u32>,
 }
 
 /// What the cloud and the cluster do.
@@ -62,6 +65,7 @@ pub(crate) struct Cloud {
     pub(crate) pools: Vec<SpotPool>,
     /// The share of a node's interruptions that reclaim its whole pool.
     pub(crate) pool_wide: f64,
+    /// Of nodes that an autoscaler adds.
     pub(crate) executors_per_node: u32,
     /// For how long on average a pool has no capacity after it was reclaimed.
     pub(crate) shortage_seconds: f64,
@@ -321,8 +325,31 @@ impl Nodes {
 struct PoolState {
     name: Arc<Pool>,
     nodes: Nodes,
+    ready_nodes: Option<u32>,
     /// Until then it has no more capacity.
     out_until: f64,
+    /// Until then one of several nodes that are there without an autoscaler is missing.
+    node_out_until: f64,
+}
+
+impl PoolState {
+    /// Nodes with executors. An autoscaler fills a node before it adds the next one, and the scheduler takes empty nodes.
+    fn used_nodes(&self, on_added_node: u32) -> u32 {
+        let running = self.nodes.running;
+        self.ready_nodes.map_or(running.div_ceil(on_added_node), |nodes| nodes.min(running))
+    }
+
+    /// For how many more executors the nodes that an autoscaler has added have room.
+    fn room(&self, on_added_node: u32) -> u32 {
+        self.nodes.all().next_multiple_of(on_added_node) - self.nodes.all()
+    }
+
+    /// How many executors each of the nodes that are there would have with half of one more: the scheduler takes one of the
+    /// emptiest nodes at random, so that each pool has its share of them on average. `None` if there is no node.
+    fn executors_on_ready_node(&self, now: f64) -> Option<f64> {
+        let nodes = self.ready_nodes? - u32::from(self.node_out_until > now);
+        (self.out_until <= now).then(|| (f64::from(self.nodes.all()) + 0.5) / f64::from(nodes))
+    }
 }
 
 /// Where an executor runs.
@@ -375,7 +402,9 @@ impl Cluster {
         let pool = |spot: &SpotPool| PoolState {
             name: Arc::new(Pool { instance_type: spot.name.as_str().into(), zone: "zone".into() }),
             nodes: Nodes::default(),
+            ready_nodes: spot.ready_nodes,
             out_until: 0.0,
+            node_out_until: 0.0,
         };
         Self {
             counts: Counts::default(),
@@ -417,7 +446,7 @@ impl Cluster {
         self.pools.iter().zip(&scenario.cloud.pools).map(move |(pool, spot)| {
             // Of one node, as an exponential distribution with this probability in a month.
             let of_node = -(-spot.rate).ln_1p() / (HOURS_OF_MONTH * 3600.0);
-            let nodes = pool.nodes.running.div_ceil(executors_per_node);
+            let nodes = pool.used_nodes(executors_per_node);
             let is_used = if nodes > 0 { 1.0 } else { 0.0 };
             (of_node * pool_wide * is_used, of_node * (1.0 - pool_wide) * f64::from(nodes))
         })
@@ -432,7 +461,7 @@ impl Cluster {
     /// those from before the batch.
     fn place(&mut self, scenario: &Scenario, policy: Policy, executors: u32, now: f64) {
         self.steps += u64::from(executors);
-        let pool = self.choose_pool(policy.max_pool_share, now);
+        let avoided = self.avoided(policy.max_pool_share, now);
         let (mut spot, mut has_probe) = (0, false);
         for _ in 0..executors {
             let mut capacity = decide(self.counts, policy).unwrap_or(Capacity::OnDemand);
@@ -453,36 +482,61 @@ impl Cluster {
         }
         self.launch(scenario, Place::OnDemand, executors - spot, false, now);
         if spot > 0 {
-            self.launch_on_spot(scenario, pool, Waiting { since: now, executors: spot, has_probe }, now);
+            self.launch_on_spot(scenario, &avoided, Waiting { since: now, executors: spot, has_probe }, now);
         }
     }
 
-    fn launch_on_spot(&mut self, scenario: &Scenario, pool: Option<usize>, executors: Waiting, now: f64) {
-        let Waiting { executors: count, has_probe, .. } = executors;
-        match (pool, scenario.preference) {
-            (Some(pool), _) => self.launch(scenario, Place::Pool(pool), count, has_probe, now),
-            (None, SpotPreference::Strict) => self.waiting.push_back(executors),
-            (None, SpotPreference::BestEffort) => {
+    fn launch_on_spot(&mut self, scenario: &Scenario, avoided: &[String], executors: Waiting, now: f64) {
+        let Waiting { executors: mut left, mut has_probe, .. } = executors;
+        while left > 0 {
+            let Some((pool, room)) = self.choose_pool(scenario, avoided, now) else { break };
+            let launched = room.min(left);
+            self.steps += self.pools.len() as u64;
+            self.launch(scenario, Place::Pool(pool), launched, has_probe, now);
+            (left, has_probe) = (left - launched, false);
+        }
+        match scenario.preference {
+            _ if left == 0 => {}
+            SpotPreference::Strict => self.waiting.push_back(Waiting { executors: left, has_probe, ..executors }),
+            SpotPreference::BestEffort => {
                 // The reconciler counts an executor as what it runs on.
-                for _ in 0..count {
+                for _ in 0..left {
                     self.counts.remove(Capacity::Spot);
                     self.counts.add(Capacity::OnDemand);
                 }
-                self.launch(scenario, Place::OnDemand, count, false, now);
+                self.launch(scenario, Place::OnDemand, left, false, now);
             }
         }
     }
 
-    /// The first pool that has capacity and is not to be avoided; if all are to be avoided, the first that has capacity.
-    fn choose_pool(&self, most: Ratio, now: f64) -> Option<usize> {
-        let mut open = self.pools.iter().enumerate().filter(|(_, pool)| pool.out_until <= now);
-        if most == Ratio::ONE {
-            return open.next().map(|(at, _)| at);
-        }
-        let avoided = self.shares(now).avoided(most);
+    fn has_ready_nodes(&self) -> bool {
+        self.pools.iter().any(|pool| pool.ready_nodes.is_some())
+    }
+
+    /// The instance types that new executors avoid.
+    fn avoided(&self, most: Ratio, now: f64) -> Vec<String> {
+        if most == Ratio::ONE { Vec::new() } else { self.shares(now).avoided(most) }
+    }
+
+    /// Where the next executors go, and how many of them. The scheduler takes the emptiest of the nodes that are there. If
+    /// an autoscaler adds nodes, those that it has added are filled first, and then it takes the first pool that has
+    /// capacity. Pools to avoid are the last choice of both.
+    fn choose_pool(&self, scenario: &Scenario, avoided: &[String], now: f64) -> Option<(usize, u32)> {
         let is_avoided = |pool: &PoolState| avoided.iter().any(|name| **name == *pool.name.instance_type);
-        let open: Vec<_> = open.collect();
-        open.iter().find(|(_, pool)| !is_avoided(pool)).or_else(|| open.first()).map(|(at, _)| *at)
+        let pools = || self.pools.iter().enumerate();
+        let is_open = |pool: &PoolState| pool.out_until <= now;
+        if self.has_ready_nodes() {
+            let order = |pool: &PoolState| Some((is_avoided(pool), pool.executors_on_ready_node(now)?));
+            let open = pools().filter_map(|(at, pool)| Some((at, order(pool)?)));
+            let emptiest = open.min_by(|(_, (one_avoided, one)), (_, (other_avoided, other))| {
+                one_avoided.cmp(other_avoided).then(one.total_cmp(other))
+            });
+            return emptiest.map(|(at, _)| (at, 1));
+        }
+        let room = |pool: &PoolState| pool.room(scenario.cloud.executors_per_node);
+        let with_room = pools().filter(|(_, pool)| room(pool) > 0).min_by_key(|(_, pool)| is_avoided(pool));
+        let open = || pools().filter(|(_, pool)| is_open(pool)).min_by_key(|(_, pool)| is_avoided(pool));
+        with_room.map(|(at, pool)| (at, room(pool))).or_else(|| open().map(|(at, _)| (at, u32::MAX)))
     }
 
     /// What the reconciler knows about the job's pools: an executor has one as soon as it has a node.
@@ -511,7 +565,12 @@ impl Cluster {
         }
         let bound_at = now + scenario.cloud.node_start_seconds;
         let ready_at = now + scenario.cloud.replacement_seconds;
-        self.starting.push_back(Starting { bound_at, ready_at, place, executors, has_probe });
+        // Of the same request.
+        let mut others = self.starting.iter_mut().rev().take_while(|other| other.ready_at.total_cmp(&ready_at).is_eq());
+        match others.find(|other| other.place == place && !has_probe) {
+            Some(other) => other.executors += executors,
+            None => self.starting.push_back(Starting { bound_at, ready_at, place, executors, has_probe }),
+        }
     }
 
     fn nodes(&mut self, place: Place) -> Option<&mut Nodes> {
@@ -566,8 +625,8 @@ impl Cluster {
         }
         if self.pools.iter().any(|pool| pool.out_until <= now) {
             for waiting in std::mem::take(&mut self.waiting) {
-                let pool = self.choose_pool(policy.max_pool_share, now);
-                self.launch_on_spot(scenario, pool, waiting, now);
+                let avoided = self.avoided(policy.max_pool_share, now);
+                self.launch_on_spot(scenario, &avoided, waiting, now);
             }
         }
         if self.waiting.front().is_some_and(|oldest| self.replacement_at(policy, oldest.since) <= now) {
@@ -625,8 +684,8 @@ impl Cluster {
         match loss {
             Some(Loss::Pool(at)) => self.lose_pool(at, now + losses.time(scenario.cloud.shortage_seconds)),
             Some(Loss::Node(at)) => {
-                let is_last = |nodes: f64| losses.which() * nodes < 1.0;
-                self.lose_node(at, scenario.cloud.executors_per_node, is_last, now)
+                let is_one_of = |nodes: f64| losses.which() * nodes < 1.0;
+                self.lose_node(at, scenario.cloud.executors_per_node, is_one_of, now)
             }
             Some(Loss::Any) | None => 0,
         }
@@ -665,16 +724,31 @@ impl Cluster {
         lost.running
     }
 
-    /// One node is not full if the executors do not fill all of them.
-    fn lose_node(&mut self, at: usize, on_node: u32, is_last: impl FnOnce(f64) -> bool, now: f64) -> u32 {
+    /// `is_one_of` is whether the lost node is one of those that differ, which are one of so many nodes.
+    fn lose_node(&mut self, at: usize, on_node: u32, is_one_of: impl FnOnce(f64) -> bool, now: f64) -> u32 {
         let Some(pool) = self.pools.get_mut(at) else { return 0 };
         let running = pool.nodes.running;
-        let lost = match running % on_node {
-            rest if rest > 0 && is_last(f64::from(running.div_ceil(on_node))) => rest,
-            _ => on_node.min(running),
+        let used = pool.used_nodes(on_node);
+        let lost = match pool.ready_nodes {
+            // The scheduler gives some nodes one more than others.
+            Some(_) => match (running.checked_div(used), running.checked_rem(used)) {
+                (Some(each), Some(more)) if more > 0 && is_one_of(f64::from(used) / f64::from(more)) => each + 1,
+                (each, _) => each.unwrap_or_default(),
+            },
+            // One node is not full if the executors do not fill all of them.
+            None => match running % on_node {
+                rest if rest > 0 && is_one_of(f64::from(used)) => rest,
+                _ => on_node.min(running),
+            },
         };
         pool.nodes.running -= lost;
-        pool.out_until = pool.out_until.max(now + AVOIDED_AFTER_INTERRUPTION_SECONDS);
+        let out_until = now + AVOIDED_AFTER_INTERRUPTION_SECONDS;
+        let out = if pool.ready_nodes.is_some_and(|nodes| nodes > 1) {
+            &mut pool.node_out_until
+        } else {
+            &mut pool.out_until
+        };
+        *out = out.max(out_until);
         self.remove_from_spot(lost);
         lost
     }

@@ -48,7 +48,8 @@ proptest! {
         executors in 1u32..500, percent in 25u32..=100,
     ) {
         let options = format!(
-            "--executors {executors} --hours 1 --ratios 0.8 --max-pool-share {percent}% --node-start-seconds 0"
+            "--executors {executors} --hours 1 --ratios 0.8 --max-pool-share {percent}% --node-start-seconds 0 \
+             --executors-per-node 1"
         );
         let plan = parse(&options).unwrap().plan().unwrap();
         let model = model(&plan);
@@ -62,10 +63,11 @@ proptest! {
     fn any_job_ends_with_values_that_are_possible(
         executors in 1u32..200, ratio in 1u32..=10, rate in 1u32..999, hours in 1u32..200, share in 3u32..=10, seed: u64,
         is_strict: bool, fallback in prop_oneof![Just(0), Just(120)],
+        nodes in prop_oneof![Just(""), Just("--ready-nodes 1"), Just("--ready-nodes 8,2,1")],
     ) {
         let options = format!(
             "--executors {executors} --hours {hours} --ratios {}% --rates {} --max-pool-share {}% --pool-wide 0.5 \
-             --spot-preference {} --spot-fallback-seconds {fallback}",
+             --spot-preference {} --spot-fallback-seconds {fallback} {nodes}",
             ratio * 10, f64::from(rate) / 1000.0, share * 10, if is_strict { "strict" } else { "best-effort" },
         );
         let plan = parse(&options).unwrap().plan().unwrap();
@@ -88,9 +90,53 @@ fn while_no_node_is_there_a_job_goes_to_one_pool_whatever_its_share() {
     assert_eq!(largest(40, ""), 40);
     assert!(largest(40, "--node-start-seconds 0") <= 20);
     assert_eq!(largest(40, "--node-start-seconds 4"), 20, "of the first four seconds");
-    // 225 are requested before the first node is there. The others go elsewhere.
-    assert_eq!(largest(400, ""), 225);
+    // 225 are requested before the first node is there. Three more fill the last node, and the others go elsewhere.
+    assert_eq!(largest(400, ""), 228);
     assert_eq!(largest(225, ""), 225);
+}
+
+/// As tests/tests/simulate_reality.rs sees it on the real scheduler.
+#[test]
+fn replacements_fill_nodes_with_room_before_an_autoscaler_adds_others() {
+    let plan = parse("--executors 30 --hours 1 --ratios 0.7 --executors-per-node 4").unwrap().plan().unwrap();
+    let (scenario, policy) = (&plan.scenario, plan.policies[0]);
+    let mut cluster = model(&plan).start;
+    let pools = |cluster: &Cluster| cluster.pools.iter().map(|pool| pool.nodes.all()).collect::<Vec<_>>();
+    assert_eq!(pools(&cluster), [21, 0, 0, 0]);
+    for after in [[20, 1, 0, 0], [16, 5, 0, 0], [12, 9, 0, 0]] {
+        assert_eq!(cluster.lose_node(0, 4, |_| false, 0.0), 4);
+        cluster.request(scenario, policy, 0.0);
+        cluster.next_batch_at = 0.0;
+        assert_eq!(pools(&cluster), after);
+    }
+}
+
+#[test]
+fn executors_are_spread_over_the_nodes_that_are_there_and_avoid_a_pool_with_its_share() {
+    let pools = |options: &str| {
+        let plan = parse(&format!("--executors 30 --hours 1 --ratios 0.7 {options}")).unwrap().plan().unwrap();
+        model(&plan).start.pools.iter().map(|pool| pool.nodes.running).collect::<Vec<_>>()
+    };
+    assert_eq!(pools("--ready-nodes 8,2,1,1"), [14, 3, 2, 2]);
+    assert_eq!(pools("--ready-nodes 3 --pools 4"), [6, 5, 5, 5]);
+    assert_eq!(pools("--ready-nodes 100,1,1,1"), [21, 0, 0, 0]);
+    let limited = pools("--ready-nodes 8,2,1,1 --max-pool-share 0.3");
+    assert!(limited[0] <= 8 && limited.iter().sum::<u32>() == 21, "{limited:?}");
+}
+
+#[test]
+fn a_node_that_is_there_has_as_many_as_the_others_or_one_more_and_its_pool_stays_open() {
+    let plan = plan("--ratios 1 --ready-nodes 6,3");
+    let cluster = model(&plan).start;
+    assert_eq!(cluster.pools.iter().map(|pool| pool.nodes.running).collect::<Vec<_>>(), [67, 33]);
+    // One of six has twelve.
+    assert_eq!(cluster.clone().lose_node(0, 4, |nodes| nodes == 6.0, 0.0), 12);
+    let mut cluster = cluster;
+    assert_eq!(cluster.lose_node(0, 4, |_| false, 0.0), 11);
+    assert_eq!((cluster.pools[0].out_until, cluster.pools[0].node_out_until), (0.0, 180.0));
+    // 56 are on five nodes, and 33 on three. Then the sixth is back.
+    let choose = |now| cluster.choose_pool(&plan.scenario, &[], now);
+    assert_eq!([choose(0.0), choose(200.0)], [Some((1, 1)), Some((0, 1))]);
 }
 
 #[test]
@@ -130,6 +176,9 @@ fn the_probability_of_a_loss_is_that_of_the_rates() {
     // Each alone: 25 nodes.
     let nodes = plan("--ratios 1 --rates 0.1 --pool-wide 0");
     assert_near(model(&nodes).disturbance(), 1.0 - (-rate * 2.0 * 25.0).exp());
+    // Three pools, and each of their twelve nodes.
+    let ready = plan("--ratios 1 --rates 0.1 --pool-wide 0.5 --ready-nodes 8,3,1");
+    assert_near(model(&ready).disturbance(), 1.0 - (-rate * 2.0 * (1.5 + 6.0)).exp());
 }
 
 #[test]
