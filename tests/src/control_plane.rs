@@ -127,7 +127,9 @@ impl ControlPlane {
         };
         plane.start_apiserver().await?;
         if options.scheduler {
-            plane.start_controller("kube-scheduler", &[]).await?;
+            // Its default of 50 requests in a second is for a cluster's machines, and would be what a test waits for.
+            let settings = ["--kube-api-qps=1000", "--kube-api-burst=1000"].map(str::to_owned);
+            plane.start_controller("kube-scheduler", &settings).await?;
         }
         if options.controller_manager {
             let settings = [
