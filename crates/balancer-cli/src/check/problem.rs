@@ -114,6 +114,8 @@ problems! {
     NodeProfile = "node-profile", Error, "docs/platforms.md#which-profile";
     /// Nodes have a value of the capacity label that differs from a known one in case alone.
     NodeCapacity = "node-capacity", Warning, "docs/platforms.md#how-a-node-is-recognised";
+    /// Executors run on nodes that have no label of a known platform's capacity.
+    NodeUnlabelled = "node-unlabelled", Warning, "docs/platforms.md#how-a-node-is-recognised";
     /// Every spot node has a taint that executors do not tolerate.
     NodeTaints = "node-taints", Warning, "docs/troubleshooting.md#executors-stay-pending";
     /// Executors select nodes for executors, and no spot node is labelled as one.

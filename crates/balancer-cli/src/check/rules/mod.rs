@@ -38,6 +38,7 @@ const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
     store::store,
     nodes::profile,
     nodes::values,
+    nodes::unlabelled,
     nodes::taints,
     nodes::role,
     drivers::annotations,

@@ -67,6 +67,26 @@ pub(super) fn values(snapshot: &Snapshot) -> Vec<Finding> {
     vec![Finding::new(Problem::NodeCapacity, format!("Nodes with the label {}", labels.label), text, fix)]
 }
 
+/// Every node that executors run on shows its capacity.
+pub(super) fn unlabelled(snapshot: &Snapshot) -> Vec<Finding> {
+    let Some(conventions) = configured(snapshot) else { return Vec::new() };
+    let has_none = |node: &&Node| {
+        snapshot.executor_nodes.contains(&node.name) && conventions.profile().of_node(|key| node.label(key)).is_none()
+    };
+    let nodes = snapshot.nodes.iter().flatten().filter(has_none);
+    let names: Vec<&str> = nodes.map(|node| node.name.as_str()).collect();
+    if names.is_empty() {
+        return Vec::new();
+    }
+    let text = format!(
+        "Executors run there and count as what they were sent to, because no label shows whether these are spot: {}.",
+        listed(&names)
+    );
+    let label = &conventions.capacity_labels.label;
+    let fix = format!("Give the nodes the label {label}, or set settings.capacityProfile to their platform.");
+    vec![Finding::new(Problem::NodeUnlabelled, "Nodes of executors", text, fix)]
+}
+
 /// Executors tolerate the taints of some spot node.
 pub(super) fn taints(snapshot: &Snapshot) -> Vec<Finding> {
     let Some(conventions) = configured(snapshot) else { return Vec::new() };

@@ -391,6 +391,10 @@ const FAULTS: &[(&str, &str, Fault)] = &[
         let labels = json!({"karpenter.sh/capacity-type": "Spot"});
         it.nodes.as_mut().expect("nodes").push(node("odd", labels, json!([])));
     }),
+    ("an executor on a node without a label", "node-unlabelled", |it| {
+        it.nodes.as_mut().expect("nodes").push(node("bare", json!({}), json!([])));
+        it.executor_nodes = ["bare".to_owned()].into();
+    }),
     ("a taint of spot", "node-taints", |it| {
         taint_all(it, json!({"key": "cloud.google.com/gke-spot", "value": "true"}))
     }),
