@@ -121,7 +121,7 @@ fn cost_and_risk(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .x_label_area_size(40)
-        .y_label_area_size(64)
+        .y_label_area_size(80)
         .build_cartesian_2d(costs, 0.0..risks.end * 1.15)?;
     chart
         .configure_mesh()
@@ -160,7 +160,7 @@ fn time_by_ratio(area: &Area<'_>, all: &[Series<'_>]) -> Drawn {
     let mut chart = ChartBuilder::on(area)
         .margin(8)
         .x_label_area_size(40)
-        .y_label_area_size(64)
+        .y_label_area_size(80)
         .build_cartesian_2d(0.0..1.05, times)?;
     chart
         .configure_mesh()
