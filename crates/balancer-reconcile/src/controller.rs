@@ -21,8 +21,8 @@ use crate::term::TermChange;
 use crate::unconfirmed::TAKE_INTERVAL;
 use crate::watch::{ClusterEvent, SyncStatus, WatchSet};
 
-/// Events that are received in a turn.
-const MAX_EVENTS: usize = 1024;
+/// Events that are received in a turn: fewer than can wait, so that after a turn that has received fewer none does.
+const MAX_EVENTS: usize = 512;
 
 impl<L: Ledger> Reconciler<L> {
     /// Reconciles until `shutdown`. When it returns, nothing more is written.
@@ -112,6 +112,9 @@ impl<L: Ledger> State<'_, L> {
         if received < MAX_EVENTS {
             self.sync.advance(now);
         }
+        if self.sync.take_relist_failed() {
+            self.plan.list_failed(now);
+        }
         self.has_outdated_totals |= !changed.is_empty();
         // A process that starts to lead begins with a resync.
         if self.terms.leads() {
@@ -123,9 +126,6 @@ impl<L: Ledger> State<'_, L> {
         }
         if self.plan.is_listing() && self.sync.is_ready(self.plan.has_listed(), now) {
             self.plan.lists_done(self.terms.take_needs_list(), self.terms.leads());
-            if self.sync.take_relist_failed() {
-                self.plan.relist_soon();
-            }
             self.show_totals();
         }
     }

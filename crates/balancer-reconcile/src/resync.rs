@@ -1,6 +1,7 @@
 //! When everything is listed again, and when all ledgers are reconciled. Pure: the clock is the caller's.
 
 use std::collections::HashSet;
+use std::mem;
 use std::time::Duration;
 
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
@@ -10,7 +11,7 @@ use crate::metrics::Cause;
 
 /// A new leader does not list again what was listed so recently. Before, it may have been cut off from the cluster.
 const RECENT: Duration = Duration::from_secs(1);
-/// From lists of which one has failed to the next.
+/// From a list that has failed to the next lists. Each time that they fail again, it doubles, up to the interval.
 const AFTER_FAILED_LISTS: Duration = Duration::from_secs(60);
 /// The longest pause after a resync that could not reach all ledgers. It goes through all jobs each time.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
@@ -34,6 +35,9 @@ pub(crate) struct ResyncPlan {
     lists_started_at: Instant,
     /// When everything is listed again, while it is not.
     relist_at: Instant,
+    /// Whether one of the lists that were started last has failed, and how long the pause after the next that fails is.
+    has_list_failed: bool,
+    pause_of_lists: Duration,
     is_listing: bool,
     /// Whether new watches follow the last lists, or those that are under way.
     starts_watches: bool,
@@ -58,6 +62,8 @@ impl ResyncPlan {
             interval,
             lists_started_at: now,
             relist_at: now + interval,
+            has_list_failed: false,
+            pause_of_lists: interval.min(AFTER_FAILED_LISTS),
             is_listing: true,
             starts_watches: true,
             has_listed: false,
@@ -86,8 +92,11 @@ impl ResyncPlan {
     }
 
     /// A list of those that were started last has failed. What its watch has lost must not stay unknown for an interval.
-    pub(crate) fn relist_soon(&mut self) {
-        self.relist_at = self.lists_started_at + self.interval.min(AFTER_FAILED_LISTS);
+    pub(crate) fn list_failed(&mut self, now: Instant) {
+        if !mem::replace(&mut self.has_list_failed, true) {
+            self.relist_at = self.relist_at.min(now + self.pause_of_lists);
+            self.pause_of_lists = self.interval.min(2 * self.pause_of_lists);
+        }
     }
 
     /// Whether a new leader has to start all lists and watches anew: it may have been cut off from the cluster. It need not
@@ -100,6 +109,9 @@ impl ResyncPlan {
     pub(crate) fn lists_started(&mut self, starts_watches: bool, now: Instant) {
         (self.lists_started_at, self.is_listing, self.starts_watches) = (now, true, starts_watches);
         self.relist_at = now + self.interval;
+        if !mem::take(&mut self.has_list_failed) {
+            self.pause_of_lists = self.interval.min(AFTER_FAILED_LISTS);
+        }
     }
 
     /// All lists are complete, or are not available now. `is_new_term` says whether they are the first of a term, `leads`
@@ -206,19 +218,25 @@ mod tests {
     }
 
     #[test]
-    fn lists_that_have_failed_are_repeated_soon_and_once() {
-        let (mut plan, start) = plan();
+    fn lists_that_fail_are_repeated_soon_and_then_more_and_more_rarely() {
+        let (mut plan, mut now) = plan();
+        for pause in [1, 2, 4, 8, 16, 30, 30] {
+            plan.lists_done(false, true);
+            // The failure of a list that hangs is known late. Those of several lists are one.
+            now += AFTER_FAILED_LISTS;
+            plan.list_failed(now);
+            plan.list_failed(now);
+            let next = plan.relist_at().expect("nothing is listed");
+            assert_eq!(next.duration_since(now), (pause * AFTER_FAILED_LISTS).min(INTERVAL - AFTER_FAILED_LISTS));
+            now = next;
+            plan.lists_started(false, now);
+        }
         plan.lists_done(false, true);
-        plan.relist_soon();
-        assert_eq!(plan.relist_at(), Some(start + AFTER_FAILED_LISTS));
-        plan.lists_started(false, start + AFTER_FAILED_LISTS);
+        assert_eq!(plan.relist_at(), Some(now + INTERVAL));
+        plan.lists_started(false, now + INTERVAL);
+        plan.list_failed(now + INTERVAL);
         plan.lists_done(false, true);
-        assert_eq!(plan.relist_at(), Some(start + AFTER_FAILED_LISTS + INTERVAL));
-        let short = Duration::from_secs(5);
-        let mut plan = ResyncPlan::new(short, start);
-        plan.lists_done(false, true);
-        plan.relist_soon();
-        assert_eq!(plan.relist_at(), Some(start + short));
+        assert_eq!(plan.relist_at(), Some(now + INTERVAL + AFTER_FAILED_LISTS), "the pauses begin anew");
     }
 
     #[test]

@@ -461,8 +461,10 @@ async fn an_outage_does_not_end_before_the_events_that_wait_are_applied() {
     state.receive(&mut watches);
     while send(WatchEvent::Resumed) {}
     sleep(60 * SECOND).await;
-    state.receive(&mut watches);
-    assert!(!state.sync.is_synced("etl"), "others may wait");
+    for _ in 0..2 {
+        state.receive(&mut watches);
+        assert!(!state.sync.is_synced("etl"), "others may wait");
+    }
     state.receive(&mut watches);
     assert!(state.sync.is_synced("etl"));
 }

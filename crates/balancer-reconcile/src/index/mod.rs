@@ -226,16 +226,21 @@ impl ClusterIndex {
         self.remove_pod(namespace, name);
     }
 
-    /// A watch has reported that the pod with this uid is gone. Returns whether it was known: a list may have
-    /// shown a later pod of this name already, which the watch will report too.
+    /// A watch has reported that the pod with this uid is gone. Returns `false` if another pod of this name is known: a list
+    /// has shown a later one already, which the watch will report too.
     pub(crate) fn delete_watched_pod(&mut self, namespace: &str, name: &str, uid: &str) -> bool {
-        let is_other = self.uid(namespace, name).is_some_and(|known| known != uid);
+        let is_other = self.has_other(namespace, name, uid);
         if is_other {
             self.watched_pod(namespace, name);
         } else {
             self.delete_pod(namespace, name);
         }
         !is_other
+    }
+
+    /// Whether a live pod of this name has another uid.
+    fn has_other(&self, namespace: &str, name: &str, uid: &str) -> bool {
+        self.uid(namespace, name).is_some_and(|known| known != uid)
     }
 
     /// The uid of the live executor or driver of this name.
@@ -260,6 +265,8 @@ impl ClusterIndex {
         match JobPod::of(pod, &conventions) {
             Some(JobPod::Executor(executor)) => self.apply_executor(name, executor, generation),
             Some(JobPod::Driver(driver)) => self.apply_driver(name, driver, generation),
+            // What ends may be the former pod of this name.
+            None if pod.metadata.uid.as_deref().is_some_and(|uid| self.has_other(namespace, name, uid)) => {}
             None => self.remove_pod(namespace, name),
         }
     }

@@ -124,7 +124,8 @@ impl ClusterIndex {
         shares
     }
 
-    /// How many executors the job has, at a cost that does not grow with them.
+    /// How many executors the job has, at a cost that does not grow with them, and with its nodes only if it has executors of
+    /// its driver and others without an owner.
     pub(super) fn executors_by_capacity(&self, job: &JobId) -> ExecutorCounts {
         let largest_node = self.largest_node(job).map(|(node, executors)| (Arc::clone(node), executors));
         let mut executors = ExecutorCounts { largest_node, ..ExecutorCounts::default() };

@@ -542,6 +542,10 @@ mod relists {
             name: u8,
             node: u8,
         },
+        /// The pod ends, and exists until it is deleted.
+        End {
+            name: u8,
+        },
         Delete {
             name: u8,
         },
@@ -567,6 +571,7 @@ mod relists {
     struct Executor {
         uid: u32,
         node: Option<u8>,
+        is_ending: bool,
     }
 
     #[derive(Clone, Debug)]
@@ -591,6 +596,7 @@ mod relists {
         prop_oneof![
             4 => name().prop_map(|name| Step::Create { name }),
             3 => (name(), node()).prop_map(|(name, node)| Step::Bind { name, node }),
+            2 => name().prop_map(|name| Step::End { name }),
             4 => name().prop_map(|name| Step::Delete { name }),
             2 => (node(), capacity).prop_map(|(node, capacity)| Step::SetNode { node, capacity }),
             1 => node().prop_map(|node| Step::DeleteNode { node }),
@@ -620,6 +626,9 @@ mod relists {
             if let Some(node) = executor.node {
                 pod["spec"]["nodeName"] = json!(format!("n{node}"));
             }
+            if executor.is_ending {
+                pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+            }
         })
     }
 
@@ -633,13 +642,19 @@ mod relists {
                 Step::Create { name } => {
                     if !self.pods.contains_key(&name) {
                         self.made += 1;
-                        self.pods.insert(name, Executor { uid: self.made, node: None });
+                        self.pods.insert(name, Executor { uid: self.made, node: None, is_ending: false });
                         self.change(name);
                     }
                 }
                 Step::Bind { name, node } => {
                     if let Some(executor) = self.pods.get_mut(&name).filter(|executor| executor.node.is_none()) {
                         executor.node = Some(node);
+                        self.change(name);
+                    }
+                }
+                Step::End { name } => {
+                    if let Some(executor) = self.pods.get_mut(&name) {
+                        executor.is_ending = true;
                         self.change(name);
                     }
                 }
@@ -684,7 +699,14 @@ mod relists {
 
         fn report(&mut self, index: &mut ClusterIndex, event: Event) {
             match event {
-                Event::Pod(name, now) => index.apply_pod(&executor(name, &now), None),
+                Event::Pod(name, now) => {
+                    let (key, uid) = (format!("e{name}"), now.uid.to_string());
+                    let is_other = index.live(&job(), &key).is_some_and(|live| *live.uid != *uid);
+                    index.apply_pod(&executor(name, &now), None);
+                    if now.is_ending {
+                        assert_eq!(index.has_executor(&job(), &key), is_other, "another pod of this name stays");
+                    }
+                }
                 Event::PodGone(name, uid) => {
                     self.gone.push(uid);
                     let (key, uid) = (format!("e{name}"), uid.to_string());

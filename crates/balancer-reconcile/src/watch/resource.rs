@@ -133,6 +133,8 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
         let _listing = self.listing.lock().await;
         self.send(Event::Init).await?;
         let listed = self.list_pages(Event::InitApply).await?;
+        // Before its end is known, because another list may be asked for then.
+        self.needs_list.send_replace(false);
         self.send(Event::InitDone).await?;
         *version = listed;
         Ok(())

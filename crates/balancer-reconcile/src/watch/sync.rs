@@ -59,9 +59,10 @@ impl SyncStatus {
         }
     }
 
-    /// Everything is listed again. It stays in sync meanwhile.
+    /// Everything is listed again, except what was never listed: its watch does that. It stays in sync meanwhile.
     pub(crate) fn relist(&mut self, now: Instant) {
-        self.relisting = self.pods.iter().cloned().chain([Source::Nodes]).collect();
+        let all = self.pods.iter().cloned().chain([Source::Nodes]);
+        self.relisting = all.filter(|source| !self.unlisted.contains(source)).collect();
         self.relisted_by = Some(now + RELIST_PATIENCE);
     }
 
@@ -95,7 +96,7 @@ impl SyncStatus {
                 self.has_relist_failed = true;
                 let (resource, namespace) = source.names();
                 let error = cluster::chain(why);
-                tracing::warn!(resource, namespace, error, "cannot list everything again; retrying within a minute");
+                tracing::warn!(resource, namespace, error, "cannot list everything again; retrying later");
             }
             Event::Disconnected(why) => self.disconnected(source, why, now),
             Event::Resumed => {
@@ -362,6 +363,20 @@ mod tests {
         assert!(bench.after(RELIST_PATIENCE / 2).is_ready(true));
         bench.status.relist(bench.now);
         assert!(!bench.is_ready(true), "the wait starts anew");
+    }
+
+    #[test]
+    fn what_was_never_listed_is_not_waited_for_when_everything_is_listed_again() {
+        let mut bench = bench(&["etl", "forbidden"]);
+        bench.pods("etl", Event::InitDone);
+        bench.nodes(Event::InitDone);
+        bench.pods("forbidden", disconnected());
+        assert!(!bench.is_ready(true));
+        assert!(bench.after(2 * PATIENCE).is_ready(true));
+        bench.status.relist(bench.now);
+        bench.pods("etl", Event::RelistDone);
+        bench.nodes(Event::RelistDone);
+        assert!(bench.is_ready(true));
     }
 
     #[test]
