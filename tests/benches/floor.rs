@@ -59,9 +59,10 @@ async fn measure() -> Result<()> {
         Store::redis("sentinel", &sentinels, sentinels.servers.get(sentinels.primary().await?)).await?,
     ];
     let mut with_memory = vec![Store::memory()?];
-    let redis_before = RedisServer::start().await?;
-    if let Some(program) = std::env::var_os("SPOT_BALANCER_BEFORE").map(PathBuf::from) {
-        let store = Store::redis("Redis before", &redis_before, [&redis_before]).await?;
+    let before = std::env::var_os("SPOT_BALANCER_BEFORE").map(PathBuf::from);
+    let redis_before = if before.is_some() { Some(RedisServer::start().await?) } else { None };
+    if let Some((program, redis)) = before.zip(redis_before.as_ref()) {
+        let store = Store::redis("Redis before", redis, [redis]).await?;
         with_redis.push(Store { program: program.clone(), ..store });
         with_memory.push(Store { name: "memory before", program, ..Store::memory()? });
     }

@@ -291,6 +291,7 @@ mod tests {
     use tower_test::mock::{self, Handle, SendResponse};
 
     use super::*;
+    use crate::controller::tests::refusal;
 
     type Api = Handle<Request<Body>, Response<Body>>;
 
@@ -361,10 +362,7 @@ mod tests {
         }
 
         fn fail(self, code: u16, reason: &str) {
-            let status =
-                json!({"kind": "Status", "status": "Failure", "message": reason, "reason": reason, "code": code});
-            let response = Response::builder().status(code).body(Body::from(status.to_string().into_bytes()));
-            self.answer.send_response(response.expect("a response"));
+            self.answer.send_response(refusal(code, reason));
         }
     }
 

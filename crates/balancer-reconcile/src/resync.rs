@@ -35,9 +35,9 @@ pub(crate) struct ResyncPlan {
     lists_started_at: Instant,
     /// When everything is listed again, while it is not.
     relist_at: Instant,
-    /// Whether one of the lists that were started last has failed, and how long the pause after the next that fails is.
+    /// Whether one of the lists that were started last has failed, and the pauses after lists that fail in succession.
     has_list_failed: bool,
-    pause_of_lists: Duration,
+    pauses_of_lists: ExponentialBackoff,
     is_listing: bool,
     /// Whether new watches follow the last lists, or those that are under way.
     starts_watches: bool,
@@ -63,7 +63,7 @@ impl ResyncPlan {
             lists_started_at: now,
             relist_at: now + interval,
             has_list_failed: false,
-            pause_of_lists: interval.min(AFTER_FAILED_LISTS),
+            pauses_of_lists: pauses_of_lists(interval),
             is_listing: true,
             starts_watches: true,
             has_listed: false,
@@ -94,8 +94,8 @@ impl ResyncPlan {
     /// A list of those that were started last has failed. What its watch has lost must not stay unknown for an interval.
     pub(crate) fn list_failed(&mut self, now: Instant) {
         if !mem::replace(&mut self.has_list_failed, true) {
-            self.relist_at = self.relist_at.min(now + self.pause_of_lists);
-            self.pause_of_lists = self.interval.min(2 * self.pause_of_lists);
+            let pause = self.pauses_of_lists.next().unwrap_or(self.interval);
+            self.relist_at = self.relist_at.min(now + pause);
         }
     }
 
@@ -110,7 +110,7 @@ impl ResyncPlan {
         (self.lists_started_at, self.is_listing, self.starts_watches) = (now, true, starts_watches);
         self.relist_at = now + self.interval;
         if !mem::take(&mut self.has_list_failed) {
-            self.pause_of_lists = self.interval.min(AFTER_FAILED_LISTS);
+            self.pauses_of_lists = pauses_of_lists(self.interval);
         }
     }
 
@@ -187,6 +187,12 @@ impl ResyncPlan {
         (self.is_running, self.retry_at, self.pauses) = (false, None, PAUSES.build());
         self.pending = self.requested.take().map(|cause| Resync { cause, lists_started_at: None });
     }
+}
+
+/// The pauses after lists of which one has failed, up to the interval.
+fn pauses_of_lists(interval: Duration) -> ExponentialBackoff {
+    let first = interval.min(AFTER_FAILED_LISTS);
+    ExponentialBuilder::new().with_min_delay(first).with_max_delay(interval).without_max_times().build()
 }
 
 #[cfg(test)]

@@ -550,7 +550,7 @@ mod tests {
 
     use serde_json::json;
 
-    use crate::snapshot::testing::{cluster, items};
+    use crate::snapshot::testing::{cluster, items, refusal};
 
     fn deployment(namespace: &str, instance: &str, component: &str) -> Deployment {
         let labels = json!({INSTANCE_LABEL: instance, COMPONENT_LABEL: component});
@@ -631,9 +631,7 @@ mod tests {
     #[tokio::test]
     async fn a_cluster_that_refuses_the_credentials_does_not_look_healthy() {
         for code in [401, 400, 404, 500] {
-            let status =
-                json!({"kind": "Status", "status": "Failure", "code": code, "reason": "", "message": "for the test"});
-            let cluster = cluster(move |_| (code, status.clone())).await;
+            let cluster = cluster(move |_| refusal(code, "", "for the test")).await;
             let error = snapshots(&cluster, None).await.map(|_| ()).expect_err("nothing could be read");
             let text = format!("{:#}", cluster.located(error));
             assert!(text.contains("cannot read the webhook configurations") && text.contains("for the test"), "{text}");

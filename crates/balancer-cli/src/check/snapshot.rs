@@ -276,9 +276,10 @@ impl Snapshot {
         names.and_then(|own| own.values.clone()).unwrap_or_default()
     }
 
-    /// Whether the apiserver calls an address and not a Service, for creations or for deletions.
-    pub(crate) fn calls_url(&self) -> bool {
-        self.hooks.iter().flatten().any(|hook| hook.webhook.client_config.url.is_some())
+    /// Whether the webhook is called by an address, and it is not known where it runs.
+    pub(crate) fn has_webhook_elsewhere(&self) -> bool {
+        let calls_url = |hook: &Hook| hook.webhook.client_config.url.is_some();
+        self.components.is_some() && self.component(WEBHOOK).is_none() && self.hooks.iter().flatten().any(calls_url)
     }
 
     /// The name of the Lease that elects the leader, if there is one.

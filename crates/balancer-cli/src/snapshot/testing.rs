@@ -158,8 +158,13 @@ pub(crate) fn items(items: Vec<Value>) -> (u16, Value) {
 
 /// What the API answers to a caller who lacks a right.
 pub(crate) fn forbidden() -> (u16, Value) {
+    refusal(403, "Forbidden", "no")
+}
+
+/// What the API answers to a request that it refuses.
+pub(crate) fn refusal(code: u16, reason: &str, message: &str) -> (u16, Value) {
     let status = json!({
-        "apiVersion": "v1", "kind": "Status", "status": "Failure", "message": "no", "reason": "Forbidden", "code": 403,
+        "apiVersion": "v1", "kind": "Status", "status": "Failure", "message": message, "reason": reason, "code": code,
     });
-    (403, status)
+    (code, status)
 }

@@ -302,6 +302,11 @@ async fn serve(mut api: Handle<Request<Body>, Response<Body>>, pods: Vec<Value>,
 }
 
 /// The answer of the Kubernetes API to a request that it refuses.
+pub(crate) fn refusal(code: u16, reason: &str) -> Response<Body> {
+    let body = Body::from(status(code, reason).into_bytes());
+    Response::builder().status(code).body(body).expect("a response")
+}
+
 fn status(code: u16, reason: &str) -> String {
     json!({"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": reason, "reason": reason})
         .to_string()

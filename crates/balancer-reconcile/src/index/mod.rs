@@ -229,18 +229,8 @@ impl ClusterIndex {
     /// A watch has reported that the pod with this uid is gone. Returns `false` if another pod of this name is known: a list
     /// has shown a later one already, which the watch will report too.
     pub(crate) fn delete_watched_pod(&mut self, namespace: &str, name: &str, uid: &str) -> bool {
-        let is_other = self.has_other(namespace, name, uid);
-        if is_other {
-            self.watched_pod(namespace, name);
-        } else {
-            self.delete_pod(namespace, name);
-        }
-        !is_other
-    }
-
-    /// Whether a live pod of this name has another uid.
-    fn has_other(&self, namespace: &str, name: &str, uid: &str) -> bool {
-        self.uid(namespace, name).is_some_and(|known| known != uid)
+        self.watched_pod(namespace, name);
+        self.remove_pod_of(namespace, name, Some(uid))
     }
 
     /// The uid of the live executor or driver of this name.
@@ -266,9 +256,19 @@ impl ClusterIndex {
             Some(JobPod::Executor(executor)) => self.apply_executor(name, executor, generation),
             Some(JobPod::Driver(driver)) => self.apply_driver(name, driver, generation),
             // What ends may be the former pod of this name.
-            None if pod.metadata.uid.as_deref().is_some_and(|uid| self.has_other(namespace, name, uid)) => {}
-            None => self.remove_pod(namespace, name),
+            None => {
+                self.remove_pod_of(namespace, name, pod.metadata.uid.as_deref());
+            }
         }
+    }
+
+    /// Removes the pod, unless the live one of this name has another uid. Returns `false` then.
+    fn remove_pod_of(&mut self, namespace: &str, name: &str, uid: Option<&str>) -> bool {
+        let is_other = uid.zip(self.uid(namespace, name)).is_some_and(|(uid, known)| uid != known);
+        if !is_other {
+            self.remove_pod(namespace, name);
+        }
+        !is_other
     }
 
     fn remove_pod(&mut self, namespace: &str, name: &str) {

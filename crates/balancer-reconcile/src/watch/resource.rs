@@ -208,7 +208,7 @@ mod tests {
 
     use super::super::pod::WatchedPod;
     use super::*;
-    use crate::controller::tests::metric;
+    use crate::controller::tests::{metric, refusal};
 
     /// A watch of pods whose API is the test.
     struct Bench {
@@ -280,14 +280,6 @@ mod tests {
         Response::new(Body::from(body.to_string().into_bytes()))
     }
 
-    fn failure(code: u16) -> Response<Body> {
-        let status =
-            json!({"kind": "Status", "status": "Failure", "code": code, "reason": "", "message": "for the test"});
-        let mut answer = ok(&status);
-        *answer.status_mut() = code.try_into().expect("a status");
-        answer
-    }
-
     #[tokio::test(start_paused = true)]
     async fn a_list_next_to_the_watch_gives_way_to_the_list_that_the_watch_needs() {
         let (mut bench, watching) = Bench::watching().await;
@@ -295,7 +287,7 @@ mod tests {
         let (_, _hangs) = bench.request().await;
         assert_eq!(bench.event().await, "Relist");
         let started = Instant::now();
-        watching.send_response(failure(410));
+        watching.send_response(refusal(410, "Expired"));
         bench.answer_list().await;
         let events = [bench.event().await, bench.event().await, bench.event().await];
         assert_eq!(events, ["Expired", "Init", "InitDone"]);
@@ -328,7 +320,7 @@ mod tests {
             let (query, answer) = bench.request().await;
             assert!(!query.contains("watch="), "{query}");
             assert_eq!(bench.event().await, "Relist");
-            answer.send_response(failure(500));
+            answer.send_response(refusal(500, "InternalError"));
         }
         assert_eq!(bench.event().await, "RelistFailed");
         assert_eq!(metric(&bench.registry, "reconcile_relist_failures_total{resource=\"pods\"}"), 1.0);

@@ -27,9 +27,8 @@ pub(crate) struct SyncStatus {
     /// The sources whose list was never complete.
     unlisted: HashSet<Source>,
     outages: HashMap<Source, Outage>,
-    /// The sources that are listed again, and in sync all the same; until when they are waited for.
-    relisting: HashSet<Source>,
-    relisted_by: Option<Instant>,
+    /// The sources that are listed again, and in sync all the same; until when each is waited for.
+    relisting: HashMap<Source, Instant>,
     /// Whether one of these lists has failed.
     has_relist_failed: bool,
     /// When some pods were in sync first, without interruption.
@@ -52,8 +51,7 @@ impl SyncStatus {
             pods,
             unlisted,
             outages: HashMap::new(),
-            relisting: HashSet::new(),
-            relisted_by: None,
+            relisting: HashMap::new(),
             has_relist_failed: false,
             partly_synced_since: None,
         }
@@ -62,8 +60,8 @@ impl SyncStatus {
     /// Everything is listed again, except what was never listed: its watch does that. It stays in sync meanwhile.
     pub(crate) fn relist(&mut self, now: Instant) {
         let all = self.pods.iter().cloned().chain([Source::Nodes]);
-        self.relisting = all.filter(|source| !self.unlisted.contains(source)).collect();
-        self.relisted_by = Some(now + RELIST_PATIENCE);
+        let listed = all.filter(|source| !self.unlisted.contains(source));
+        self.relisting = listed.map(|source| (source, now + RELIST_PATIENCE)).collect();
     }
 
     /// Whether a list of everything next to the watches has failed since the last call.
@@ -145,7 +143,7 @@ impl SyncStatus {
     /// Whether the lists are ready: all were complete at least once, or the missing ones are not available now. Nodes
     /// may be missing only if `had_nodes_before`, because executors would count as what they were meant for.
     pub(crate) fn is_ready(&mut self, had_nodes_before: bool, now: Instant) -> bool {
-        if !self.relisting.is_empty() && self.relisted_by.is_some_and(|by| by > now) {
+        if self.relisting.values().any(|until| *until > now) {
             return false;
         }
         if self.unlisted.is_empty() {
@@ -188,6 +186,16 @@ mod tests {
     fn bench(namespaces: &[&str]) -> Bench {
         let status = SyncStatus::new(namespaces.iter().map(|namespace| Some((*namespace).into())));
         Bench { status, now: Instant::now() }
+    }
+
+    /// The pods of these namespaces and the nodes were listed.
+    fn listed(namespaces: &[&str]) -> Bench {
+        let mut bench = bench(namespaces);
+        for namespace in namespaces {
+            bench.pods(namespace, Event::InitDone);
+        }
+        bench.nodes(Event::InitDone);
+        bench
     }
 
     impl Bench {
@@ -330,11 +338,7 @@ mod tests {
 
     #[test]
     fn what_is_listed_again_stays_in_sync_and_an_outage_does_not_end_by_it() {
-        let mut bench = bench(&["etl", "ml"]);
-        for namespace in ["etl", "ml"] {
-            bench.pods(namespace, Event::InitDone);
-        }
-        bench.nodes(Event::InitDone);
+        let mut bench = listed(&["etl", "ml"]);
         bench.status.relist(bench.now);
         assert!(bench.is_synced("etl") && !bench.is_ready(true));
         bench.pods("ml", disconnected());
@@ -351,11 +355,7 @@ mod tests {
 
     #[test]
     fn a_list_that_hangs_next_to_its_watch_is_waited_for_a_while() {
-        let mut bench = bench(&["etl", "ml"]);
-        for namespace in ["etl", "ml"] {
-            bench.pods(namespace, Event::InitDone);
-        }
-        bench.nodes(Event::InitDone);
+        let mut bench = listed(&["etl", "ml"]);
         bench.status.relist(bench.now);
         bench.pods("etl", Event::RelistDone);
         bench.nodes(Event::RelistDone);
@@ -381,9 +381,7 @@ mod tests {
 
     #[test]
     fn the_list_of_a_watch_takes_the_place_of_one_next_to_it() {
-        let mut bench = bench(&["etl"]);
-        bench.pods("etl", Event::InitDone);
-        bench.nodes(Event::InitDone);
+        let mut bench = listed(&["etl"]);
         bench.status.relist(bench.now);
         bench.nodes(Event::RelistDone);
         bench.pods("etl", Event::Disconnected(WatchError::Expired));

@@ -118,18 +118,12 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
         let namespace = namespaces.iter().find(|namespace| namespace.name_any() == name);
         namespace.is_some_and(|found| selects(hook.webhook.namespace_selector.as_ref(), found.labels()))
     };
-    let stating = stating_namespaces(snapshot);
+    let known = snapshot.hooks.iter().flatten().chain(&snapshot.other_hooks);
+    let creations: Vec<&Hook> = known.filter(|hook| hook.kind == HookKind::Mutating).collect();
+    let is_unserved = |name: &&str| !creations.iter().any(|hook| is_selected(hook, name));
+    let unserved: Vec<&str> = stating_namespaces(snapshot).into_iter().filter(is_unserved).collect();
     each(snapshot, |hook| {
         let selected = |name: &str| is_selected(hook, name);
-        let creations = || {
-            snapshot.hooks.iter().flatten().chain(&snapshot.other_hooks).filter(|hook| hook.kind == HookKind::Mutating)
-        };
-        let unserved: Vec<&str> = match hook.kind {
-            HookKind::Mutating => {
-                stating.iter().copied().filter(|name| !creations().any(|hook| is_selected(hook, name))).collect()
-            }
-            HookKind::Validating => Vec::new(),
-        };
         let left_out: Vec<&String> = watched.iter().filter(|name| !selected(name)).collect();
         let (text, fix) = if !left_out.is_empty() {
             let exists = |name: &&String| namespaces.iter().any(|namespace| namespace.name_any() == **name);
@@ -151,7 +145,7 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
                 "The namespaceSelector selects no namespace that exists.".to_owned(),
                 "Label the namespaces of your jobs as namespaces.selector says.".to_owned(),
             )
-        } else if !unserved.is_empty() {
+        } else if hook.kind == HookKind::Mutating && !unserved.is_empty() {
             (
                 format!(
                     "Drivers state a ratio in namespaces that the namespaceSelector leaves out: {}.",

@@ -14,15 +14,11 @@ const LATE_SECONDS: i64 = 60;
 
 /// The Deployments exist.
 pub(super) fn deployments(snapshot: &Snapshot) -> Vec<Finding> {
-    if snapshot.components.is_none() || snapshot.namespace.is_empty() {
+    if snapshot.components.is_none() || snapshot.namespace.is_empty() || snapshot.has_webhook_elsewhere() {
         return Vec::new();
     }
     let mut findings = Vec::new();
     if snapshot.component(WEBHOOK).is_none() {
-        // It runs somewhere else.
-        if snapshot.calls_url() {
-            return findings;
-        }
         let object = format!("Deployment of the webhook in {}", snapshot.namespace);
         let text = "There is none, so executors are created unchanged.";
         let fix = "Install the release again, or delete its webhook configurations.";
@@ -87,7 +83,7 @@ pub(super) fn unreadable(snapshot: &Snapshot) -> Vec<Unchecked> {
 
 /// The webhook, if it is not known where it runs.
 pub(super) fn elsewhere(snapshot: &Snapshot) -> Vec<Unchecked> {
-    if snapshot.components.is_none() || snapshot.component(WEBHOOK).is_some() || !snapshot.calls_url() {
+    if !snapshot.has_webhook_elsewhere() {
         return Vec::new();
     }
     let what = "the webhook and its settings".to_owned();
