@@ -21,9 +21,6 @@ use crate::term::TermChange;
 use crate::unconfirmed::TAKE_INTERVAL;
 use crate::watch::{ClusterEvent, SyncStatus, WatchSet};
 
-/// Events that are received in a turn: fewer than can wait, so that after a turn that has received fewer none does.
-const MAX_EVENTS: usize = 512;
-
 impl<L: Ledger> Reconciler<L> {
     /// Reconciles until `shutdown`. When it returns, nothing more is written.
     pub(crate) async fn run(self: Arc<Self>, progress: watch::Sender<Progress>, shutdown: impl Future<Output = ()>) {
@@ -107,9 +104,12 @@ impl<L: Ledger> State<'_, L> {
 
     /// Applies the events that have arrived. Each turn does so, because a loss must not wait for the other work of the loop.
     fn receive(&mut self, watches: &mut WatchSet) {
-        let received = from_fn(|| watches.try_next()).take(MAX_EVENTS).map(|event| self.apply(event)).count();
+        let (is_full, waiting) = (watches.is_full(), watches.waiting());
+        from_fn(|| watches.try_next()).take(waiting).for_each(|event| self.apply(event));
         let (changed, now) = (self.index.take_changed(), Instant::now());
-        if received < MAX_EVENTS {
+        if is_full {
+            self.sync.restart_catch_up(now);
+        } else {
             self.sync.advance(now);
         }
         if self.sync.take_relist_failed() {

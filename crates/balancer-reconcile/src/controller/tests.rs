@@ -457,21 +457,63 @@ async fn a_loss_is_followed_while_everything_is_listed_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_outage_does_not_end_before_the_events_that_wait_are_applied() {
+async fn an_outage_ends_a_second_after_there_was_room_for_all_that_the_watch_reports() {
     let bench = crate::reconcile_jobs::tests::Bench::new();
     let mut state = bench.state([]);
     let (mut watches, sender) = WatchSet::of_test();
-    let send = |event| sender.try_send(ClusterEvent::Pods(None, event)).is_ok();
+    let send = |event| sender.try_send((ClusterEvent::Pods(None, event), None)).is_ok();
     assert!(send(WatchEvent::Disconnected(WatchError::Expired)) && send(WatchEvent::Resumed));
     state.receive(&mut watches);
     while send(WatchEvent::Resumed) {}
+    let reports = async |number| {
+        for _ in 0..number {
+            let _ = sender.send((ClusterEvent::Pods(None, WatchEvent::Resumed), None)).await;
+        }
+    };
+    let mut waiting = pin!(reports(3));
+    assert!(futures::poll!(&mut waiting).is_pending(), "there is no room");
     sleep(60 * SECOND).await;
-    for _ in 0..2 {
-        state.receive(&mut watches);
-        assert!(!state.sync.is_synced("etl"), "others may wait");
-    }
+    // The one that is received makes room, which the watch has not used yet.
+    let event = watches.next().await;
+    state.apply(event);
+    state.receive(&mut watches);
+    assert!(!state.sync.is_synced("etl"), "others may wait");
+    waiting.await;
+    state.receive(&mut watches);
+    assert!(!state.sync.is_synced("etl"), "the watch had no second for them");
+    sleep(SECOND).await;
     state.receive(&mut watches);
     assert!(state.sync.is_synced("etl"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_loss_behind_many_listed_objects_is_queued_in_the_same_turn() {
+    let bench = crate::reconcile_jobs::tests::Bench::new();
+    let mut state = bench.state([executor("spark-1", 1)]);
+    let (mut watches, sender) = WatchSet::of_test();
+    let [node, _] = nodes();
+    for _ in 0..1000 {
+        let node = serde_json::from_value(node.clone()).expect("a node");
+        sender.try_send((ClusterEvent::Nodes(WatchEvent::RelistApply(node)), None)).map_err(drop).expect("room");
+    }
+    let lost = serde_json::from_value(executor("spark-1", 1)).expect("a pod");
+    sender.try_send((ClusterEvent::Pods(None, WatchEvent::Delete(lost)), None)).map_err(drop).expect("room");
+    state.receive(&mut watches);
+    assert!(state.queue.next_due().is_some_and(|due| due <= Instant::now() + SECOND / 10));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_list_that_fails_after_it_was_waited_for_leads_to_another_one_within_a_minute() {
+    let bench = crate::reconcile_jobs::tests::Bench::new();
+    let mut state = bench.state([]);
+    let (mut watches, sender) = WatchSet::of_test();
+    let failed = WatchEvent::RelistFailed(WatchError::ListTooSlow(300 * SECOND));
+    sender.try_send((ClusterEvent::Pods(None, failed), None)).map_err(drop).expect("room");
+    sleep(300 * SECOND).await;
+    assert!(!state.plan.is_listing());
+    state.receive(&mut watches);
+    let in_a_minute = Instant::now() + 60 * SECOND;
+    assert!(state.plan.relist_at().is_some_and(|at| at <= in_a_minute), "{:?}", state.plan.relist_at());
 }
 
 #[tokio::test(start_paused = true)]

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use balancer_core::Conventions;
 use kube::{Api, Client};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::arguments::ReconcileSettings;
@@ -34,10 +34,15 @@ pub(crate) use sync::SyncStatus;
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(75);
 /// Events that wait to be received; the watches wait until there is room.
 const MAX_WAITING: usize = 1024;
+/// Those of them that may be listed objects. Lists are long, and what the watches report must find room next to them.
+const MAX_LISTED: usize = 256;
+
+/// An event that waits to be received, and for a listed object the room that it takes.
+type Waiting = (ClusterEvent, Option<OwnedSemaphorePermit>);
 
 /// All lists and watches, from their start. Dropping it ends them.
 pub(crate) struct WatchSet {
-    events: mpsc::Receiver<ClusterEvent>,
+    events: mpsc::Receiver<Waiting>,
     tasks: JoinSet<()>,
     /// Asks for other lists.
     relists: watch::Sender<()>,
@@ -55,12 +60,14 @@ impl WatchSet {
         let seconds = watch_seconds(settings.grace);
         let (sender, events) = mpsc::channel(MAX_WAITING);
         let (relists, asked) = watch::channel(());
+        let list_room = Arc::new(Semaphore::new(MAX_LISTED));
         let mut tasks = JoinSet::new();
         let nodes = ResourceWatch {
             api: Api::<WatchedNode>::all(client.clone()),
             selector: None,
             seconds,
             events: sender.clone(),
+            list_room: Arc::clone(&list_room),
             wrap: Box::new(ClusterEvent::Nodes),
             label: WatchedLabel::Nodes,
             metrics: Arc::clone(metrics),
@@ -81,6 +88,7 @@ impl WatchSet {
                 )),
                 seconds,
                 events: sender.clone(),
+                list_room: Arc::clone(&list_room),
                 wrap: Box::new(move |event| ClusterEvent::Pods(namespace.clone(), event)),
                 label: WatchedLabel::Pods,
                 metrics: Arc::clone(metrics),
@@ -94,7 +102,7 @@ impl WatchSet {
 
     /// Without watches: the test sends their events.
     #[cfg(test)]
-    pub(crate) fn of_test() -> (Self, mpsc::Sender<ClusterEvent>) {
+    pub(crate) fn of_test() -> (Self, mpsc::Sender<Waiting>) {
         let (sender, events) = mpsc::channel(MAX_WAITING);
         (Self { events, tasks: JoinSet::new(), relists: watch::channel(()).0 }, sender)
     }
@@ -107,7 +115,18 @@ impl WatchSet {
     /// An event that has arrived. Unlike [`WatchSet::next`], it does not stop at the number of polls that tokio lets a task
     /// make in a row.
     pub(crate) fn try_next(&mut self) -> Option<ClusterEvent> {
-        self.events.try_recv().ok()
+        self.events.try_recv().ok().map(|(event, _)| event)
+    }
+
+    /// How many events have arrived.
+    pub(crate) fn waiting(&self) -> usize {
+        self.events.len()
+    }
+
+    /// Whether a watch may have more to report than there is room for. A watch that was given room and has not used it yet
+    /// counts too.
+    pub(crate) fn is_full(&self) -> bool {
+        self.events.capacity() == 0
     }
 
     /// The next event. The watches never end.
@@ -118,7 +137,7 @@ impl WatchSet {
         loop {
             tokio::select! {
                 biased;
-                Some(event) = self.events.recv() => return event,
+                Some((event, _)) = self.events.recv() => return event,
                 Some(Err(error)) = self.tasks.join_next() => if let Ok(panic) = error.try_into_panic() {
                     std::panic::resume_unwind(panic)
                 },
@@ -157,7 +176,8 @@ mod tests {
     #[tokio::test]
     async fn all_events_that_wait_are_received_at_once() {
         let (mut watches, sender) = WatchSet::of_test();
-        while sender.try_send(ClusterEvent::Nodes(Event::Resumed)).is_ok() {}
+        while sender.try_send((ClusterEvent::Nodes(Event::Resumed), None)).is_ok() {}
+        assert!(watches.is_full() && watches.waiting() == MAX_WAITING);
         assert_eq!(std::iter::from_fn(|| watches.try_next()).count(), MAX_WAITING);
     }
 

@@ -10,10 +10,11 @@ use futures::TryStreamExt;
 use kube::api::{ListParams, WatchEvent, WatchParams};
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
+use super::Waiting;
 use super::event::{ClusterEvent, Event, WatchError};
 use crate::metrics::{Metrics, WatchedLabel};
 
@@ -30,7 +31,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(2);
 /// Another list is attempted so often, and then given up until it is asked for again.
 const RELISTS: usize = 5;
-/// The most that an attempt may take: meanwhile the names of all objects that change are kept.
+/// The most that all attempts may take: meanwhile the names of all objects that change are kept.
 const RELIST_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// A list followed by a watch, resumed when it is interrupted.
@@ -39,7 +40,9 @@ pub(super) struct ResourceWatch<K> {
     pub(super) selector: Option<String>,
     /// How long one watch request lasts.
     pub(super) seconds: u32,
-    pub(super) events: mpsc::Sender<ClusterEvent>,
+    pub(super) events: mpsc::Sender<Waiting>,
+    /// Room for listed objects among the events that wait.
+    pub(super) list_room: Arc<Semaphore>,
     pub(super) wrap: Box<dyn Fn(Event<K>) -> ClusterEvent + Send + Sync>,
     pub(super) label: WatchedLabel,
     pub(super) metrics: Arc<Metrics>,
@@ -93,7 +96,12 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
     }
 
     async fn send(&self, event: Event<K>) -> Result<(), WatchError> {
-        self.events.send((self.wrap)(event)).await.map_err(|_| WatchError::ReceiverDropped)
+        self.events.send(((self.wrap)(event), None)).await.map_err(|_| WatchError::ReceiverDropped)
+    }
+
+    async fn send_listed(&self, event: Event<K>) -> Result<(), WatchError> {
+        let room = Arc::clone(&self.list_room).acquire_owned().await.map_err(|_| WatchError::ReceiverDropped)?;
+        self.events.send(((self.wrap)(event), Some(room))).await.map_err(|_| WatchError::ReceiverDropped)
     }
 
     /// Lists again whenever that is asked for, until nobody can ask or receives the events.
@@ -101,16 +109,18 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
         let pauses = ExponentialBuilder::default().with_min_delay(LAST_PAUSE / 2).with_max_delay(LAST_PAUSE);
         let mut needs_list = self.needs_list.subscribe();
         while asked.changed().await.is_ok() {
-            let relist = async || match timeout(RELIST_TIMEOUT, self.relist()).await {
-                Ok(result) => result,
-                Err(_) => Err(WatchError::ListTooSlow(RELIST_TIMEOUT)),
+            let attempts = async {
+                // The time of the attempts begins when they may.
+                let _listing = self.listing.lock().await;
+                let may_retry = |error: &WatchError| !matches!(error, WatchError::ReceiverDropped);
+                let relist = || self.relist();
+                let retried = relist.retry(pauses.with_max_times(RELISTS - 1)).sleep(sleep).when(may_retry);
+                timeout(RELIST_TIMEOUT, retried).await.unwrap_or(Err(WatchError::ListTooSlow(RELIST_TIMEOUT)))
             };
-            let may_retry = |error: &WatchError| !matches!(error, WatchError::ReceiverDropped);
-            let retried = relist.retry(pauses.with_max_times(RELISTS - 1)).sleep(sleep).when(may_retry);
             let result = tokio::select! {
                 biased;
                 _ = needs_list.wait_for(|needs_list| *needs_list) => continue,
-                result = retried => result,
+                result = attempts => result,
             };
             let Err(error) = result else { continue };
             self.metrics.relist_failed(self.label);
@@ -121,7 +131,6 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
     }
 
     async fn relist(&self) -> Result<(), WatchError> {
-        let _listing = self.listing.lock().await;
         // Before the request: the list contains all that the watch has reported until then.
         self.send(Event::Relist).await?;
         self.list_pages(Event::RelistApply).await?;
@@ -150,7 +159,7 @@ impl<K: Resource + Clone + DeserializeOwned + Debug + Send + 'static> ResourceWa
                 error => error,
             })?;
             for item in page.items {
-                self.send(event(item)).await?;
+                self.send_listed(event(item)).await?;
             }
             list.continue_token = page.metadata.continue_.filter(|token| !token.is_empty());
             if list.continue_token.is_none() {
@@ -210,11 +219,14 @@ mod tests {
     use super::*;
     use crate::controller::tests::{metric, refusal};
 
+    /// Listed objects that may wait.
+    const LIST_ROOM: usize = 8;
+
     /// A watch of pods whose API is the test.
     struct Bench {
         api: Handle<Request<Body>, Response<Body>>,
         ask: watch::Sender<()>,
-        events: mpsc::Receiver<ClusterEvent>,
+        events: mpsc::Receiver<Waiting>,
         registry: Registry,
         _tasks: JoinSet<()>,
     }
@@ -233,6 +245,7 @@ mod tests {
                 selector: None,
                 seconds: 30,
                 events,
+                list_room: Arc::new(Semaphore::new(LIST_ROOM)),
                 wrap: Box::new(|event| ClusterEvent::Pods(None, event)),
                 label: WatchedLabel::Pods,
                 metrics,
@@ -249,8 +262,7 @@ mod tests {
         }
 
         async fn request(&mut self) -> (String, SendResponse<Response<Body>>) {
-            let (request, answer) = self.api.next_request().await.expect("a request");
-            (request.uri().query().unwrap_or_default().to_owned(), answer)
+            next_request_of(&mut self.api).await
         }
 
         async fn answer_list(&mut self) {
@@ -260,19 +272,33 @@ mod tests {
         }
 
         async fn event(&mut self) -> &'static str {
-            match self.events.recv().await {
-                Some(ClusterEvent::Pods(None, event)) => match event {
-                    Event::Init => "Init",
-                    Event::InitDone => "InitDone",
-                    Event::Relist => "Relist",
-                    Event::RelistDone => "RelistDone",
-                    Event::RelistFailed(_) => "RelistFailed",
-                    Event::Disconnected(WatchError::Expired) => "Expired",
-                    Event::Resumed => "Resumed",
-                    _ => "another event",
-                },
-                _ => "nothing",
-            }
+            event_of(&mut self.events).await
+        }
+    }
+
+    async fn next_request_of(
+        api: &mut Handle<Request<Body>, Response<Body>>,
+    ) -> (String, SendResponse<Response<Body>>) {
+        let (request, answer) = api.next_request().await.expect("a request");
+        (request.uri().query().unwrap_or_default().to_owned(), answer)
+    }
+
+    async fn event_of(events: &mut mpsc::Receiver<Waiting>) -> &'static str {
+        match events.recv().await {
+            Some((ClusterEvent::Pods(None, event), _)) => match event {
+                Event::Init => "Init",
+                Event::InitDone => "InitDone",
+                Event::Relist => "Relist",
+                Event::RelistApply(_) => "RelistApply",
+                Event::RelistDone => "RelistDone",
+                Event::RelistFailed(WatchError::ListTooSlow(_)) => "RelistTooSlow",
+                Event::RelistFailed(_) => "RelistFailed",
+                Event::Disconnected(WatchError::Expired) => "Expired",
+                Event::Resumed => "Resumed",
+                Event::Delete(_) => "Delete",
+                _ => "another event",
+            },
+            _ => "nothing",
         }
     }
 
@@ -329,5 +355,63 @@ mod tests {
             let (query, _) = bench.request().await;
             assert!(query.contains("watch="), "it is not attempted again: {query}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_the_watch_reports_finds_room_next_to_a_long_list() {
+        let (mut bench, watching) = Bench::watching().await;
+        bench.ask.send_replace(());
+        let (_, list) = bench.request().await;
+        let items: Vec<_> = (0..1000).map(|id| json!({"metadata": {"name": id.to_string()}})).collect();
+        list.send_response(ok(&json!({"metadata": {"resourceVersion": "9"}, "items": items})));
+        sleep(LAST_PAUSE).await;
+        let object = json!({"metadata": {"name": "0", "resourceVersion": "10"}});
+        watching.send_response(ok(&json!({"type": "DELETED", "object": object})));
+        sleep(FIRST_PAUSE / 2).await;
+        let waiting = bench.events.len();
+        let mut events = Vec::new();
+        for _ in 0..waiting {
+            events.push(bench.event().await);
+        }
+        let listed = ["RelistApply"; LIST_ROOM];
+        assert_eq!(events, [&["Relist"], &listed[..], &["Resumed", "Delete"]].concat());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_list_that_is_asked_for_after_that_of_the_watch_is_made() {
+        let (mut bench, watching) = Bench::watching().await;
+        watching.send_response(refusal(410, "Expired"));
+        bench.answer_list().await;
+        assert_eq!([bench.event().await, bench.event().await, bench.event().await], ["Expired", "Init", "InitDone"]);
+        bench.ask.send_replace(());
+        let (query, _list) = bench.request().await;
+        assert!(!query.contains("watch="), "{query}");
+        assert_eq!(bench.event().await, "Relist");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_attempts_of_a_list_next_to_the_watch_have_a_time_together() {
+        let (mut bench, _watching) = Bench::watching().await;
+        bench.ask.send_replace(());
+        let started = Instant::now();
+        let mut seen = Vec::new();
+        let mut unanswered = Vec::new();
+        while !seen.last().is_some_and(|event: &&str| event.starts_with("Relist") && *event != "Relist") {
+            tokio::select! {
+                (query, answer) = next_request_of(&mut bench.api) => {
+                    // Pages without end: each is answered in time, and another one follows.
+                    if query.contains("watch=") {
+                        unanswered.push(answer);
+                    } else {
+                        sleep(PAGE_TIMEOUT / 2).await;
+                        answer.send_response(ok(&json!({"metadata": {"resourceVersion": "9", "continue": "more"}, "items": []})));
+                    }
+                }
+                event = event_of(&mut bench.events) => seen.push(event),
+            }
+        }
+        assert_eq!(seen.last(), Some(&"RelistTooSlow"));
+        assert!(started.elapsed() < RELIST_TIMEOUT + PAGE_TIMEOUT, "{:?}", started.elapsed());
+        assert_eq!(metric(&bench.registry, "reconcile_relist_failures_total{resource=\"pods\"}"), 1.0);
     }
 }

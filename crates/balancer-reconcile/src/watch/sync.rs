@@ -64,6 +64,13 @@ impl SyncStatus {
         self.relisting = listed.map(|source| (source, now + RELIST_PATIENCE)).collect();
     }
 
+    /// A watch may have waited until there was room for its events, so it may not have caught up: its time begins anew.
+    pub(crate) fn restart_catch_up(&mut self, now: Instant) {
+        for at in self.outages.values_mut().filter_map(|outage| outage.caught_up_at.as_mut()) {
+            *at = now + CATCH_UP;
+        }
+    }
+
     /// Whether a list of everything next to the watches has failed since the last call.
     pub(crate) fn take_relist_failed(&mut self) -> bool {
         mem::take(&mut self.has_relist_failed)
@@ -120,8 +127,8 @@ impl SyncStatus {
         self.outages.insert(source.clone(), outage);
     }
 
-    /// Ends the outages of the watches that have caught up by now. Call it only when no event waits to be applied, because
-    /// from then on entries may be removed.
+    /// Ends the outages of the watches that have caught up by now. Call it only after the events that waited were applied,
+    /// and there was room for others, because from then on entries may be removed.
     pub(crate) fn advance(&mut self, now: Instant) {
         self.outages.retain(|_, outage| outage.caught_up_at.is_none_or(|at| at > now));
     }
