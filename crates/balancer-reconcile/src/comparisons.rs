@@ -33,9 +33,9 @@ pub(crate) struct Running {
 }
 
 impl Comparisons {
-    /// Whether all comparisons have ended, and no job waits for one.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.running.is_empty() && self.waiting.is_empty()
+    /// How many comparisons of the job have to end until one that was requested now has ended.
+    pub(crate) fn until_requested(&self, job: &JobId) -> usize {
+        usize::from(self.running.contains_key(job)) + usize::from(self.is_waiting(job))
     }
 
     /// How many comparisons may begin now.
@@ -118,10 +118,10 @@ mod tests {
         comparisons.wait(&job("c"), None);
         assert_eq!(next(&comparisons), ["d", "e"]);
         for id in ["c", "d", "e"] {
-            assert!(!comparisons.is_empty() && comparisons.is_waiting(&job(id)));
+            assert!(comparisons.is_waiting(&job(id)));
             comparisons.stop_waiting(&job(id));
         }
-        assert!(comparisons.is_empty() && comparisons.order.is_empty());
+        assert!(comparisons.running.is_empty() && comparisons.waiting.is_empty() && comparisons.order.is_empty());
     }
 
     #[test]

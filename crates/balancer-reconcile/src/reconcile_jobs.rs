@@ -433,6 +433,9 @@ impl<L: Ledger> State<'_, L> {
             metrics.lagged(now - changed_at);
         }
         let is_comparing = was_comparing && !has_compared;
+        if let Some(run) = self.resync.as_mut().filter(|_| has_compared) {
+            run.compared(&job);
+        }
         if let Some(comparison) = comparison {
             if may_continue {
                 let running = Running { comparison, changed_at: compared_since, has_corrected };

@@ -1,5 +1,6 @@
 //! Reconciles all ledgers, some at a time: jobs that change meanwhile do not wait for the others.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::vec::IntoIter;
 
@@ -7,6 +8,7 @@ use balancer_core::JobId;
 use balancer_store::{Cursor, Ledger};
 use tokio::time::Instant;
 
+use crate::comparisons::Comparisons;
 use crate::queue::{Due, MAX_NAMED};
 use crate::reconcile_jobs::{BATCH, IN_ONE_TURN};
 use crate::resync::Resync;
@@ -21,6 +23,9 @@ pub(crate) struct ResyncRun {
     jobs: IntoIter<Arc<JobId>>,
     /// The next page of the jobs that the store has; `None` after the last one.
     page: Option<Option<Cursor>>,
+    /// The jobs whose comparison this resync has requested, and how many of theirs have to end until that one has. Others may
+    /// request comparisons all the time.
+    comparing: HashMap<Arc<JobId>, usize>,
     number: usize,
     ended: usize,
 }
@@ -37,6 +42,23 @@ enum Reached {
     NotAll,
 }
 
+impl ResyncRun {
+    /// A comparison of the job has ended.
+    pub(crate) fn compared(&mut self, job: &JobId) {
+        if let Some(left) = self.comparing.get_mut(job) {
+            *left -= 1;
+            if *left == 0 {
+                self.comparing.remove(job);
+            }
+        }
+    }
+
+    /// Whether comparisons that it has requested are under way. One that has failed is repeated without it.
+    fn is_comparing(&self, comparisons: &Comparisons) -> bool {
+        self.comparing.keys().any(|job| comparisons.until_requested(job) > 0)
+    }
+}
+
 impl<L: Ledger> State<'_, L> {
     /// Starts to reconcile all ledgers: of the jobs in the cluster, and of those that only the store has.
     pub(crate) fn start_resync(&mut self, resync: Resync) {
@@ -46,14 +68,14 @@ impl<L: Ledger> State<'_, L> {
         let started_at = resync.lists_started_at.unwrap_or_else(Instant::now);
         let jobs: Vec<_> = self.index.jobs().cloned().collect();
         let number = jobs.len();
-        let run = ResyncRun { resync, started_at, jobs: jobs.into_iter(), page: Some(None), number, ended: 0 };
-        self.resync = Some(run);
+        let (jobs, comparing) = (jobs.into_iter(), HashMap::new());
+        self.resync = Some(ResyncRun { resync, started_at, jobs, page: Some(None), comparing, number, ended: 0 });
     }
 
     /// Whether the resync goes on at once. At its end it waits for the comparisons that it has started.
     pub(crate) fn has_resync_step(&self) -> bool {
         self.resync.as_ref().is_some_and(|run| {
-            run.jobs.len() > 0 || run.page.is_some() || self.comparisons.is_empty() || !self.may_write()
+            run.jobs.len() > 0 || run.page.is_some() || !run.is_comparing(&self.comparisons) || !self.may_write()
         })
     }
 
@@ -114,9 +136,18 @@ impl<L: Ledger> State<'_, L> {
                 }
             }
         } else {
-            return if self.comparisons.is_empty() { Reached::All } else { Reached::NotAll };
+            return if run.is_comparing(&self.comparisons) { Reached::NotAll } else { Reached::All };
         };
-        if self.reconcile_batch(batch).await { Reached::NotAll } else { Reached::Interrupted }
+        let requested: Vec<_> = batch.iter().map(|due| Arc::clone(&due.job)).collect();
+        if !self.reconcile_batch(batch).await {
+            return Reached::Interrupted;
+        }
+        for job in requested {
+            let left = self.comparisons.until_requested(&job);
+            run.comparing.insert(job, left);
+        }
+        run.comparing.retain(|_, left| *left > 0);
+        Reached::NotAll
     }
 
     /// Those of the jobs that have no live pod, in the namespaces that are in sync.

@@ -19,6 +19,7 @@ use crate::controller::tests::{Call, Scripted, Work, down, driver, executor, met
 use crate::index::Change;
 use crate::jobs;
 use crate::leader::Leadership;
+use crate::metrics::Cause;
 use crate::state::Progress;
 use crate::watch::{Event, Source, SyncStatus};
 
@@ -173,7 +174,7 @@ async fn two_large_ledgers_are_compared_at_once_and_the_others_in_their_turn() {
         compared.extend(of);
     }
     assert_eq!(compared.len(), jobs.len(), "after {turns} turns");
-    assert!(state.comparisons.is_empty());
+    assert!(jobs.iter().all(|id| state.comparisons.until_requested(&job(id)) == 0));
     // Each comparison is one attempt, and so is what could be done about each of the three jobs that had to wait.
     assert_eq!(bench.metric("reconcile_jobs_total{outcome=\"in_sync\"}"), 5.0 + 3.0);
 }
@@ -455,4 +456,38 @@ async fn the_records_of_many_jobs_are_read_in_several_turns() {
     }
     // What is left is audited next to what is due, and nothing is added to more than that.
     assert_eq!(left, [200, 136 + 200, 72 + 200]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_resync_ends_with_the_comparisons_that_it_has_requested_whatever_others_request() {
+    let bench = Bench::new();
+    let mut state = bench.state(executors("large", 10_000));
+    let others = [job("other-1"), job("other-2")];
+    let start = |state: &mut State<'_, Scripted>| {
+        for other in &others {
+            state.comparisons.wait(other, None);
+        }
+        state.plan.request(Cause::Interval);
+        state.auditing = vec![job("large")];
+        let resync = state.plan.due(Instant::now()).expect("a resync");
+        state.start_resync(resync);
+        assert!(state.auditing.is_empty(), "it compares these jobs anyway");
+    };
+    start(&mut state);
+    let mut turns = 0;
+    while state.resync.is_some() {
+        if state.has_resync_step() {
+            state.resync_step().await;
+        } else {
+            // The others wait all the time.
+            let due = state.queue.take_due(Instant::now(), BATCH).into_iter().filter(|due| due.job == job("large"));
+            let due: Vec<_> = due.collect();
+            assert!(!due.is_empty(), "the resync waits for nothing of its own");
+            assert!(state.reconcile_batch(due).await);
+        }
+        turns += 1;
+        assert!(turns < 100, "it does not end");
+    }
+    assert_eq!(bench.entries(&job("large")), 10_000);
+    assert!(others.iter().all(|other| state.comparisons.is_waiting(other)));
 }
