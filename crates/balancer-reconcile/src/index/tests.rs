@@ -526,28 +526,33 @@ mod histories {
 }
 
 mod relists {
-    use std::collections::{BTreeMap, VecDeque};
+    use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
     use proptest::prelude::*;
 
     use super::*;
 
-    /// What happens to a cluster, what its watch reports of it, and what a list under way does.
+    const NAMESPACES: [&str; 2] = ["etl", "ml"];
+    /// The watches: of the pods of each namespace, and of the nodes.
+    const NODES: usize = NAMESPACES.len();
+    const WATCHES: usize = NODES + 1;
+
+    /// What happens to a cluster, what its watches report of it, and what the lists under way do.
     #[derive(Clone, Copy, Debug)]
     enum Step {
         Create {
-            name: u8,
+            id: PodId,
         },
         Bind {
-            name: u8,
+            id: PodId,
             node: u8,
         },
         /// The pod ends, and exists until it is deleted.
         End {
-            name: u8,
+            id: PodId,
         },
         Delete {
-            name: u8,
+            id: PodId,
         },
         SetNode {
             node: u8,
@@ -557,18 +562,28 @@ mod relists {
             node: u8,
         },
         /// The watch reports the next change.
-        Report,
+        Report(usize),
         /// The watch leaves a change out.
-        Lose,
-        Start,
+        Lose(usize),
+        /// A list starts next to the watch.
+        Start(usize),
         Page {
-            pods: usize,
+            of: usize,
+            items: usize,
         },
-        Fail,
+        Fail(usize),
+        /// The watch cannot go on: all that it has not reported is lost, and it needs a list of its own.
+        Expire(usize),
     }
 
+    /// The number of a namespace and that of a pod. The last pods are drivers.
+    type PodId = (usize, u8);
+
+    const EXECUTORS: u8 = 4;
+    const PODS: u8 = 6;
+
     #[derive(Clone, Debug, PartialEq, Eq)]
-    struct Executor {
+    struct Known {
         uid: u32,
         node: Option<u8>,
         is_ending: bool,
@@ -576,184 +591,270 @@ mod relists {
 
     #[derive(Clone, Debug)]
     enum Event {
-        Pod(u8, Executor),
+        Pod(PodId, Known),
         /// A pod is gone, and its uid.
-        PodGone(u8, u32),
+        PodGone(PodId, u32),
         Node(u8, Option<Option<Capacity>>),
     }
 
     /// A list of the state at its start, and what is left of it.
     struct List {
-        pods: Vec<(u8, Executor)>,
-        nodes: Vec<(u8, Option<Capacity>)>,
+        items: Vec<Event>,
         /// Whether a change was left out before.
         had_lost: bool,
     }
 
-    fn steps() -> impl Strategy<Value = Step> {
-        let (name, node) = (|| 0u8..5, || 0u8..3);
-        let capacity = prop::option::of(prop_oneof![Just(Capacity::Spot), Just(Capacity::OnDemand)]);
-        prop_oneof![
-            4 => name().prop_map(|name| Step::Create { name }),
-            3 => (name(), node()).prop_map(|(name, node)| Step::Bind { name, node }),
-            2 => name().prop_map(|name| Step::End { name }),
-            4 => name().prop_map(|name| Step::Delete { name }),
-            2 => (node(), capacity).prop_map(|(node, capacity)| Step::SetNode { node, capacity }),
-            1 => node().prop_map(|node| Step::DeleteNode { node }),
-            8 => Just(Step::Report),
-            1 => Just(Step::Lose),
-            4 => Just(Step::Start),
-            6 => (1usize..4).prop_map(|pods| Step::Page { pods }),
-            1 => Just(Step::Fail),
-        ]
+    #[derive(Default)]
+    struct Watch {
+        events: VecDeque<Event>,
+        list: Option<List>,
+        has_lost: bool,
+        /// Whether it reports nothing before the end of a list of its own.
+        is_expired: bool,
     }
 
     #[derive(Default)]
     struct World {
-        pods: BTreeMap<u8, Executor>,
+        pods: BTreeMap<PodId, Known>,
         nodes: BTreeMap<u8, Option<Capacity>>,
         made: u32,
-        events: VecDeque<Event>,
-        list: Option<List>,
-        has_lost: bool,
-        /// The uids of which the watch has said that they are gone.
-        gone: Vec<u32>,
+        watches: [Watch; WATCHES],
+        /// The uids of which a watch has said that they are gone.
+        gone: BTreeSet<String>,
     }
 
-    fn executor(name: u8, executor: &Executor) -> Pod<'static> {
-        pod(&format!("e{name}"), "executor", |pod| {
-            pod["metadata"]["uid"] = json!(executor.uid.to_string());
-            if let Some(node) = executor.node {
+    fn steps() -> impl Strategy<Value = Step> {
+        let (id, node, watch) = (|| (0..NAMESPACES.len(), 0..PODS), || 0u8..3, || 0..WATCHES);
+        let capacity = prop::option::of(prop_oneof![Just(Capacity::Spot), Just(Capacity::OnDemand)]);
+        prop_oneof![
+            6 => id().prop_map(|id| Step::Create { id }),
+            4 => (id(), node()).prop_map(|(id, node)| Step::Bind { id, node }),
+            3 => id().prop_map(|id| Step::End { id }),
+            6 => id().prop_map(|id| Step::Delete { id }),
+            2 => (node(), capacity).prop_map(|(node, capacity)| Step::SetNode { node, capacity }),
+            2 => node().prop_map(|node| Step::DeleteNode { node }),
+            12 => watch().prop_map(Step::Report),
+            1 => watch().prop_map(Step::Lose),
+            6 => watch().prop_map(Step::Start),
+            9 => (watch(), 1usize..4).prop_map(|(of, items)| Step::Page { of, items }),
+            1 => watch().prop_map(Step::Fail),
+            1 => watch().prop_map(Step::Expire),
+        ]
+    }
+
+    fn scope(watch: usize) -> Option<Arc<str>> {
+        NAMESPACES.get(watch).map(|namespace| Arc::from(*namespace))
+    }
+
+    fn name((_, pod): PodId) -> String {
+        format!("p{pod}")
+    }
+
+    fn as_pod(id: PodId, known: &Known) -> Pod<'static> {
+        let role = if id.1 < EXECUTORS { "executor" } else { "driver" };
+        pod(&name(id), role, |pod| {
+            pod["metadata"]["namespace"] = json!(NAMESPACES[id.0]);
+            pod["metadata"]["uid"] = json!(known.uid.to_string());
+            if let Some(node) = known.node {
                 pod["spec"]["nodeName"] = json!(format!("n{node}"));
             }
-            if executor.is_ending {
+            if known.is_ending {
                 pod["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
             }
         })
     }
 
-    impl World {
-        fn change(&mut self, name: u8) {
-            self.events.extend(self.pods.get(&name).map(|now| Event::Pod(name, now.clone())));
-        }
+    /// The uid and the node of a pod, as the index has them.
+    fn known(index: &ClusterIndex, (namespace, pod): PodId) -> Option<(String, Option<String>)> {
+        let (namespace, name) = (NAMESPACES[namespace], name((namespace, pod)));
+        let uid = index.uid(namespace, &name)?.to_owned();
+        let executor = index.executor(&JobId { namespace: namespace.into(), ..job() }, &name);
+        Some((uid, executor.and_then(|(_, executor)| executor.node.as_deref().map(str::to_owned))))
+    }
 
+    /// Whether the index knows another pod of this name.
+    fn is_other(index: &ClusterIndex, id: PodId, uid: u32) -> bool {
+        known(index, id).is_some_and(|(known, _)| known != uid.to_string())
+    }
+
+    fn pod_ids() -> impl Iterator<Item = PodId> {
+        (0..NAMESPACES.len()).flat_map(|namespace| (0..PODS).map(move |pod| (namespace, pod)))
+    }
+
+    impl World {
         fn step(&mut self, index: &mut ClusterIndex, step: Step) {
             match step {
-                Step::Create { name } => {
-                    if !self.pods.contains_key(&name) {
+                Step::Create { id } => {
+                    if !self.pods.contains_key(&id) {
                         self.made += 1;
-                        self.pods.insert(name, Executor { uid: self.made, node: None, is_ending: false });
-                        self.change(name);
+                        self.pods.insert(id, Known { uid: self.made, node: None, is_ending: false });
+                        self.changed(id);
                     }
                 }
-                Step::Bind { name, node } => {
-                    if let Some(executor) = self.pods.get_mut(&name).filter(|executor| executor.node.is_none()) {
-                        executor.node = Some(node);
-                        self.change(name);
+                Step::Bind { id, node } => {
+                    if let Some(known) = self.pods.get_mut(&id).filter(|known| known.node.is_none()) {
+                        known.node = Some(node);
+                        self.changed(id);
                     }
                 }
-                Step::End { name } => {
-                    if let Some(executor) = self.pods.get_mut(&name) {
-                        executor.is_ending = true;
-                        self.change(name);
+                Step::End { id } => {
+                    if let Some(known) = self.pods.get_mut(&id) {
+                        known.is_ending = true;
+                        self.changed(id);
                     }
                 }
-                Step::Delete { name } => {
-                    let gone = self.pods.remove(&name);
-                    self.events.extend(gone.map(|gone| Event::PodGone(name, gone.uid)));
+                Step::Delete { id } => {
+                    let gone = self.pods.remove(&id);
+                    self.watches[id.0].events.extend(gone.map(|gone| Event::PodGone(id, gone.uid)));
                 }
                 Step::SetNode { node, capacity } => {
                     self.nodes.insert(node, capacity);
-                    self.events.push_back(Event::Node(node, Some(capacity)));
+                    self.watches[NODES].events.push_back(Event::Node(node, Some(capacity)));
                 }
                 Step::DeleteNode { node } => {
-                    if self.nodes.remove(&node).is_some() {
-                        self.events.push_back(Event::Node(node, None));
-                    }
+                    let gone = self.nodes.remove(&node);
+                    self.watches[NODES].events.extend(gone.map(|_| Event::Node(node, None)));
                 }
-                Step::Report => {
-                    if let Some(event) = self.events.pop_front() {
+                Step::Report(watch) => {
+                    if !self.watches[watch].is_expired
+                        && let Some(event) = self.watches[watch].events.pop_front()
+                    {
                         self.report(index, event);
                     }
                 }
-                Step::Lose => self.has_lost |= self.events.pop_front().is_some(),
-                Step::Start => {
-                    if self.list.is_none() {
-                        let (pods, nodes) = (self.pods.clone().into_iter(), self.nodes.clone().into_iter());
-                        let had_lost = std::mem::take(&mut self.has_lost);
-                        self.list = Some(List { pods: pods.collect(), nodes: nodes.collect(), had_lost });
-                        index.init_pods(None);
-                        index.init_nodes();
+                Step::Lose(watch) => {
+                    let watch = &mut self.watches[watch];
+                    watch.has_lost |= watch.events.pop_front().is_some();
+                }
+                Step::Start(watch) => {
+                    if self.watches[watch].list.is_none() {
+                        self.start(index, watch);
                     }
                 }
-                Step::Page { pods } => self.page(index, pods),
-                Step::Fail => {
-                    if let Some(list) = self.list.take() {
-                        self.has_lost |= list.had_lost;
-                        index.init_pods_failed(None);
-                        index.init_nodes_failed();
+                Step::Page { of, items } => (0..items).for_each(|_| self.page(index, of)),
+                Step::Fail(at) => {
+                    let watch = &mut self.watches[at];
+                    if let Some(list) = watch.list.take() {
+                        watch.has_lost |= list.had_lost;
+                        // A list of the watch's own that fails starts anew.
+                        match scope(at) {
+                            _ if watch.is_expired => {}
+                            Some(scope) => index.init_pods_failed(Some(&scope)),
+                            None => index.init_nodes_failed(),
+                        }
                     }
+                }
+                // The list that was under way is given up without a word.
+                Step::Expire(watch) => {
+                    self.watches[watch].is_expired = true;
+                    self.start(index, watch);
                 }
             }
         }
 
+        fn changed(&mut self, id: PodId) {
+            let now = self.pods.get(&id).map(|now| Event::Pod(id, now.clone()));
+            self.watches[id.0].events.extend(now);
+        }
+
+        fn start(&mut self, index: &mut ClusterIndex, at: usize) {
+            let watch = &mut self.watches[at];
+            if watch.is_expired {
+                // The watch goes on from the state of the list.
+                watch.events.clear();
+            }
+            let had_lost = std::mem::take(&mut watch.has_lost);
+            let items: Vec<_> = match scope(at) {
+                Some(scope) => {
+                    index.init_pods(Some(&scope));
+                    let pods = self.pods.iter().filter(|(id, _)| id.0 == at);
+                    pods.map(|(id, known)| Event::Pod(*id, known.clone())).collect()
+                }
+                None => {
+                    index.init_nodes();
+                    self.nodes.iter().map(|(node, capacity)| Event::Node(*node, Some(*capacity))).collect()
+                }
+            };
+            watch.list = Some(List { items, had_lost });
+        }
+
         fn report(&mut self, index: &mut ClusterIndex, event: Event) {
             match event {
-                Event::Pod(name, now) => {
-                    let (key, uid) = (format!("e{name}"), now.uid.to_string());
-                    let is_other = index.live(&job(), &key).is_some_and(|live| *live.uid != *uid);
-                    index.apply_pod(&executor(name, &now), None);
+                Event::Pod(id, now) => {
+                    let is_other = is_other(index, id, now.uid);
+                    index.apply_pod(&as_pod(id, &now), scope(id.0).as_ref());
                     if now.is_ending {
-                        assert_eq!(index.has_executor(&job(), &key), is_other, "another pod of this name stays");
+                        assert_eq!(known(index, id).is_some(), is_other, "another pod of this name stays");
                     }
                 }
-                Event::PodGone(name, uid) => {
-                    self.gone.push(uid);
-                    let (key, uid) = (format!("e{name}"), uid.to_string());
-                    let is_other = index.live(&job(), &key).is_some_and(|live| *live.uid != *uid);
-                    index.delete_watched_pod("etl", &key, &uid);
-                    assert_eq!(index.has_executor(&job(), &key), is_other, "another pod of this name stays");
+                Event::PodGone(id, uid) => {
+                    let is_other = is_other(index, id, uid);
+                    index.delete_watched_pod(NAMESPACES[id.0], &name(id), &uid.to_string());
+                    assert_eq!(known(index, id).is_some(), is_other, "another pod of this name stays");
+                    self.gone.insert(uid.to_string());
                 }
                 Event::Node(node, Some(capacity)) => index.apply_node(&format!("n{node}"), capacity),
                 Event::Node(node, None) => index.delete_node(&format!("n{node}")),
             }
         }
 
-        fn page(&mut self, index: &mut ClusterIndex, pods: usize) {
-            let Some(list) = &mut self.list else { return };
-            for _ in 0..pods {
-                if let Some((name, listed)) = list.pods.pop() {
-                    index.list_pod(&executor(name, &listed), None);
-                } else if let Some((node, capacity)) = list.nodes.pop() {
+        fn page(&mut self, index: &mut ClusterIndex, at: usize) {
+            let watch = &mut self.watches[at];
+            let Some(list) = &mut watch.list else { return };
+            match (list.items.pop(), scope(at)) {
+                (Some(Event::Pod(id, known)), scope) => {
+                    index.list_pod(&as_pod(id, &known), scope.as_ref());
+                }
+                (Some(Event::Node(node, Some(capacity))), _) => {
                     let name = format!("n{node}");
                     if !index.is_known_better(&name) {
                         index.apply_node(&name, capacity);
                     }
-                } else {
-                    index.init_pods_done(None);
-                    index.init_nodes_done();
-                    self.list = None;
-                    return;
+                }
+                (Some(_), _) => unreachable!("a list has nothing that is gone"),
+                (None, scope) => {
+                    match scope {
+                        Some(scope) => index.init_pods_done(Some(&scope)),
+                        None => index.init_nodes_done(),
+                    }
+                    (watch.list, watch.is_expired) = (None, false);
                 }
             }
         }
 
-        /// The index is what it would be if it had seen this state alone.
+        /// All that the lists and the watches have still to report is reported.
+        fn finish(&mut self, index: &mut ClusterIndex) {
+            for at in 0..WATCHES {
+                if self.watches[at].is_expired && self.watches[at].list.is_none() {
+                    self.start(index, at);
+                }
+                while self.watches[at].is_expired {
+                    self.page(index, at);
+                }
+                while let Some(event) = self.watches[at].events.pop_front() {
+                    self.report(index, event);
+                }
+                while self.watches[at].list.is_some() {
+                    self.page(index, at);
+                }
+            }
+        }
+
+        /// The index is what it would be if it had seen this state alone, as far as no change was left out after the last list.
         fn expect_in(&self, index: &ClusterIndex) {
             let mut fresh = super::index();
             self.nodes.iter().for_each(|(node, capacity)| fresh.apply_node(&format!("n{node}"), *capacity));
-            self.pods.iter().for_each(|(name, now)| fresh.apply_pod(&executor(*name, now), None));
-            for name in 0..5 {
-                let key = format!("e{name}");
-                let of = |index: &ClusterIndex| {
-                    index.live(&job(), &key).map(|live| {
-                        (live.uid.to_owned(), index.executor(&job(), &key).map(|known| known.1.node.clone()))
-                    })
-                };
-                assert_eq!(of(index), of(&fresh), "{key}");
+            self.pods.iter().for_each(|(id, now)| fresh.apply_pod(&as_pod(*id, now), scope(id.0).as_ref()));
+            for id in pod_ids().filter(|id| !self.watches[id.0].has_lost) {
+                assert_eq!(known(index, id), known(&fresh, id), "{id:?}");
             }
-            for (node, capacity) in &self.nodes {
-                assert_eq!(index.nodes.capacity(&format!("n{node}")), *capacity, "n{node}");
+            if !self.watches[NODES].has_lost {
+                for (node, capacity) in &self.nodes {
+                    assert_eq!(index.nodes.capacity(&format!("n{node}")), *capacity, "n{node}");
+                }
+            }
+            if self.watches.iter().all(|watch| !watch.has_lost) {
+                assert_eq!(index.nodes.len(), fresh.nodes.len(), "nodes that are gone leave the index");
             }
         }
     }
@@ -761,25 +862,18 @@ mod relists {
     proptest! {
         #[test]
         fn a_list_repairs_what_the_watch_has_lost_and_brings_nothing_back(
-            steps in prop::collection::vec(steps(), 0..120),
+            steps in prop::collection::vec(steps(), 0..200),
         ) {
             let (mut index, mut world) = (index(), World::default());
             for step in steps {
                 world.step(&mut index, step);
-                for key in index.keys(&job()).collect::<Vec<_>>() {
-                    let uid = index.live(&job(), &key).map(|live| live.uid.to_owned());
-                    prop_assert!(!world.gone.iter().any(|gone| Some(gone.to_string()) == uid), "{} is back", key);
+                for id in pod_ids() {
+                    let uid = known(&index, id).map(|(uid, _)| uid);
+                    prop_assert!(!uid.is_some_and(|uid| world.gone.contains(&uid)), "{:?} is back", id);
                 }
             }
-            while let Some(event) = world.events.pop_front() {
-                world.report(&mut index, event);
-            }
-            while world.list.is_some() {
-                world.page(&mut index, 1);
-            }
-            if !world.has_lost {
-                world.expect_in(&index);
-            }
+            world.finish(&mut index);
+            world.expect_in(&index);
         }
     }
 }
