@@ -30,6 +30,8 @@ const HOURS_OF_MONTH: f64 = 730.0;
 const SPARK_BATCH: u32 = 5;
 /// A job that is so large that its requests would take longer than so many seconds has a larger batch.
 const BATCHES: u32 = 1000;
+/// An event takes as long as looking at so many pools, in addition to those that there are.
+const STEPS_OF_AN_EVENT: u64 = 4;
 
 /// What the job does, and what happens to its data when executors are lost.
 #[derive(Clone, Debug)]
@@ -101,7 +103,7 @@ pub(crate) struct Outcome {
     pub(crate) waited: f64,
     /// Whether the job was given up.
     pub(crate) is_unfinished: bool,
-    /// What the simulation had to do: pools and executors that it looked at.
+    /// What the simulation had to do: events, and pools and executors that it looked at.
     pub(crate) steps: u64,
 }
 
@@ -234,9 +236,9 @@ impl<'a> Model<'a> {
         let (mut now, mut stages_left, mut progress) = (0.0, job.stages, 0.0);
         let (mut first, mut recent) = (Some((first_at, first)), Recent::default());
         let (mut cost, mut waited, mut recomputed) = (0.0, 0.0, 0.0);
-        let pools = cluster.pools.len() as u64;
+        let steps = STEPS_OF_AN_EVENT + cluster.pools.len() as u64;
         while stages_left > 0 && now < give_up_at && cluster.steps < most_steps {
-            cluster.steps += pools;
+            cluster.steps += steps;
             let running = f64::from(cluster.running());
             let stage_ends = if running > 0.0 { now + (stage - progress) / running } else { f64::INFINITY };
             let changes = cluster.next_change(self.policy, now);
