@@ -38,6 +38,9 @@ pub struct Options {
     pub pod_security_policy: bool,
     /// Whether the apiserver shows webhooks a certificate, that of [`ControlPlane::webhook_client`].
     pub webhook_client: bool,
+    /// Whether the apiserver calls the endpoints of a webhook's Service instead of the Service, whose address leads nowhere
+    /// without a kube-proxy.
+    pub calls_endpoints: bool,
 }
 
 /// A running control plane. Dropping it kills it.
@@ -55,6 +58,7 @@ pub struct ControlPlane {
     etcd_port: u16,
     certificate: ServerCertificate,
     pod_security_policy: bool,
+    calls_endpoints: bool,
     webhook_client: Option<WebhookClient>,
     /// Holds the token file and the keys of the service accounts.
     folder: PathBuf,
@@ -121,6 +125,7 @@ impl ControlPlane {
             etcd_port,
             certificate: authority()?.issue()?,
             pod_security_policy: options.pod_security_policy && program_minor_version()? < 25,
+            calls_endpoints: options.calls_endpoints,
             webhook_client: if options.webhook_client { Some(WebhookClient::new()?) } else { None },
             folder,
             kubeconfig: write_kubeconfig(port, ADMIN_TOKEN, None)?,
@@ -155,6 +160,7 @@ impl ControlPlane {
                 "--service-account-issuer=https://kubernetes.default.svc",
             ]);
             command.args(self.pod_security_policy.then_some("--enable-admission-plugins=PodSecurityPolicy"));
+            command.args(self.calls_endpoints.then_some("--enable-aggregator-routing"));
             let config = self.webhook_client.as_ref().map(|client| client.config.display());
             command.args(config.map(|config| format!("--admission-control-config-file={config}")));
             command.args(tls_arguments(&self.certificate)).args([

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use crate::certificate::authority;
+use crate::certificate::{ServerCertificate, authority};
 use crate::control_plane::{ControlPlane, Options};
 use crate::endpoint::https;
 use crate::helm::{Helm, RELEASE};
@@ -32,6 +32,8 @@ pub const WEBHOOK: &str = "spot-balancer-webhook";
 pub const RECONCILER: &str = "spot-balancer-reconciler";
 /// The Secret with the admission tokens.
 pub const TOKENS: &str = "spot-balancer-webhook-token";
+/// The Secret with the certificate that Helm has made for the webhook.
+pub const CERTIFICATE: &str = "spot-balancer-webhook-helm-tls";
 /// Where jobs run; that of the reviews in `reviews`.
 pub const JOBS: &str = "sandbox";
 
@@ -73,6 +75,17 @@ pub async fn tokens(client: &Client) -> Result<String> {
     let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get(TOKENS).await?;
     let ByteString(tokens) = secret.data.unwrap_or_default().remove("tokens").context("no tokens")?;
     Ok(String::from_utf8(tokens)?)
+}
+
+/// The installed certificate of the webhook and its key, in files as a pod has them.
+pub async fn certificate(client: &Client) -> Result<ServerCertificate> {
+    let secret = Api::<Secret>::namespaced(client.clone(), RELEASE).get(CERTIFICATE).await?;
+    let files = ServerCertificate { path: scratch_path("tls.crt")?, key_path: scratch_path("tls.key")? };
+    for (name, path) in [("tls.crt", &files.path), ("tls.key", &files.key_path)] {
+        let content = secret.data.as_ref().and_then(|data| data.get(name)).with_context(|| format!("no {name}"))?;
+        std::fs::write(path, &content.0)?;
+    }
+    Ok(files)
 }
 
 /// The path at which the installed configurations, both of them, call the webhook: the token's too, if there is one.

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use balancer_tests::account::{Account, PODS};
 use balancer_tests::control_plane::{ControlPlane, Options};
 use balancer_tests::deployed::{
-    JOBS, RECONCILER, TOKENS, WEBHOOK, as_deployed, cluster, deployment, in_sandbox, tokens,
+    self, CERTIFICATE, JOBS, RECONCILER, TOKENS, WEBHOOK, as_deployed, cluster, deployment, in_sandbox, tokens,
 };
 use balancer_tests::helm::RELEASE;
 use balancer_tests::reconciler::Reconciler;
@@ -78,7 +78,7 @@ async fn send(client: &Client, request: http::request::Builder, body: &Value) ->
 
 impl Installation {
     async fn start() -> Result<Self> {
-        let (plane, mut helm) = cluster(Options::default(), &[JOBS]).await?;
+        let (plane, mut helm) = cluster(Options { calls_endpoints: true, ..Options::default() }, &[JOBS]).await?;
         let client = plane.client()?;
         let mut values = in_sandbox();
         values["webhook"] = json!({"replicas": 1});
@@ -86,7 +86,10 @@ impl Installation {
         values["settings"]["nodeRoleSelector"] = true.into();
         helm.install(&values).await?;
         let redis = RedisServer::start().await?;
-        let webhook = Webhook::start(as_deployed(&plane, WEBHOOK, "/balancer-webhook", &redis).await?).await?;
+        let tls = deployed::certificate(&client).await?;
+        let settings = as_deployed(&plane, WEBHOOK, "/balancer-webhook", &redis).await?;
+        let settings = settings.env("TLS_CERT_PATH", &tls.path).env("TLS_KEY_PATH", &tls.key_path);
+        let webhook = Webhook::start(settings).await?;
         let settings = as_deployed(&plane, RECONCILER, "/balancer-reconcile", &redis).await?;
         let reconciler = Reconciler::start(settings).await?;
         until_true(SOON, "the reconciler to lead", async || reconciler.leads().await).await?;
@@ -210,19 +213,20 @@ impl Edit {
     }
 }
 
-/// A certificate for this name that ends on this day, in the webhook's Secret, and its CA in both configurations.
-fn certificate(host: &str, end: (i32, u8, u8)) -> Result<Vec<Edit>> {
+/// A certificate for this name that ends on this day, in the webhook's Secret, and its CA in both configurations: next to
+/// these others, as while a CA is replaced, because the webhook still serves the former certificate.
+fn certificate(others: &str, host: &str, end: (i32, u8, u8)) -> Result<Vec<Edit>> {
     let mut params = CertificateParams::new(Vec::new())?;
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     params.distinguished_name.push(DnType::CommonName, "another CA");
     let key = KeyPair::generate()?;
-    let authority = params.self_signed(&key)?.pem();
+    let bundle = format!("{others}{}", params.self_signed(&key)?.pem());
     let issuer = Issuer::new(params, key);
     let mut params = CertificateParams::new([host.to_owned()])?;
     params.not_after = date_time_ymd(end.0, end.1, end.2);
     let signed = params.signed_by(&KeyPair::generate()?, &issuer)?.pem();
-    let mut edits = in_both("/webhooks/0/clientConfig/caBundle", &json!(ByteString(authority.into_bytes())));
-    edits.push(replace(&secret("spot-balancer-webhook-helm-tls"), "/data/tls.crt", json!(ByteString(signed.into()))));
+    let mut edits = in_both("/webhooks/0/clientConfig/caBundle", &json!(ByteString(bundle.into_bytes())));
+    edits.push(replace(&secret(CERTIFICATE), "/data/tls.crt", json!(ByteString(signed.into()))));
     Ok(edits)
 }
 
@@ -252,6 +256,15 @@ async fn faults(client: &Client) -> Result<Vec<(&'static str, &'static str, Vec<
     let endpoints = format!("/api/v1/namespaces/{RELEASE}/endpoints/{WEBHOOK}");
     let status = |pod: &str| format!("/api/v1/namespaces/{RELEASE}/pods/{pod}/status");
     let is_not_ready = |pod: &str| replace(&status(pod), "/status/conditions/0/status", json!("False"));
+    let bundle = endpoint::get(client, MUTATING).await?.json()?["webhooks"][0]["clientConfig"]["caBundle"].take();
+    let bundle = String::from_utf8(serde_json::from_value::<ByteString>(bundle)?.0)?;
+    let stuck = json!({
+        "replicas": 2, "updatedReplicas": 1, "readyReplicas": 1, "availableReplicas": 1, "unavailableReplicas": 1,
+        "conditions": [{
+            "type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded",
+            "message": "ReplicaSet \"spot-balancer-webhook-1\" has timed out progressing.",
+        }],
+    });
     let mut invalid = setting(client, "DEFAULT_SPOT_RATIO", "lots").await?;
     invalid.push(is_not_ready(WEBHOOK));
     let role = format!("/apis/rbac.authorization.k8s.io/v1/clusterroles/{RECONCILER}-reconcile");
@@ -299,12 +312,22 @@ async fn faults(client: &Client) -> Result<Vec<(&'static str, &'static str, Vec<
             "ca-bundle",
             vec![Edit::Patch(MUTATING.into(), json!([{"op": "remove", "path": "/webhooks/0/clientConfig/caBundle"}]))],
         ),
-        ("another CA", "ca-bundle", certificate(HOST, (4000, 1, 1))?.into_iter().take(2).collect()),
-        ("no certificate", "certificate-missing", vec![Edit::Delete(secret("spot-balancer-webhook-helm-tls"))]),
-        ("an expired certificate", "certificate-expired", certificate(HOST, (2020, 1, 1))?),
-        ("a certificate that expires soon", "certificate-expires", certificate(HOST, soon)?),
-        ("a certificate for another name", "certificate-name", certificate("localhost", (4000, 1, 1))?),
+        ("another CA", "ca-bundle", certificate("", HOST, (4000, 1, 1))?.into_iter().take(2).collect()),
+        ("no certificate", "certificate-missing", vec![Edit::Delete(secret(CERTIFICATE))]),
+        ("an expired certificate", "certificate-expired", certificate(&bundle, HOST, (2020, 1, 1))?),
+        ("a certificate that expires soon", "certificate-expires", certificate(&bundle, HOST, soon)?),
+        ("a certificate for another name", "certificate-name", certificate(&bundle, "localhost", (4000, 1, 1))?),
+        (
+            "the apiserver cannot connect to the webhook",
+            "webhook-unreached",
+            vec![replace(&endpoints, "/subsets/0/ports/0/port", json!(1))],
+        ),
         ("no webhook is ready", "no-ready-replica", vec![replace(&endpoints, "/subsets", json!([]))]),
+        (
+            "a rollout that is stuck",
+            "rollout-stuck",
+            vec![replace(&format!("{}/status", of_release(WEBHOOK)), "/status", stuck)],
+        ),
         (
             "one webhook is missing",
             "replica-not-ready",

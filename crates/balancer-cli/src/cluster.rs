@@ -10,10 +10,13 @@ use balancer_core::{CapacityLabels, CapacityProfile};
 use balancer_runtime::cluster::chain;
 use clap::Args;
 use kube::api::{Api, ListParams, ObjectList};
+use kube::client::retry::RetryPolicy;
 use kube::config::{AuthProviderConfig, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use serde::de::DeserializeOwned;
 use tokio::time::timeout;
+use tower::retry::Retry;
+use tower::{BoxError, service_fn};
 
 use crate::output::Format;
 use crate::proxy::proxy;
@@ -92,6 +95,8 @@ impl ViewArguments {
 #[derive(Clone)]
 pub(crate) struct Cluster {
     pub(crate) client: Client,
+    /// The same for what need not be available, such as a pod: it sends no request a second time.
+    pub(crate) once: Client,
     pub(crate) namespace: String,
     /// The address of its API.
     pub(crate) server: String,
@@ -174,10 +179,23 @@ impl Cluster {
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.read_timeout = Some(2 * REQUEST_LIMIT);
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
+        let cluster = Self::of(config, namespace).map_err(|error| anyhow!(chain(&error)));
+        cluster.context("cannot create a Kubernetes client")
+    }
+
+    /// A cluster by its address and credentials.
+    pub(crate) fn of(mut config: Config, namespace: String) -> kube::Result<Self> {
         let server = config.cluster_url.to_string();
-        let client = Client::try_from(config).map_err(|error| anyhow!(chain(&error)));
-        let client = client.context("cannot create a Kubernetes client")?;
-        Ok(Self { client, namespace, server })
+        config.default_retry = false;
+        let once = Client::try_from(config)?;
+        let sender = once.clone();
+        // One sender, because credentials may come from a program that asks the user.
+        let send = service_fn(move |request| {
+            let sender = sender.clone();
+            async move { sender.send(request).await.map_err(BoxError::from) }
+        });
+        let client = Client::new(Retry::new(RetryPolicy::server_retry(), send), namespace.clone());
+        Ok(Self { client, once, namespace, server })
     }
 
     /// The error, with the address of the cluster if the error is the cluster's and not about one of its objects.

@@ -42,6 +42,11 @@ pub(crate) fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Re
     writeln!(out)
 }
 
+/// The address of a page of the documentation, or of a section, by its path from the root of the repository.
+pub(crate) fn address_of(page: &str) -> String {
+    format!("{}/blob/main/{page}", env!("CARGO_PKG_REPOSITORY"))
+}
+
 /// Without what a terminal would obey.
 pub(crate) fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()

@@ -118,6 +118,11 @@ fn flags(command: &Command) -> Vec<(String, String)> {
     command.get_arguments().filter_map(flag).collect()
 }
 
+/// Whether an environment variable is one of the settings that are read here.
+pub(crate) fn is_setting(variable: &str) -> bool {
+    flags(&command()).iter().any(|(known, _)| known == variable)
+}
+
 /// The settings that a container takes from elsewhere, so that its Deployment does not show them.
 pub(crate) fn not_literal(container: &Container) -> Vec<String> {
     let flags = flags(&command());

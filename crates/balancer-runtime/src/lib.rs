@@ -2,6 +2,7 @@
 //! to the store and the cluster.
 
 pub mod admin;
+pub mod admission_probe;
 pub mod arguments;
 pub mod cluster;
 pub mod connections;

@@ -1,26 +1,21 @@
 //! `--test-admission`: creates an executor by a dry run, to find out whether the apiserver sends executors to the
 //! webhook.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use balancer_core::Conventions;
+use balancer_runtime::admission_probe::AdmissionProbe;
 use balancer_runtime::cluster::{chain, client};
 use kube::api::PostParams;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use tokio::time::timeout;
 
 /// Longer than the apiserver works on one creation (34 s), so that its own error is reported.
 const LIMIT: Duration = Duration::from_secs(40);
 /// Longer than [`LIMIT`].
 const API_READ_TIMEOUT: Duration = Duration::from_secs(60);
-/// The label that every Spark job has.
-const SPARK_JOB_ID: &str = "spark-app-selector";
-
 /// An executor that is created by a dry run in one namespace.
-///
-/// Its own annotation states the ratio 0. So the webhook always changes it, whatever the default ratio is, and sends it
-/// to on-demand. Nothing is stored, neither in the cluster nor in a ledger.
 #[derive(Debug)]
 pub(crate) struct AdmissionTest {
     pub(crate) namespace: String,
@@ -40,12 +35,10 @@ impl AdmissionTest {
 
     async fn result(&self, client: kube::Client) -> anyhow::Result<String> {
         let namespace = &self.namespace;
-        // A job id that no other test has, so that no ledger has its policy.
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let executor = self.executor(&format!("spot-balancer-test-{:x}", now.as_nanos()));
+        let probe = AdmissionProbe(&self.conventions);
         let params = PostParams { dry_run: true, ..PostParams::default() };
         let request = kube::core::Request::new(format!("/api/v1/namespaces/{namespace}/pods"))
-            .create(&params, serde_json::to_vec(&executor)?)?;
+            .create(&params, serde_json::to_vec(&probe.executor())?)?;
         let created: Value = match timeout(LIMIT, client.request(request)).await {
             Ok(Ok(created)) => created,
             Ok(Err(error)) => bail!(
@@ -58,7 +51,7 @@ impl AdmissionTest {
                  {LIMIT:?}. Check the address of the cluster, and the other admission webhooks of the namespace"
             ),
         };
-        let Some(decision) = self.decision(&created) else {
+        let Some(decision) = probe.decision(&created) else {
             bail!(
                 "the webhook did not change an executor in the namespace {namespace}. Check that the namespaceSelector \
                  of the MutatingWebhookConfiguration selects the namespace, that the webhook's pods are ready, that \
@@ -70,71 +63,6 @@ impl AdmissionTest {
             "The webhook answers in the namespace {namespace}: {decision}. It was a dry run, which creates nothing."
         ))
     }
-
-    /// What shows that the webhook changed the executor.
-    fn decision(&self, created: &Value) -> Option<String> {
-        match &self.conventions.decision_annotation {
-            Some(annotation) => {
-                let decision = created.get("metadata")?.get("annotations")?.get(annotation)?.as_str()?;
-                Some(format!("an executor got the annotation {annotation}={decision}"))
-            }
-            // The executor was sent without a nodeSelector and without an affinity.
-            None => {
-                let label = &self.conventions.capacity_labels.label;
-                let spec = created.get("spec")?;
-                let selects = spec.get("nodeSelector").is_some_and(|selector| selector.get(label).is_some());
-                let requires = spec.get("affinity").is_some_and(|affinity| affinity.to_string().contains(label));
-                (selects || requires).then(|| {
-                    format!(
-                        "an executor must run where the node label {label} allows it (DECISION_ANNOTATION is empty)"
-                    )
-                })
-            }
-        }
-    }
-
-    /// A pod that restricted pod security accepts. Its image is never pulled.
-    fn executor(&self, job: &str) -> Value {
-        let conventions = &self.conventions;
-        let job_id_labels = &conventions.job_id_label;
-        let spark = job_id_labels.iter().find(|label| *label == SPARK_JOB_ID);
-        let job_id_label = spark.or(job_id_labels.first()).map_or(SPARK_JOB_ID, String::as_str);
-        let labels: Map<String, Value> = [
-            (conventions.workload_role_label.as_str(), conventions.executor_role_value.as_str()),
-            (job_id_label, job),
-            ("spark-exec-id", "1"),
-        ]
-        .into_iter()
-        .map(|(label, value)| (label.to_owned(), value.into()))
-        .collect();
-        let ratio = &conventions.spot_ratio_annotation;
-        let resources = json!({"cpu": "100m", "memory": "128Mi"});
-        json!({
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": format!("{job}-exec-1"), "labels": labels, "annotations": {ratio: "0"}},
-            "spec": {
-                "restartPolicy": "Never",
-                "automountServiceAccountToken": false,
-                "securityContext": {
-                    "runAsNonRoot": true,
-                    "runAsUser": 65_532,
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
-                "containers": [{
-                    "name": "spark-kubernetes-executor",
-                    "image": "registry.k8s.io/pause:3.10",
-                    // Both, because a quota may require them.
-                    "resources": {"requests": resources, "limits": resources},
-                    "securityContext": {
-                        "allowPrivilegeEscalation": false,
-                        "readOnlyRootFilesystem": true,
-                        "capabilities": {"drop": ["ALL"]},
-                    },
-                }],
-            },
-        })
-    }
 }
 
 #[cfg(test)]
@@ -144,6 +72,7 @@ mod tests {
     use http::{Method, Request, Response};
     use http_body_util::BodyExt;
     use kube::client::Body;
+    use serde_json::json;
     use tower_test::mock;
 
     fn test(conventions: Conventions) -> AdmissionTest {
@@ -204,15 +133,6 @@ mod tests {
         assert!(said.contains("DECISION_ANNOTATION is empty"), "{said}");
         run(test(conventions.clone()), affinity).await.expect("it has the affinity");
         run(test(conventions), of_another).await.expect_err("another webhook's selector");
-    }
-
-    #[tokio::test]
-    async fn the_job_id_has_the_first_label_if_spark_has_none_of_them() {
-        let job_id_label = vec!["example.com/job".into(), "example.com/run".into()];
-        let conventions = Conventions { job_id_label, ..Conventions::default() };
-        let pod = test(conventions).executor("test-1");
-        assert_eq!(pod["metadata"]["labels"]["example.com/job"], "test-1");
-        assert_eq!(pod["metadata"]["labels"]["spark-app-selector"], Value::Null);
     }
 
     #[tokio::test]

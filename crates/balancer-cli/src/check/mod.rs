@@ -16,6 +16,7 @@ use crate::cluster::{Cluster, ClusterArguments};
 use crate::output::{Format, write_json, write_table};
 
 use problem::{Finding, Severity};
+use read::Reading;
 use snapshot::Unchecked;
 
 /// Which installation, and how to print.
@@ -43,6 +44,8 @@ pub(crate) struct Unhealthy;
 struct Report {
     findings: Vec<Finding>,
     unchecked: Vec<Unchecked>,
+    /// Whether the API has answered each request, or has said that the caller may not know.
+    is_complete: bool,
 }
 
 /// Checks every installation that the caller can see.
@@ -52,7 +55,7 @@ struct Report {
 pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let cluster = Cluster::connect(&arguments.cluster).await?;
     let read = read::snapshots(&cluster, arguments.cluster.namespace.as_deref()).await;
-    let (snapshots, unchecked) = read.map_err(|error| cluster.located(error))?;
+    let Reading { snapshots, unchecked, is_complete } = read.map_err(|error| cluster.located(error))?;
     let mut findings: Vec<Finding> = Vec::new();
     for finding in snapshots.iter().flat_map(rules::findings) {
         // Installations share the nodes and the jobs of a cluster.
@@ -61,12 +64,17 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
         }
     }
     findings.sort_by_key(|finding| finding.problem.severity());
-    let report = Report { findings, unchecked };
+    let report = Report { findings, unchecked, is_complete };
     report.print(arguments.output, out)?;
-    if report.findings.is_empty() { Ok(()) } else { Err(Unhealthy.into()) }
+    if report.is_healthy() { Ok(()) } else { Err(Unhealthy.into()) }
 }
 
 impl Report {
+    /// A cluster that fails while it is checked is not known to be healthy.
+    fn is_healthy(&self) -> bool {
+        self.findings.is_empty() && self.is_complete
+    }
+
     fn print(&self, format: Format, out: &mut impl Write) -> io::Result<()> {
         if format != Format::Json {
             for Unchecked { what, why } in &self.unchecked {
@@ -104,6 +112,9 @@ impl Report {
         let count = |severity| self.findings.iter().filter(|finding| finding.problem.severity() == severity).count();
         let (errors, warnings) = (count(Severity::Error), count(Severity::Warning));
         match (errors + warnings, self.unchecked.len()) {
+            (0, _) if !self.is_complete => {
+                writeln!(out, "No problems found in what was checked, but the cluster did not answer everything.")
+            }
             (0, 0) => writeln!(out, "No problems found."),
             (0, _) => writeln!(out, "No problems found in what was checked."),
             _ => writeln!(out, "{}, {}.", number_of(errors, "error"), number_of(warnings, "warning")),
@@ -119,7 +130,7 @@ impl Report {
             fix,
             documentation: problem.documentation(),
         });
-        Json { healthy: self.findings.is_empty(), findings: findings.collect(), not_checked: &self.unchecked }
+        Json { healthy: self.is_healthy(), findings: findings.collect(), not_checked: &self.unchecked }
     }
 }
 
@@ -157,7 +168,7 @@ mod tests {
         let finding = Finding::new(Problem::NoLeader, "Lease a/b", "Nobody holds it.", "Look at the log.");
         let warning = Finding::new(Problem::CertificateExpires, "Secret a/c", "It expires.", "Renew it.");
         let unchecked = Unchecked { what: "the nodes".into(), why: "you may not read it".into() };
-        Report { findings: vec![finding, warning], unchecked: vec![unchecked] }
+        Report { findings: vec![finding, warning], unchecked: vec![unchecked], is_complete: true }
     }
 
     fn printed(report: &Report, format: Format) -> String {
@@ -203,9 +214,12 @@ mod tests {
 
     #[test]
     fn nothing_wrong_is_said_with_what_was_left_out() {
-        let mut report = Report { findings: Vec::new(), unchecked: Vec::new() };
+        let mut report = Report { findings: Vec::new(), unchecked: Vec::new(), is_complete: true };
         assert_eq!(printed(&report, Format::Table), "No problems found.\n");
         report.unchecked.push(Unchecked { what: "the nodes".into(), why: "you may not read it".into() });
         assert_eq!(printed(&report, Format::Wide), "No problems found in what was checked.\n");
+        report.is_complete = false;
+        assert!(printed(&report, Format::Table).ends_with("but the cluster did not answer everything.\n"));
+        assert!(printed(&report, Format::Json).contains("\"healthy\": false"));
     }
 }

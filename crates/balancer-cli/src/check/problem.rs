@@ -4,6 +4,8 @@ use std::fmt;
 
 use serde::Serialize;
 
+use crate::output::address_of;
+
 /// How urgent a problem is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -76,6 +78,9 @@ problems! {
         "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
     /// The configuration calls a Service or a port that there is not.
     WebhookService = "webhook-service", Error, "docs/failure-modes.md#admission";
+    /// The apiserver does not reach the webhook: an executor that a dry run creates comes back unchanged.
+    WebhookUnreached = "webhook-unreached", Error,
+        "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
     /// The path has no token that the webhook accepts, or the Secret with the tokens is missing.
     AdmissionToken = "admission-token", Error, "docs/troubleshooting.md#spotbalancerreviewswithouttoken";
     /// The CA bundle is empty, is no certificate, or is not the CA of the webhook's certificate.
@@ -100,6 +105,8 @@ problems! {
     NoReadyReplica = "no-ready-replica", Error, "docs/troubleshooting.md#installation";
     /// Some replicas are not ready.
     ReplicaNotReady = "replica-not-ready", Warning, "docs/troubleshooting.md#installation";
+    /// A new version of a program does not become ready, and an older one runs.
+    RolloutStuck = "rollout-stuck", Warning, "docs/troubleshooting.md#installation";
     /// Nothing corrects the ledgers.
     NoReconciler = "no-reconciler", Warning, "docs/failure-modes.md#the-reconciler";
     /// No reconciler leads.
@@ -127,7 +134,7 @@ problems! {
 impl Problem {
     /// The address of the section of the documentation.
     pub(crate) fn documentation(self) -> String {
-        format!("{}/blob/main/{}", env!("CARGO_PKG_REPOSITORY"), self.page())
+        address_of(self.page())
     }
 }
 

@@ -1,12 +1,13 @@
 //! Reads the snapshots of all installations with the rights of the caller. The rest is a list of notes.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use balancer_core::{Capacity, Conventions, JobPod, Pod as CorePod};
 use balancer_reconcile::WatchedPod;
+use balancer_runtime::admission_probe::AdmissionProbe;
 use futures::{StreamExt, stream};
 use http::Request;
 use k8s_openapi::api::admissionregistration::v1::{
@@ -23,12 +24,15 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cluster::{Cluster, FirstOf, RequestError, list, list_first, within};
+use crate::output::address_of;
 use crate::snapshot::read::core_pod;
 
 use super::metrics::Metrics;
 use super::rules::rights::{MAX_NAMESPACES, needed};
+use super::rules::served;
 use super::snapshot::{
-    COMPONENT_LABEL, Component, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, Snapshot, Unchecked, WEBHOOK,
+    COMPONENT_LABEL, Component, DryRun, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, Snapshot, Unchecked,
+    WEBHOOK,
 };
 
 /// What the objects of all installations have in common.
@@ -57,6 +61,14 @@ const MAX_CLUSTER_NAMESPACES: usize = 20_000;
 const MAX_DRIVERS: usize = 10_000;
 /// How many requests run at once.
 const AT_ONCE: usize = 8;
+/// In how many namespaces an executor is tried.
+const MAX_DRY_RUNS: usize = 3;
+/// How notes name what a dry run shows.
+const REACHED: &str = "whether the apiserver reaches the webhook";
+/// How to try it by hand.
+const VERIFY: &str = "docs/install.md#verify";
+/// What an apiserver says of a webhook that must answer and does not.
+const NOT_CALLED: &str = "failed calling webhook";
 /// From the first sample of metrics to the second. A reconciler calls the store once a second.
 const BETWEEN_SAMPLES: Duration = Duration::from_millis(2500);
 /// How long a replica may take for its metrics.
@@ -86,24 +98,34 @@ struct Reader<'c> {
     /// Where installations are searched; `None` for everywhere.
     namespace: Option<&'c str>,
     unchecked: RefCell<Vec<Unchecked>>,
+    /// Whether a request has failed for another reason than a right that the caller lacks.
+    has_failed: Cell<bool>,
 }
 
-/// The snapshot of each installation, and what could not be read.
+/// What was read.
+#[derive(Debug)]
+pub(crate) struct Reading {
+    /// One of each installation.
+    pub(crate) snapshots: Vec<Snapshot>,
+    /// What could not be read.
+    pub(crate) unchecked: Vec<Unchecked>,
+    /// Whether that is only what the caller may not read, or what is more than is read.
+    pub(crate) is_complete: bool,
+}
+
+/// Reads all installations.
 ///
 /// # Errors
 /// If the API does not answer, or there is no installation.
-pub(crate) async fn snapshots(
-    cluster: &Cluster,
-    namespace: Option<&str>,
-) -> anyhow::Result<(Vec<Snapshot>, Vec<Unchecked>)> {
-    let reader = Reader { cluster, namespace, unchecked: RefCell::default() };
+pub(crate) async fn snapshots(cluster: &Cluster, namespace: Option<&str>) -> anyhow::Result<Reading> {
+    let reader = Reader::new(cluster, namespace);
     let (hooks, deployments) = tokio::join!(reader.hooks(), reader.deployments());
     let (hooks, deployments) = (hooks?, deployments?);
     let found = deployments.as_ref().map(|deployments| deployments.found.as_slice());
     let releases = releases(hooks.as_deref().unwrap_or_default(), found.unwrap_or_default(), namespace);
     if releases.is_empty() && hooks.is_some() && deployments.is_some() {
         let place = namespace.map_or("this cluster".to_owned(), |namespace| format!("the namespace {namespace:?}"));
-        bail!("there is no Spot Balancer in {place}; to install it: docs/install.md");
+        bail!("there is no Spot Balancer in {place}; to install it: {}", address_of("docs/install.md"));
     }
     let mut snapshots = Vec::new();
     for release in &releases {
@@ -115,13 +137,16 @@ pub(crate) async fn snapshots(
         (snapshot.drivers, _) = reader.job_pods(&Conventions::default()).await;
         snapshots.push(snapshot);
     }
+    let is_complete = !reader.has_failed.get();
     let mut unchecked = Vec::new();
     for one in reader.unchecked.into_inner().into_iter().chain(snapshots.iter().flat_map(super::rules::unchecked)) {
         if !unchecked.contains(&one) {
             unchecked.push(one);
         }
     }
-    Ok((snapshots, unchecked))
+    // Requests end in any order.
+    unchecked.sort_by(|one, other| one.what.cmp(&other.what));
+    Ok(Reading { snapshots, unchecked, is_complete })
 }
 
 /// The installations that these objects belong to.
@@ -170,7 +195,11 @@ impl Executors {
     }
 }
 
-impl Reader<'_> {
+impl<'c> Reader<'c> {
+    fn new(cluster: &'c Cluster, namespace: Option<&'c str>) -> Self {
+        Self { cluster, namespace, unchecked: RefCell::default(), has_failed: Cell::new(false) }
+    }
+
     fn note(&self, what: impl Into<String>, why: impl Into<String>) {
         self.unchecked.borrow_mut().push(Unchecked { what: what.into(), why: why.into() });
     }
@@ -183,9 +212,16 @@ impl Reader<'_> {
         };
         match error {
             RequestError::Forbidden(_) => self.note(what, "you may not read it"),
-            error => self.note(what, error.to_string()),
+            error @ RequestError::TooMany(_) => self.note(what, error.to_string()),
+            error => self.failed(what, &error),
         }
         None
+    }
+
+    /// Notes that the API did not answer as it should.
+    fn failed(&self, what: &str, error: &RequestError) {
+        self.has_failed.set(true);
+        self.note(what, error.to_string());
     }
 
     /// The same, and an error unless there is an answer or the caller may not have one: without what every check needs, nothing
@@ -299,8 +335,9 @@ impl Reader<'_> {
         (snapshot.drivers, executors) = job_pods;
         (snapshot.tolerations, snapshot.executor_nodes) = (executors.tolerations, executors.nodes);
         snapshot.spot_is_pending = executors.spot_is_pending;
-        let (rights, metrics) = tokio::join!(self.missing_rights(&snapshot), self.metrics(&snapshot));
-        (snapshot.missing_rights, snapshot.metrics) = (rights, metrics);
+        let (rights, metrics, dry_run) =
+            tokio::join!(self.missing_rights(&snapshot), self.metrics(&snapshot), self.dry_run(&snapshot));
+        (snapshot.missing_rights, snapshot.metrics, snapshot.dry_run) = (rights, metrics, dry_run);
         snapshot
     }
 
@@ -419,7 +456,7 @@ impl Reader<'_> {
                     return Vec::new();
                 }
                 Err(error) => {
-                    self.note("the rights of the service accounts", error.to_string());
+                    self.failed("the rights of the service accounts", &error);
                     return Vec::new();
                 }
             }
@@ -427,23 +464,53 @@ impl Reader<'_> {
         missing
     }
 
+    /// Creates an executor by a dry run, as the apiserver would create one of a job. Nothing is stored.
+    async fn dry_run(&self, snapshot: &Snapshot) -> DryRun {
+        let conventions = snapshot.settings().conventions;
+        let probe = AdmissionProbe(&conventions);
+        let mut why = "no namespace is known whose pods are sent to it".to_owned();
+        for namespace in served(snapshot, &self.cluster.namespace, MAX_DRY_RUNS) {
+            let request = Request::post(format!("/api/v1/namespaces/{namespace}/pods?dryRun=All"))
+                .header("content-type", "application/json")
+                .body(probe.executor().to_string().into_bytes());
+            let Ok(request) = request else { continue };
+            match within(self.cluster.client.request::<serde_json::Value>(request)).await {
+                Ok(created) if probe.decision(&created).is_some() => return DryRun::Placed,
+                Ok(_) => return DryRun::Unchanged { namespace },
+                Err(RequestError::Unavailable(error)) if is_of_hook(snapshot, &error) => {
+                    return DryRun::NotCalled { error };
+                }
+                // A quota or a policy may refuse it, and another namespace may have none.
+                Err(error) => {
+                    let is_silent = matches!(error, RequestError::TimedOut | RequestError::Unauthenticated(_));
+                    self.has_failed.set(self.has_failed.get() || is_silent);
+                    why = format!("an executor cannot be created in {namespace} by a dry run: {error}");
+                }
+            }
+        }
+        self.note(REACHED, format!("{why}; to try it by hand: {}", address_of(VERIFY)));
+        DryRun::Unknown
+    }
+
     /// The metrics of the replicas, through the apiserver.
     async fn metrics(&self, snapshot: &Snapshot) -> Vec<Sample> {
+        let is_asked = |pod: &&Pod| pod.metadata.deletion_timestamp.is_none() && is_running(pod);
         let mut replicas = Vec::new();
-        for pod in snapshot.pods.iter().flatten().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        let mut silent = BTreeMap::<String, Vec<String>>::new();
+        for pod in snapshot.pods.iter().flatten().filter(is_asked) {
             let Some(component) = component_of(pod) else { continue };
             let skipped = match metrics_port(pod) {
-                Ok(_) if replicas.len() == MAX_REPLICAS => format!("only {MAX_REPLICAS} replicas are asked"),
-                Ok(port) => {
+                Some(_) if replicas.len() == MAX_REPLICAS => format!("only {MAX_REPLICAS} replicas are asked"),
+                Some(port) => {
                     replicas.push((component, pod.name_any(), port));
                     continue;
                 }
-                Err(why) => why,
+                None => format!("no port is named {ADMIN_PORT}"),
             };
-            self.note(format!("{REDIS} of the pod {}", pod.name_any()), skipped);
+            silent.entry(skipped).or_default().push(pod.name_any());
         }
         let samples = replicas.into_iter().map(|(component, name, port)| async move {
-            let page = async || self.page(&snapshot.namespace, &name, port).await;
+            let page = async || self.page(&snapshot.namespace, &name, port).await.map_err(|why| (why, name.clone()));
             let before = page().await?;
             let has_failed =
                 super::rules::STORE_ERRORS.iter().any(|name| before.sum(name).is_some_and(|sum| sum > 0.0));
@@ -454,30 +521,47 @@ impl Reader<'_> {
             } else {
                 before.clone()
             };
-            Some(Sample { component, before, after })
+            Ok::<_, (String, String)>(Sample { component, before, after })
         });
         let samples: Vec<_> = stream::iter(samples).buffered(MAX_REPLICAS).collect().await;
-        samples.into_iter().flatten().collect()
+        let mut read = Vec::new();
+        for sample in samples {
+            match sample {
+                Ok(sample) => read.push(sample),
+                Err((why, pod)) => silent.entry(why).or_default().push(pod),
+            }
+        }
+        for (why, pods) in silent {
+            let pods =
+                if let [pod] = pods.as_slice() { format!("pod {pod}") } else { format!("pods {}", pods.join(", ")) };
+            self.note(format!("{REDIS} of the {pods}"), why);
+        }
+        read
     }
 
-    async fn page(&self, namespace: &str, name: &str, port: i32) -> Option<Metrics> {
+    /// The metrics of one replica, or why there are none. The API answers for the pod, so its error says nothing about the API.
+    async fn page(&self, namespace: &str, name: &str, port: i32) -> Result<Metrics, String> {
         let path = format!("/api/v1/namespaces/{namespace}/pods/{name}:{port}/proxy/metrics");
-        let request = Request::get(path).body(Vec::new()).ok()?;
-        let answer = timeout(PAGE_LIMIT, within(self.cluster.client.request_text(request))).await;
-        // The API answers for the pod, so its error says nothing about the API.
-        let why = match answer {
-            Ok(Ok(page)) if page.len() <= MAX_PAGE => return Some(Metrics(page)),
-            Ok(Ok(_)) => "the page of metrics is too large".to_owned(),
-            Ok(Err(error @ RequestError::Forbidden(_))) => {
-                return self.known(&format!("{REDIS} of the replicas"), Err(error));
+        let request = Request::get(path).body(Vec::new()).map_err(|error| error.to_string())?;
+        match timeout(PAGE_LIMIT, within(self.cluster.once.request_text(request))).await {
+            Ok(Ok(page)) if page.len() <= MAX_PAGE => Ok(Metrics(page)),
+            Ok(Ok(_)) => Err("the page of metrics is too large".to_owned()),
+            Ok(Err(RequestError::Forbidden(_))) => Err("you may not read it".to_owned()),
+            // The cause names the address of the pod, and several pods are to have one line.
+            Ok(Err(RequestError::Unavailable(why))) => {
+                let cause = why.rsplit(": ").next().unwrap_or_default();
+                Err(format!("the apiserver cannot reach port {port}: {cause}"))
             }
-            Ok(Err(RequestError::Unavailable(why))) => format!("the apiserver cannot reach it: {why}"),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("it did not answer within {} s", PAGE_LIMIT.as_secs()),
-        };
-        self.note(format!("{REDIS} of the pod {name}"), why);
-        None
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {} s", PAGE_LIMIT.as_secs())),
+        }
     }
+}
+
+/// Whether this error of the apiserver is about one of the installation's webhooks.
+fn is_of_hook(snapshot: &Snapshot, error: &str) -> bool {
+    error.contains(NOT_CALLED)
+        && snapshot.hooks.iter().flatten().any(|hook| error.contains(&format!("\"{}\"", hook.webhook.name)))
 }
 
 /// Which program the pod is a replica of; `None` if it is of another one.
@@ -486,16 +570,15 @@ fn component_of(pod: &Pod) -> Option<String> {
     [WEBHOOK, RECONCILER].contains(&component.as_str()).then(|| component.clone())
 }
 
-/// The port where a replica has its metrics, or why they cannot be read.
-fn metrics_port(pod: &Pod) -> Result<i32, String> {
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or("Pending");
-    if phase != "Running" {
-        return Err(format!("it does not run ({phase})"));
-    }
+fn is_running(pod: &Pod) -> bool {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()) == Some("Running")
+}
+
+/// The port where a replica has its metrics.
+fn metrics_port(pod: &Pod) -> Option<i32> {
     let containers = pod.spec.iter().flat_map(|spec| &spec.containers);
     let mut ports = containers.flat_map(|container| container.ports.iter().flatten());
-    let port = ports.find(|port| port.name.as_deref() == Some(ADMIN_PORT));
-    port.map(|port| port.container_port).ok_or_else(|| format!("it has no port named {ADMIN_PORT}"))
+    Some(ports.find(|port| port.name.as_deref() == Some(ADMIN_PORT))?.container_port)
 }
 
 fn review(right: &Right, namespace: &str) -> SubjectAccessReview {
@@ -548,7 +631,7 @@ fn found_hooks(
 mod tests {
     use super::*;
 
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use crate::snapshot::testing::{cluster, items, refusal};
 
@@ -621,7 +704,7 @@ mod tests {
             objects(asked.map_or(0, |(_, number)| number))
         });
         let cluster = cluster.await;
-        let reader = Reader { cluster: &cluster, namespace: None, unchecked: RefCell::default() };
+        let reader = Reader::new(&cluster, None);
         let (namespaces, nodes) = reader.cluster_wide().await;
         let (drivers, _) = reader.job_pods(&Conventions::default()).await;
         let notes = reader.unchecked.into_inner().into_iter().map(|Unchecked { what, why }| format!("{what}: {why}"));
@@ -652,17 +735,110 @@ mod tests {
         assert_eq!(more, ((false, false, MAX_DRIVERS), notes.map(str::to_owned).to_vec()));
     }
 
-    #[test]
-    fn a_replica_without_metrics_says_why() {
-        let replica = |phase: &str, port: &str| -> Pod {
-            let container = json!({"name": "webhook", "ports": [{"name": "https", "containerPort": 8443}, {"name": port, "containerPort": 8081}]});
-            serde_json::from_value(json!({"spec": {"containers": [container]}, "status": {"phase": phase}}))
-                .expect("a pod")
+    /// What a reader notes of these pods, and the paths that it asks for. Each answer has this status.
+    async fn notes_of_replicas(pods: &[(&str, &str, &str)], code: u16, answer: Value) -> Vec<String> {
+        let pod = |&(name, phase, port): &(&str, &str, &str)| -> Pod {
+            let container = json!({"name": "c", "ports": [{"name": port, "containerPort": 8081}]});
+            let labels = json!({COMPONENT_LABEL: WEBHOOK});
+            serde_json::from_value(json!({
+                "metadata": {"name": name, "labels": labels},
+                "spec": {"containers": [container]}, "status": {"phase": phase},
+            }))
+            .expect("a pod")
         };
-        assert_eq!(metrics_port(&replica("Running", "admin")), Ok(8081));
-        assert_eq!(metrics_port(&replica("Pending", "admin")), Err("it does not run (Pending)".into()));
-        assert_eq!(metrics_port(&replica("Running", "metrics")), Err("it has no port named admin".into()));
-        assert_eq!(metrics_port(&Pod::default()), Err("it does not run (Pending)".into()));
+        let mut pods: Vec<Pod> = pods.iter().map(pod).collect();
+        let mut ending = pods[0].clone();
+        ending.metadata.name = Some("ending".into());
+        ending.metadata.deletion_timestamp = serde_json::from_value(json!("2030-06-01T00:00:30Z")).expect("a time");
+        pods.push(ending);
+        let cluster = cluster(move |_| (code, answer.clone())).await;
+        let reader = Reader::new(&cluster, None);
+        let snapshot = Snapshot { pods: Some(pods), ..Snapshot::default() };
+        assert!(reader.metrics(&snapshot).await.is_empty());
+        assert!(!reader.has_failed.get(), "a pod that does not answer is no fault of the API");
+        let notes = reader.unchecked.into_inner();
+        notes.into_iter().map(|Unchecked { what, why }| format!("{what}: {why}")).collect()
+    }
+
+    #[tokio::test]
+    async fn replicas_whose_metrics_cannot_be_read_for_one_reason_have_one_line() {
+        let message = "error trying to reach service: dial tcp 10.0.0.1:8081: connect: connection refused";
+        let status = json!({"kind": "Status", "status": "Failure", "code": 503, "reason": "", "message": message});
+        let pods = [
+            ("b", "Running", "admin"),
+            ("a", "Running", "admin"),
+            ("c", "Running", "other"),
+            ("waits", "Pending", "admin"),
+        ];
+        let notes = notes_of_replicas(&pods, 503, status).await;
+        let expected = [
+            "Redis, by the metrics of the pod c: no port is named admin",
+            "Redis, by the metrics of the pods b, a: the apiserver cannot reach port 8081: connection refused",
+        ];
+        assert_eq!(notes, expected);
+    }
+
+    #[tokio::test]
+    async fn metrics_that_may_not_be_read_are_one_note() {
+        let (code, status) = crate::snapshot::testing::forbidden();
+        let notes = notes_of_replicas(&[("a", "Running", "admin"), ("b", "Running", "admin")], code, status).await;
+        assert_eq!(notes, ["Redis, by the metrics of the pods a, b: you may not read it"]);
+    }
+
+    /// What a dry run shows if the API answers it in this way, and what is noted.
+    async fn dry_run(answer: impl Fn(&str) -> (u16, Value) + Send + Sync + 'static) -> (DryRun, Vec<Unchecked>) {
+        let cluster = cluster(answer).await;
+        let reader = Reader::new(&cluster, None);
+        let all = json!({"service": {"name": "w", "namespace": "b"}});
+        let hooks = hooks(json!({}), all).into_iter().map(|found| found.hook).collect();
+        let snapshot = Snapshot { hooks: Some(hooks), ..Snapshot::default() };
+        (reader.dry_run(&snapshot).await, reader.unchecked.into_inner())
+    }
+
+    #[tokio::test]
+    async fn an_executor_that_a_dry_run_creates_shows_whether_the_webhook_is_asked() {
+        let (found, notes) = dry_run(|request| {
+            assert_eq!(request, "POST /api/v1/namespaces/etl/pods?dryRun=All");
+            (201, json!({"metadata": {"annotations": {"workload/capacity-type": "on-demand"}}}))
+        })
+        .await;
+        assert!(matches!(found, DryRun::Placed) && notes.is_empty(), "{found:?} {notes:?}");
+        let (found, _) = dry_run(|_| (201, json!({"metadata": {"annotations": {"workload/spot-ratio": "0"}}}))).await;
+        assert!(matches!(&found, DryRun::Unchanged { namespace } if namespace == "etl"), "{found:?}");
+        let (found, _) = dry_run(|_| refusal(500, "", "failed calling webhook \"place.x.local\": timeout")).await;
+        assert!(matches!(found, DryRun::NotCalled { .. }), "{found:?}");
+        for refused in
+            [refusal(403, "", "exceeded quota"), refusal(500, "", "failed calling webhook \"another\": timeout")]
+        {
+            let message = refused.1["message"].as_str().expect("text").to_owned();
+            let (found, notes) = dry_run(move |_| refused.clone()).await;
+            assert!(matches!(found, DryRun::Unknown), "{found:?}");
+            assert!(notes[0].why.contains(&message) && notes[0].why.contains("docs/install.md#verify"), "{notes:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_cluster_that_fails_in_part_does_not_look_healthy() {
+        let label = |part: &str| json!({INSTANCE_LABEL: "one", COMPONENT_LABEL: part});
+        let deployments = |part| json!({"metadata": {"name": part, "namespace": "b", "labels": label(part)}});
+        for (code, is_complete) in [(403, true), (401, false), (500, false), (404, false)] {
+            let (code, status) = refusal(code, "", "for the test");
+            let deployments = [WEBHOOK, RECONCILER].map(deployments).to_vec();
+            let cluster = cluster(move |request| match request {
+                nodes if nodes.contains("/nodes?") => (code, status.clone()),
+                found if found.contains("/deployments?") => items(deployments.clone()),
+                one if one.starts_with("GET /apis/coordination") => refusal(403, "", "no"),
+                one if one.contains("/secrets/") || one.contains("/endpoints/") || one.contains("/services/") => {
+                    refusal(403, "", "no")
+                }
+                post if post.starts_with("POST") => refusal(403, "", "no"),
+                _ => items(Vec::new()),
+            });
+            let reading = snapshots(&cluster.await, None).await.expect("most was read");
+            assert_eq!(reading.is_complete, is_complete, "{code}: {:?}", reading.unchecked);
+            let whats: Vec<&String> = reading.unchecked.iter().map(|note| &note.what).collect();
+            assert!(whats.is_sorted() && whats.iter().any(|what| *what == "the nodes"), "{whats:?}");
+        }
     }
 
     #[test]

@@ -121,6 +121,20 @@ pub(crate) struct Sample {
     pub(crate) after: Metrics,
 }
 
+/// What has become of an executor that was created by a dry run.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum DryRun {
+    /// The webhook changed it.
+    Placed,
+    /// It came back as it was sent, from this namespace.
+    Unchanged { namespace: String },
+    /// The apiserver refused it, because it could not call the webhook.
+    NotCalled { error: String },
+    /// It is not known. A note says why.
+    #[default]
+    Unknown,
+}
+
 /// One part of an installation.
 #[derive(Clone, Debug)]
 pub(crate) struct Component {
@@ -228,6 +242,7 @@ pub(crate) struct Snapshot {
     /// The rights that are missing.
     pub(crate) missing_rights: Vec<Right>,
     pub(crate) metrics: Vec<Sample>,
+    pub(crate) dry_run: DryRun,
     pub(crate) namespaces: Option<Vec<Namespace>>,
     pub(crate) nodes: Option<Vec<Node>>,
     pub(crate) drivers: Vec<CorePod<'static>>,

@@ -49,9 +49,13 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     let runs = affordable_runs(&scenario, &policies, sampling)?;
     let sampling = Sampling { runs, ..sampling };
     if let Some(path) = &arguments.html {
-        // Not only after minutes. What an earlier run has written stays until then.
+        // Not only after minutes. What an earlier run has written stays until then, and nothing empty is left.
+        let is_new = !path.exists();
         let tried = OpenOptions::new().append(true).create(true).open(path);
         drop(tried.with_context(|| cannot_write(path))?);
+        if is_new {
+            std::fs::remove_file(path).with_context(|| cannot_write(path))?;
+        }
     }
     let jobs = u64::try_from(policies.len())?.saturating_mul(u64::from(sampling.runs));
     // It shows itself only in a terminal.

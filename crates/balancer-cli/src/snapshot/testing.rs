@@ -6,7 +6,7 @@ use std::sync::Arc;
 use balancer_core::Pod;
 use k8s_openapi::jiff::Timestamp;
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpListener;
 
 use crate::cluster::Cluster;
@@ -136,19 +136,26 @@ pub(crate) async fn cluster(answer: impl Fn(&str) -> (u16, Value) + Send + Sync 
             tokio::spawn(async move {
                 let mut lines = BufReader::new(&mut stream).lines();
                 let first = lines.next_line().await.ok().flatten().unwrap_or_default();
-                while lines.next_line().await.is_ok_and(|line| line.is_some_and(|line| !line.is_empty())) {}
+                let mut length = 0;
+                while let Ok(Some(line)) = lines.next_line().await
+                    && !line.is_empty()
+                {
+                    let line = line.to_ascii_lowercase();
+                    length = line.strip_prefix("content-length: ").map_or(length, |own| own.parse().expect("a number"));
+                }
+                let mut body = vec![0; length];
+                // A client that has gone away needs no answer.
+                let _ = lines.get_mut().read_exact(&mut body).await;
                 let (status, body) = answer(first.trim_end_matches(" HTTP/1.1"));
                 let body = body.to_string();
                 let head = format!("HTTP/1.1 {status} x\r\ncontent-type: application/json\r\nconnection: close\r\n");
                 let text = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
-                // A client that has gone away needs no answer.
                 let _ = stream.write_all(text.as_bytes()).await;
             });
         }
     });
     let config = kube::Config::new(format!("http://{address}").parse().expect("an address"));
-    let server = config.cluster_url.to_string();
-    Cluster { client: kube::Client::try_from(config).expect("a client"), namespace: "etl".into(), server }
+    Cluster::of(config, "etl".into()).expect("a client")
 }
 
 /// A list as the API has it.

@@ -13,6 +13,7 @@ use super::problem::Finding;
 use super::snapshot::{Snapshot, Unchecked};
 
 pub(crate) use store::STORE_ERRORS;
+pub(crate) use webhooks::served;
 
 /// Every check.
 const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
@@ -33,6 +34,7 @@ const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
     workloads::memory,
     workloads::webhook_replicas,
     workloads::reconciler_replicas,
+    workloads::rollouts,
     workloads::leader,
     rights::missing,
     store::store,
@@ -47,6 +49,9 @@ const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
 /// What all checks find, the most urgent first.
 pub(crate) fn findings(snapshot: &Snapshot) -> Vec<Finding> {
     let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(snapshot)).collect();
+    if !findings.iter().any(|finding| webhooks::keeps_executors_from_it(snapshot, finding)) {
+        findings.extend(webhooks::reached(snapshot));
+    }
     findings.sort_by_key(|finding| finding.problem.severity());
     findings
 }
@@ -56,6 +61,7 @@ pub(crate) fn unchecked(snapshot: &Snapshot) -> Vec<Unchecked> {
     let mut unchecked = workloads::unreadable(snapshot);
     unchecked.extend(workloads::not_literal(snapshot));
     unchecked.extend(workloads::elsewhere(snapshot));
+    unchecked.extend(webhooks::doubtful(snapshot));
     unchecked
 }
 

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::check::metrics::Metrics;
 use crate::check::problem::Problem;
-use crate::check::snapshot::{Component, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, WEBHOOK};
+use crate::check::snapshot::{Component, DryRun, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, WEBHOOK};
 
 const TOKEN: &str = "0123456789abcdef-current";
 const NAMESPACE: &str = "spot-balancer";
@@ -190,6 +190,7 @@ fn healthy() -> Snapshot {
             sample(RECONCILER, "spot_balancer_reconcile_leader 1\n"),
             sample(RECONCILER, "spot_balancer_reconcile_leader 0\n"),
         ],
+        dry_run: DryRun::Placed,
         namespaces: Some(
             ["jobs", "kube-system", NAMESPACE]
                 .map(|name| of(json!({"metadata": {"name": name, "labels": {"kubernetes.io/metadata.name": name}}})))
@@ -294,6 +295,12 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("a match condition", "webhook-conditions", |it| {
         edit(it, |one| one["matchConditions"] = json!([{"name": "mine", "expression": "false"}]));
     }),
+    ("a dry run comes back unchanged", "webhook-unreached", |it| {
+        it.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
+    }),
+    ("a dry run is refused", "webhook-unreached", |it| {
+        it.dry_run = DryRun::NotCalled { error: "failed calling webhook".into() };
+    }),
     ("another Service", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["name"] = json!("x"))),
     ("another port", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["port"] = json!(8443))),
     ("no Service", "webhook-service", |it| it.service = Read::Absent),
@@ -350,6 +357,13 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     }),
     ("different settings", "settings-differ", |it| {
         set_components(it, vec![webhook(&[("DEFAULT_SPOT_RATIO", "0.9")]), reconciler()]);
+    }),
+    ("a rollout that is stuck", "rollout-stuck", |it| {
+        let status = json!({
+            "replicas": 3, "readyReplicas": 2, "updatedReplicas": 1,
+            "conditions": [{"type": "Progressing", "status": "False", "message": "ReplicaSet \"x\" has timed out progressing."}],
+        });
+        it.components.as_mut().expect("components")[0].deployment.status = of(status);
     }),
     ("a ledger for each replica", "memory-replicas", |it| {
         for component in it.components.iter_mut().flatten() {
@@ -461,6 +475,50 @@ fn a_webhook_may_be_called_by_a_url_and_run_elsewhere() {
     let notes: Vec<String> =
         unchecked(&snapshot).into_iter().map(|note| format!("{}: {}", note.what, note.why)).collect();
     assert_eq!(notes, ["the webhook and its settings: its configurations call a URL, and no Deployment of it is here"]);
+}
+
+#[test]
+fn an_unchanged_executor_is_no_finding_if_something_else_explains_it_or_its_labels_may_be_wrong() {
+    let mut snapshot = healthy();
+    snapshot.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
+    edit(&mut snapshot, |one| one["clientConfig"]["caBundle"] = Value::Null);
+    assert_eq!(ids(&snapshot), ["ca-bundle"]);
+    let mut snapshot = healthy();
+    snapshot.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
+    snapshot.components = None;
+    assert_eq!(findings(&snapshot), []);
+    let notes = unchecked(&snapshot);
+    assert!(notes.len() == 1 && notes[0].why.contains("the settings are not known"), "{notes:?}");
+}
+
+#[test]
+fn executors_are_tried_only_where_the_webhook_is_asked() {
+    let mut snapshot = healthy();
+    assert_eq!(served(&snapshot, "kube-system", 3), ["jobs"]);
+    edit(&mut snapshot, |one| {
+        one["namespaceSelector"]["matchExpressions"].as_array_mut().expect("expressions").truncate(1);
+    });
+    let team = json!({"metadata": {"name": "team", "labels": {"kubernetes.io/metadata.name": "team"}}});
+    snapshot.namespaces.as_mut().expect("namespaces").push(of(team));
+    assert_eq!(served(&snapshot, "team", 3), ["team", "jobs"]);
+    assert_eq!(served(&snapshot, "team", 1), ["team"]);
+    snapshot.namespaces = None;
+    assert_eq!(served(&snapshot, "other", 3), ["other", "jobs"]);
+    snapshot.hooks = None;
+    assert!(served(&snapshot, "other", 3).is_empty());
+}
+
+#[test]
+fn only_settings_that_both_programs_need_are_compared() {
+    let own = ["PAGE_PORT", "ADMIN_PORT", "TLS_CERT_PATH", "REDIS_URL", "OF_A_NEWER_VERSION"].map(|name| (name, "1"));
+    let mut snapshot = healthy();
+    set_components(&mut snapshot, vec![webhook(&own), reconciler()]);
+    assert_eq!(findings(&snapshot), []);
+    let settings = [&own[..], &[("DEFAULT_SPOT_RATIO", "0.9"), ("SPARK_ROLE_LABEL", "role")]].concat();
+    set_components(&mut snapshot, vec![webhook(&settings), reconciler()]);
+    let differ = findings(&snapshot).into_iter().find(|found| found.problem == Problem::SettingsDiffer);
+    let text = differ.expect("a finding").text;
+    assert!(text.ends_with("spot-balancer-reconciler: DEFAULT_SPOT_RATIO, SPARK_ROLE_LABEL."), "{text}");
 }
 
 fn set_components(snapshot: &mut Snapshot, components: Vec<Component>) {

@@ -10,7 +10,8 @@ use kube::core::{Selector, SelectorExt};
 
 use super::listed;
 use crate::check::problem::{Finding, Problem};
-use crate::check::snapshot::{Hook, HookKind, Read, Snapshot, WEBHOOK};
+use crate::check::snapshot::{DryRun, Hook, HookKind, Read, Snapshot, Unchecked, WEBHOOK, container, settings_of};
+use crate::settings::not_literal;
 
 const UPGRADE: &str = "Run `helm upgrade` with your values again, or apply the manifests again.";
 /// How long the apiserver waits if the configuration states no time.
@@ -148,7 +149,7 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
         } else if hook.kind == HookKind::Mutating && !unserved.is_empty() {
             (
                 format!(
-                    "Drivers state a ratio in namespaces that the namespaceSelector leaves out: {}.",
+                    "Drivers state a ratio in namespaces that no webhook configuration found here selects: {}.",
                     listed(&unserved)
                 ),
                 "Add them to namespaces.names, or label them as namespaces.selector says.".to_owned(),
@@ -158,6 +159,95 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
         };
         Some(Finding::new(Problem::WebhookNamespaces, hook.object(), text, fix))
     })
+}
+
+/// At most so many namespaces whose pods are sent to the webhook when they are created: first the caller's own, then those of
+/// the settings and of jobs.
+pub(crate) fn served(snapshot: &Snapshot, own: &str, most: usize) -> Vec<String> {
+    let jobs = snapshot.drivers.iter().filter_map(|driver| driver.metadata.namespace.as_deref().map(str::to_owned));
+    let all = snapshot.namespaces.iter().flatten().map(ResourceExt::name_any);
+    let mut names = Vec::new();
+    for name in [own.to_owned()].into_iter().chain(snapshot.watched()).chain(jobs).chain(all) {
+        if names.len() < most && !names.contains(&name) && is_served(snapshot, &name) {
+            names.push(name);
+        }
+    }
+    names
+}
+
+/// Whether the configuration for creations selects the namespace. If the caller may not read namespaces, only the label that
+/// each has by itself is known.
+fn is_served(snapshot: &Snapshot, name: &str) -> bool {
+    let labels = match &snapshot.namespaces {
+        Some(namespaces) => match namespaces.iter().find(|namespace| namespace.name_any() == name) {
+            Some(namespace) => namespace.labels().clone(),
+            None => return false,
+        },
+        None => [("kubernetes.io/metadata.name".to_owned(), name.to_owned())].into(),
+    };
+    let mut creations = snapshot.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating);
+    creations.any(|hook| selects(hook.webhook.namespace_selector.as_ref(), &labels))
+}
+
+/// The apiserver reaches the webhook.
+pub(super) fn reached(snapshot: &Snapshot) -> Vec<Finding> {
+    let text = match &snapshot.dry_run {
+        DryRun::Unchanged { namespace } if knows_settings(snapshot) => format!(
+            "An executor that a dry run created in {namespace} came back unchanged, so the apiserver does not reach the webhook."
+        ),
+        DryRun::NotCalled { error } => format!("The apiserver does not reach the webhook: {error}."),
+        DryRun::Unchanged { .. } | DryRun::Placed | DryRun::Unknown => return Vec::new(),
+    };
+    let mut creations = snapshot.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating);
+    let finding = |hook: &Hook| {
+        let fix = "Let the control plane connect to the webhook (security groups, firewalls, NetworkPolicies); the log of \
+                   the apiserver says why it does not (`failed calling webhook`).";
+        Finding::new(Problem::WebhookUnreached, hook.object(), text, fix)
+    };
+    creations.next().map(finding).into_iter().collect()
+}
+
+/// An unchanged executor, if it may have other labels than the webhook is set to.
+pub(super) fn doubtful(snapshot: &Snapshot) -> Vec<Unchecked> {
+    let DryRun::Unchanged { namespace } = &snapshot.dry_run else { return Vec::new() };
+    if knows_settings(snapshot) {
+        return Vec::new();
+    }
+    let what = "whether the apiserver reaches the webhook".to_owned();
+    let why = format!(
+        "an executor that a dry run created in {namespace} came back unchanged, but it had the default labels and \
+         annotations, because the settings are not known"
+    );
+    vec![Unchecked { what, why }]
+}
+
+fn knows_settings(snapshot: &Snapshot) -> bool {
+    snapshot.component(WEBHOOK).is_some_and(|webhook| {
+        let container = container(&webhook.deployment);
+        settings_of(webhook).is_ok() && container.is_some_and(|container| not_literal(container).is_empty())
+    })
+}
+
+/// Whether this explains by itself that executors come back unchanged.
+pub(super) fn keeps_executors_from_it(snapshot: &Snapshot, finding: &Finding) -> bool {
+    match finding.problem {
+        Problem::WebhookMissing
+        | Problem::WebhookTimeout
+        | Problem::WebhookRules
+        | Problem::WebhookPods
+        | Problem::WebhookConditions
+        | Problem::WebhookService
+        | Problem::AdmissionToken
+        | Problem::CaBundle => !finding.object.starts_with(HookKind::Validating.object_kind()),
+        Problem::CertificateMissing
+        | Problem::CertificateExpired
+        | Problem::CertificateName
+        | Problem::DeploymentMissing => true,
+        Problem::SettingsInvalid | Problem::NoReadyReplica => {
+            snapshot.component(WEBHOOK).is_some_and(|webhook| webhook.object() == finding.object)
+        }
+        _ => false,
+    }
 }
 
 /// The namespaces of the live drivers that state a ratio.

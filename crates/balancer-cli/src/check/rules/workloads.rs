@@ -110,19 +110,9 @@ fn has_no_ready_replica(snapshot: &Snapshot, component: &Component) -> bool {
     snapshot.pods.as_ref().is_some_and(|pods| !pods.iter().any(is_ready))
 }
 
-/// Whether both programs have the setting, for the same purpose.
+/// Whether this is one of the settings that both programs must agree on.
 fn is_shared(name: &str) -> bool {
-    let own = [
-        "ADMIN_PORT",
-        "ADMISSION_TOKEN_PATH",
-        "MAX_NEW_JOBS_PER_MINUTE",
-        "PAGE_PORT",
-        "PORT",
-        "STORE_TIMEOUT_MILLISECONDS",
-        "WEBHOOK_TIMEOUT_SECONDS",
-    ];
-    !own.contains(&name)
-        && !["TLS_", "RECONCILE_", "WATCH_", "CLIENT_", "REDIS_", "LOG_"].iter().any(|own| name.starts_with(own))
+    name == "STORE" || crate::settings::is_setting(name)
 }
 
 /// A ledger in memory has one owner.
@@ -159,6 +149,29 @@ pub(super) fn reconciler_replicas(snapshot: &Snapshot) -> Vec<Finding> {
     };
     let ready = pods.iter().filter(|pod| is_of(pod, RECONCILER) && is_ready(pod)).count();
     replicas(reconciler, ready, "Ledgers are not corrected.")
+}
+
+/// The newest version of a program is the one that runs.
+pub(super) fn rollouts(snapshot: &Snapshot) -> Vec<Finding> {
+    let finding = |component: &Component| {
+        let status = component.deployment.status.as_ref()?;
+        let mut conditions = status.conditions.iter().flatten();
+        let stuck = conditions.find(|condition| condition.type_ == "Progressing" && condition.status == "False")?;
+        let updated = status.updated_replicas.unwrap_or(0);
+        let has_older = status.replicas.unwrap_or(0) > updated && status.ready_replicas.unwrap_or(0) > 0;
+        if !has_older {
+            return None;
+        }
+        let message = stuck.message.as_deref().unwrap_or_default().trim_end_matches('.');
+        let text = format!(
+            "Its rollout is stuck: {updated} of {} of the new version, and older ones serve with their settings. {message}.",
+            number_of(component.replicas(), "replica")
+        );
+        let fix =
+            "Look at the Events and the logs of its newest pods; `kubectl rollout undo` goes back to the last version.";
+        Some(Finding::new(Problem::RolloutStuck, component.object(), text, fix))
+    };
+    snapshot.components.iter().flatten().filter_map(finding).collect()
 }
 
 fn replicas(component: &Component, ready: usize, effect: &str) -> Vec<Finding> {
