@@ -1,7 +1,9 @@
 //! Access to the cluster with the caller's own kubeconfig and rights. Every request has a deadline, and every list comes in
 //! pages.
 
+use std::error::Error;
 use std::fmt::Debug;
+use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use balancer_core::{CapacityLabels, CapacityProfile};
 use balancer_runtime::cluster::chain;
 use clap::Args;
 use kube::api::{Api, ListParams, ObjectList};
+use kube::client::AuthError;
 use kube::client::retry::RetryPolicy;
 use kube::config::{AuthProviderConfig, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -18,7 +21,7 @@ use tokio::time::timeout;
 use tower::retry::Retry;
 use tower::{BoxError, service_fn};
 
-use crate::output::Format;
+use crate::output::{Format, printable, shorten};
 use crate::proxy::proxy;
 use crate::settings::Settings;
 
@@ -30,6 +33,9 @@ const PAGE: u32 = 500;
 
 /// The objects of a list that are kept: as many as a cluster may have pods by the limits of Kubernetes.
 const MAX_OBJECTS: usize = 150_000;
+
+/// The most characters that are quoted of what a command for credentials has written.
+const MAX_QUOTED: usize = 400;
 
 /// The resourceVersion that apiservers answer from their caches.
 const OF_CACHE: &str = "0";
@@ -106,8 +112,16 @@ pub(crate) struct Cluster {
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum RequestError {
     /// The API does not know who asks: a token has expired, or the command that gets one fails.
-    #[error("the cluster does not accept the credentials of the kubeconfig; log in again: {0}")]
+    #[error("the cluster does not accept the credentials of the kubeconfig, so log in again: {0}")]
     Unauthenticated(String),
+    /// There are no credentials, because the command of the kubeconfig that gets them does not work.
+    #[error("{0}")]
+    NoCredentials(String),
+    /// Something else than the cluster of the kubeconfig answers, or the kubeconfig has another CA.
+    #[error(
+        "the certificate of the server is not valid for the kubeconfig (certificate-authority, tls-server-name): {0}"
+    )]
+    Untrusted(String),
     /// The caller lacks a right.
     #[error("{0}")]
     Forbidden(String),
@@ -179,8 +193,11 @@ impl Cluster {
         config.connect_timeout = Some(CONNECT_LIMIT);
         config.read_timeout = Some(2 * REQUEST_LIMIT);
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
-        let cluster = Self::of(config, namespace).map_err(|error| anyhow!(chain(&error)));
-        cluster.context("cannot create a Kubernetes client")
+        let command = config.auth_info.exec.as_ref().and_then(|exec| exec.command.clone());
+        Self::of(config, namespace).map_err(|error| match auth_error(&error) {
+            Some(error) => RequestError::NoCredentials(without_credentials(error, command.as_deref())).into(),
+            None => anyhow!(chain(&error)).context("cannot create a Kubernetes client"),
+        })
     }
 
     /// A cluster by its address and credentials.
@@ -200,7 +217,8 @@ impl Cluster {
 
     /// The error, with the address of the cluster if the error is the cluster's and not about one of its objects.
     pub(crate) fn located(&self, error: anyhow::Error) -> anyhow::Error {
-        let is_refused = matches!(error.downcast_ref(), Some(RequestError::Unauthenticated(_)));
+        let is_refused =
+            matches!(error.downcast_ref(), Some(RequestError::Unauthenticated(_) | RequestError::Untrusted(_)));
         if is_refused || is_temporary(&error) { error.context(self.server.clone()) } else { error }
     }
 
@@ -238,8 +256,10 @@ pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) ->
     let Ok(answer) = timeout(REQUEST_LIMIT, request).await else { return Err(RequestError::TimedOut) };
     answer.map_err(|error| {
         let text = chain(&error);
+        if let Some(error) = auth_error(&error) {
+            return RequestError::NoCredentials(without_credentials(error, None));
+        }
         match error {
-            kube::Error::Auth(_) => RequestError::Unauthenticated(text),
             kube::Error::Api(status) => match status.code {
                 401 => RequestError::Unauthenticated(text),
                 403 => RequestError::Forbidden(text),
@@ -247,9 +267,43 @@ pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) ->
                 429 | 500.. => RequestError::Unavailable(text),
                 _ => RequestError::Refused(text),
             },
+            error if is_of_certificate(&error) => RequestError::Untrusted(text),
             _ => RequestError::Unavailable(text),
         }
     })
+}
+
+/// What keeps the client from credentials.
+fn auth_error<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e AuthError> {
+    error.downcast_ref().or_else(|| auth_error(error.source()?))
+}
+
+/// The client's own text has a dump of all that the command has written.
+fn without_credentials(error: &AuthError, command: Option<&str>) -> String {
+    let command = command.map(|command| format!(" {command:?}")).unwrap_or_default();
+    match error {
+        AuthError::AuthExecStart(error) => {
+            format!("cannot run the command{command} by which the kubeconfig gets credentials: {error}")
+        }
+        AuthError::AuthExecRun { out, .. } => {
+            let written = String::from_utf8_lossy(&out.stderr);
+            let written = shorten(&printable(&written.split_whitespace().collect::<Vec<_>>().join(" ")), MAX_QUOTED);
+            format!(
+                "the command{command} by which the kubeconfig gets credentials has failed, so log in again ({}): {written}",
+                out.status
+            )
+        }
+        error => format!("the kubeconfig has no credentials that can be used: {}", chain(error)),
+    }
+}
+
+/// Whether the client does not trust the server.
+fn is_of_certificate(error: &(dyn Error + 'static)) -> bool {
+    // What an I/O error wraps is not among its causes.
+    let wrapped = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    matches!(error.downcast_ref(), Some(rustls::Error::InvalidCertificate(_)))
+        || wrapped.is_some_and(|error| is_of_certificate(error))
+        || error.source().is_some_and(is_of_certificate)
 }
 
 /// The first objects of a list.
@@ -463,7 +517,42 @@ mod tests {
         assert!(request.to_lowercase().contains("\r\nauthorization: bearer t1\r\n"), "{request}");
         let failed = connect("exec-fails", json!({"server": server}), user("echo who are you >&2; exit 3")).await;
         let error = format!("{:#}", failed.err().expect("no token"));
-        assert!(error.contains("cannot create a Kubernetes client") && error.contains("who are you"), "{error}");
+        let expected = "the command \"sh\" by which the kubeconfig gets credentials has failed, so log in again \
+                        (exit status: 3): who are you";
+        assert_eq!(error, expected);
+        let exec = json!({"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-plugin", "interactiveMode": "Never"});
+        let missing = connect("exec-missing", json!({"server": server}), json!({"exec": exec})).await;
+        let error = format!("{:#}", missing.err().expect("no token"));
+        assert!(error.starts_with("cannot run the command \"no-such-plugin\" by which"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_server_with_a_certificate_of_another_ca_is_told_from_one_that_does_not_answer() {
+        let certificate = |name: &str| rcgen::generate_simple_self_signed([name.to_owned()]).expect("a certificate");
+        let (own, other) = (certificate("127.0.0.1"), certificate("other"));
+        let key = rustls::pki_types::PrivateKeyDer::Pkcs8(own.signing_key.serialize_der().into());
+        let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
+        let tls = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(vec![own.cert.der().clone()], key)
+            .expect("a configuration");
+        let acceptor = tokio_rustls::TlsAcceptor::from(std::sync::Arc::new(tls));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let server = format!("https://{}", listener.local_addr().expect("an address"));
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let _ = acceptor.accept(stream).await;
+            }
+        });
+        let authority = serde_json::to_value(k8s_openapi::ByteString(other.cert.pem().into_bytes())).expect("JSON");
+        let cluster = json!({"server": server, "certificate-authority-data": authority});
+        let cluster = connect("untrusted", cluster, json!({})).await.expect("a client");
+        let error = pods(&cluster).await.expect_err("not trusted");
+        assert!(matches!(error, RequestError::Untrusted(_)), "{error:?}");
+        let error = format!("{:#}", cluster.located(error.into()));
+        assert!(error.starts_with(&server) && error.contains("certificate-authority"), "{error}");
     }
 
     #[tokio::test]
