@@ -104,13 +104,7 @@ async fn status_and_explain_tell_every_state_of_a_job() -> Result<()> {
         ("wanted-exec-2", &["To on-demand: the webhook wrote", "on the node on-demand-", "(distance 0)"]),
         (
             "pending-exec-1",
-            &[
-                "Pending for",
-                "The scheduler finds no node",
-                "FailedScheduling",
-                "by default-scheduler",
-                "The pod itself requires pool in (nowhere)",
-            ],
+            &["Pending for", "The scheduler finds no node", "The pod itself requires pool in (nowhere)"],
         ),
         ("fixed-exec-1", &["To on-demand, by the pod itself: it requires karpenter.sh/capacity-type in (on-demand)"]),
         ("off-exec-1", &["None: the annotation workload/spot-ratio of off-driver is off."]),

@@ -27,6 +27,10 @@ impl Subject<'_> {
             Outcome::NotPlaced => self.not_placed_words(),
             Outcome::NotRecorded => self.not_recorded_words(),
             Outcome::Driver => self.driver_words(),
+            Outcome::Owner => {
+                let first = "It is not placed itself. Its annotations are the policy of the executors that it owns.";
+                [first.to_owned()].into_iter().chain(self.not_sent_words()).collect()
+            }
             Outcome::OtherRole => vec!["None: the webhook changes no such pod.".into()],
         }
     }
@@ -160,6 +164,10 @@ impl Subject<'_> {
         let annotation = self.conventions().decision_annotation.as_deref().unwrap_or_default();
         let mut words = vec![format!("None: it has no annotation {annotation}, so no webhook has placed it.")];
         let registered = self.snapshot.registered;
+        if let Some(not_sent) = self.not_sent_words() {
+            words.push(not_sent);
+            return words;
+        }
         if let (Some(created), Some(registered)) = (created(self.core), registered)
             && created < registered
         {
@@ -170,12 +178,23 @@ impl Subject<'_> {
             words.push("It was created with a nodeName, and such an executor is left alone.".into());
             return words;
         }
+        let elsewhere =
+            if self.snapshot.is_selected.is_none() { "the namespace is not sent to the webhook; " } else { "" };
         let before = if registered.is_none() { "it was created before Spot Balancer was installed; " } else { "" };
         words.push(format!(
             "Possible causes: {before}the webhook did not answer, and the apiserver created the pod without it \
-             (failurePolicy Ignore); the namespace is not sent to the webhook; the job had the ratio off then."
+             (failurePolicy Ignore); {elsewhere}the job had the ratio off then."
         ));
         words
+    }
+
+    /// That the webhook is not asked, if that is known.
+    fn not_sent_words(&self) -> Option<String> {
+        (self.snapshot.is_selected == Some(false)).then(|| {
+            "The namespace is not sent to the webhook (the namespaceSelector of its configuration), so its executors are \
+             created unchanged."
+                .to_owned()
+        })
     }
 
     /// Whether the pod has a node, and no scheduler has said so.
@@ -211,6 +230,7 @@ impl Subject<'_> {
             }
             (None, _) => words.push("It may run on spot, and its job ends if its node is reclaimed.".into()),
         }
+        words.extend(self.not_sent_words());
         words
     }
 }

@@ -13,6 +13,8 @@ use super::words::{Outcome, Subject};
 
 /// The most characters that are quoted of a text of another program.
 const MAX_QUOTED: usize = 400;
+/// The reason of the Event about a ratio that has no effect.
+const WITHOUT_EFFECT: &str = "SpotRatioWithoutEffect";
 /// What a kubelet reports is about a container, and not about the node.
 const KUBELET: &str = "kubelet";
 
@@ -95,13 +97,18 @@ impl Subject<'_> {
             None => String::new(),
         };
         let mut words = vec![format!("Pending{}{what}.", waits.unwrap_or_default())];
+        let mut said = None;
         if let Some(message) = self.core.unschedulable().filter(|message| !message.is_empty()) {
             let since = self.core.unschedulable_since().and_then(|since| since.parse::<Timestamp>().ok());
             let since = since.map(|since| format!(" for {}", age(since, self.snapshot.now)));
             words.push(format!("The scheduler finds no node{}: {}", since.unwrap_or_default(), quoted(message)));
+            said = Some(quoted(message));
         }
         let uid = self.core.metadata.uid.as_deref().unwrap_or_default();
-        words.extend(self.last_events(uid, |event| event.reporter != KUBELET, |event| event.reporter.clone()));
+        // The scheduler says the same in the pod and in an Event.
+        let is_new = |event: &Event| said.as_ref() != Some(&quoted(&event.note));
+        let is_meant = |event: &Event| event.reporter != KUBELET && is_new(event);
+        words.extend(self.last_events(uid, is_meant, |event| event.reporter.clone()));
         if words.len() == 1 && self.snapshot.events.is_none() {
             words.push("Why is not known here, because Events may not be read.".into());
         }
@@ -116,7 +123,29 @@ impl Subject<'_> {
             SPOT_CLOSED | SPOT_REOPENED => SPOT_CLOSED.to_owned(),
             other => other.to_owned(),
         };
-        self.last_events(&driver.uid, |event| event.reporter == REPORTER, group)
+        self.last_events(&driver.uid, |event| event.reporter == REPORTER && self.holds(event), group)
+    }
+
+    /// Whether what the Event says of annotations is true of their values now.
+    fn holds(&self, event: &Event) -> bool {
+        let mut fields = PolicyField::ALL.iter().copied();
+        if let Some(field) = fields.find(|field| field.event_reason() == event.reason) {
+            let mut invalid = self.policy.invalid.iter().filter(|invalid| invalid.field == field);
+            return invalid.any(|invalid| event.note.contains(&invalid.to_string()));
+        }
+        match event.note.split_once(" has no effect") {
+            Some((stated, _)) if event.reason == WITHOUT_EFFECT => stated.split(", ").all(|one| self.is_current(one)),
+            _ => true,
+        }
+    }
+
+    /// Whether the policy has this annotation's value, unless that is not known.
+    fn is_current(&self, stated: &str) -> bool {
+        let Some((key, value)) = stated.split_once(": ") else { return true };
+        let mut fields = PolicyField::ALL.iter().copied();
+        let field = fields.find(|field| self.conventions().annotation(*field) == key);
+        let now = field.and_then(|field| self.policy.fields.value(field));
+        now.is_none_or(|now| now == value)
     }
 
     /// The last Event of each group about the pod with this uid.
@@ -147,6 +176,15 @@ impl Subject<'_> {
         let driver = self.driver.as_ref().map(|driver| driver.name.as_str());
         let on_driver = driver
             .map_or("on the driver, or on the executors if they have none".to_owned(), |driver| format!("on {driver}"));
+        if self.snapshot.is_selected == Some(false)
+            && matches!(self.outcome, Outcome::NotPlaced | Outcome::Driver | Outcome::Owner)
+        {
+            return vec![
+                "Add the namespace to namespaces.names, or label it as namespaces.selector says. Then new executors are \
+                 placed."
+                    .into(),
+            ];
+        }
         match self.outcome {
             Outcome::OtherRole => vec![format!(
                 "Nothing, unless it is meant as an executor: set the label {} to {:?}.",
@@ -156,6 +194,7 @@ impl Subject<'_> {
             Outcome::NoJobId => {
                 vec![format!("A label {} with the job's id, from the start.", self.conventions().job_id_label.join(" or "))]
             }
+            Outcome::Owner => vec![format!("The annotation {annotation} of this pod, from the start: an edit applies to new sessions.")],
             Outcome::Driver => vec![format!("The annotation {annotation} of this pod; new executors follow an edit at once.")],
             Outcome::OptedOut => vec![format!("A ratio instead of off ({annotation}). It applies to new executors.")],
             Outcome::Fixed => vec![
@@ -170,7 +209,8 @@ impl Subject<'_> {
 
     fn placed_changes(&self, annotation: &str, on_driver: &str) -> Vec<String> {
         let mut words = Vec::new();
-        if self.node().is_none() && self.capacity == Some(Capacity::Spot) {
+        let is_live = self.core.is_live();
+        if is_live && self.node().is_none() {
             words.extend(self.waiting_changes(on_driver));
         }
         if let SpotState::Closed(_) = self.spot_state() {
@@ -184,28 +224,34 @@ impl Subject<'_> {
             RatioSource::Owner => "sessions",
             _ => "executors",
         };
-        let runs =
-            self.node().is_some() && self.phase() == "Running" && self.core.metadata.deletion_timestamp.is_none();
+        let runs = is_live && self.node().is_some() && self.phase() == "Running";
         let stays = if runs { " This executor stays as it is until it ends." } else { "" };
         words.push(format!("Another ratio ({annotation} {on_driver}) applies to new {edited}.{stays}"));
         words
     }
 
-    /// What helps an executor that waits for spot.
-    fn waiting_changes(&self, on_driver: &str) -> Option<String> {
-        if self.conventions().spot_preference == SpotPreference::BestEffort
-            && self.snapshot.settings.known_defaults().is_some()
-        {
-            return None;
-        }
+    /// What helps an executor that waits for a node.
+    fn waiting_changes(&self, on_driver: &str) -> Vec<String> {
         let annotation = self.conventions().annotation(PolicyField::SpotFallbackSeconds);
-        match self.policy.fields.spot_fallback_seconds {
-            Some(0) => Some(format!(
+        let is_best_effort = self.conventions().spot_preference == SpotPreference::BestEffort
+            && self.snapshot.settings.known_defaults().is_some();
+        let node = match (self.capacity, self.policy.fields.spot_fallback_seconds) {
+            (Some(Capacity::Spot), _) if is_best_effort => {
+                Some("It may run on spot and on on-demand, so a node of either that has room for it helps.".to_owned())
+            }
+            (Some(Capacity::Spot), Some(0)) => Some(format!(
                 "It waits for spot for any time. With {annotation} {on_driver} executors that find no spot are replaced on on-demand."
             )),
-            Some(seconds) => Some(format!("If it finds no spot for {seconds} s, it is replaced on on-demand.")),
-            None => None,
-        }
+            (Some(Capacity::Spot), Some(seconds)) => {
+                Some(format!("If it finds no spot for {seconds} s, it is replaced on on-demand."))
+            }
+            (Some(Capacity::OnDemand), _) => {
+                Some("It must run on on-demand, so an on-demand node that has room for it helps.".to_owned())
+            }
+            (_, _) => None,
+        };
+        let again = "If it is deleted, Spark creates another executor, which is placed anew.".to_owned();
+        node.into_iter().chain([again]).collect()
     }
 }
 

@@ -222,6 +222,93 @@ fn an_executor_that_no_webhook_has_placed_gets_the_possible_causes() {
 }
 
 #[test]
+fn a_namespace_that_is_not_sent_to_the_webhook_explains_its_pods() {
+    let mut snapshot = snapshot(&[ratio("1")]);
+    snapshot.is_selected = Some(false);
+    for (pod, outcome) in [(untouched("a"), Outcome::NotPlaced), (ratio("1"), Outcome::Driver)] {
+        let text = check(&snapshot, &pod, outcome, &["The namespace is not sent to the webhook", "namespaces.names"]);
+        assert!(!text.contains("Possible causes") && !text.contains("follow an edit"), "{text}");
+    }
+    snapshot.is_selected = Some(true);
+    let text = check(&snapshot, &untouched("a"), Outcome::NotPlaced, &["Possible causes"]);
+    assert!(!text.contains("not sent to the webhook"), "{text}");
+}
+
+#[test]
+fn a_pod_that_owns_executors_is_explained_as_the_one_that_drives_their_job() {
+    let mut notebook = ratio("0.25");
+    notebook["metadata"]["labels"] = json!({"app": "notebook"});
+    let texts = [
+        "It owns the executors of the job j, which has no driver pod",
+        "25% of the executors on spot: the annotation workload/spot-ratio on d, which owns the executors.",
+        "It is not placed itself.",
+        "an edit applies to new sessions",
+    ];
+    check(&snapshot(&[notebook.clone(), placed("a", "spot")]), &notebook, Outcome::Owner, &texts);
+    check(&snapshot(std::slice::from_ref(&notebook)), &notebook, Outcome::OtherRole, &["it has no label spark-role"]);
+}
+
+#[test]
+fn an_event_about_an_annotation_is_a_warning_only_while_it_has_that_value() {
+    let (_, invalid) = settings(&[]).conventions.overrides(&core_pod(&ratio("7")));
+    let invalid = format!("workload/spot-ratio: {}; still using 0.5", invalid[0]);
+    let without = "workload/spot-ratio: 0.7, workload/on-demand-base: 0 has no effect, because the executors' own";
+    let warned = |ratio_now: &str| {
+        let mut snapshot = snapshot(&[ratio(ratio_now)]);
+        snapshot.events = Some(vec![
+            event("d", "spot-balancer", "InvalidSpotRatio", &invalid, "2026-01-01T11:58:00Z"),
+            event("d", "spot-balancer", "SpotRatioWithoutEffect", without, "2026-01-01T11:59:00Z"),
+        ]);
+        let text = text(&explain(&snapshot, &running("a", "spot", "s1")));
+        ["InvalidSpotRatio", "SpotRatioWithoutEffect"].map(|reason| text.contains(reason))
+    };
+    assert_eq!(warned("7"), [true, true], "the ratio that is used instead is not known");
+    assert_eq!(warned("8"), [false, true]);
+    assert_eq!(warned("0.7"), [false, true]);
+    assert_eq!(warned("0.75"), [false, false]);
+}
+
+#[test]
+fn what_helps_an_executor_depends_on_what_it_waits_for() {
+    let best_effort = |pod: &Value| {
+        let mut snapshot = snapshot(&[ratio("0.7")]);
+        snapshot.settings = settings(&[]);
+        text(&explain(&snapshot, pod))
+    };
+    let again = "If it is deleted, Spark creates another executor, which is placed anew.";
+    let text = best_effort(&placed("a", "spot"));
+    assert!(text.contains("a node of either that has room for it helps") && text.contains(again), "{text}");
+    let text = best_effort(&placed("a", "on-demand"));
+    assert!(text.contains("an on-demand node that has room for it helps") && text.contains(again), "{text}");
+    let mut failed = placed("a", "spot");
+    failed["status"]["phase"] = json!("Failed");
+    let mut leaving = placed("a", "spot");
+    leaving["metadata"]["deletionTimestamp"] = json!("2026-01-01T12:00:00Z");
+    for pod in [failed, leaving] {
+        let text = best_effort(&pod);
+        assert!(!text.contains("helps") && !text.contains(again) && !text.contains("stays as it is"), "{text}");
+    }
+}
+
+#[test]
+fn what_the_scheduler_says_in_the_pod_and_in_an_event_is_told_once() {
+    let mut waiting = placed("a", "spot");
+    waiting["status"]["conditions"] = json!([{
+        "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available",
+    }]);
+    let mut snapshot = snapshot(&[ratio("0.7")]);
+    snapshot.events = Some(vec![event(
+        "a",
+        "default-scheduler",
+        "FailedScheduling",
+        "0/3 nodes are available",
+        "2026-01-01T11:58:00Z",
+    )]);
+    let text = check(&snapshot, &waiting, Outcome::Placed, &["The scheduler finds no node"]);
+    assert_eq!(text.matches("0/3 nodes are available").count(), 1, "{text}");
+}
+
+#[test]
 fn a_webhook_that_leaves_no_mark_is_told() {
     let mut snapshot = snapshot(&[ratio("1")]);
     snapshot.settings = settings(&[("DECISION_ANNOTATION", "")]);

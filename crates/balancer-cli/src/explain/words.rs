@@ -52,6 +52,8 @@ pub(crate) enum Outcome {
     NotRecorded,
     /// A driver: its policy was read.
     Driver,
+    /// A pod that owns the executors of jobs without a driver, such as a notebook.
+    Owner,
     /// No driver and no executor.
     OtherRole,
 }
@@ -185,11 +187,12 @@ impl<'s> Subject<'s> {
                 .jobs()
                 .find(|job| index.driver(job).is_some_and(|driver| driver.name == name && job.namespace == namespace))
         };
-        let job = if is_driver { driven().cloned() } else { index.job_of_executor(namespace, name) };
+        let owns = !is_driver && driven().is_some();
+        let job = if is_driver || owns { driven().cloned() } else { index.job_of_executor(namespace, name) };
         let job = job.map(|job| JobId::clone(&job)).or(stated);
         let itself = || {
             let uid = core.metadata.uid.as_deref()?.to_owned();
-            is_driver.then(|| DriverRef { namespace: namespace.to_owned(), name: name.to_owned(), uid })
+            (is_driver || owns).then(|| DriverRef { namespace: namespace.to_owned(), name: name.to_owned(), uid })
         };
         let owner = || {
             let owner = core.owner()?;
@@ -201,9 +204,12 @@ impl<'s> Subject<'s> {
         };
         let driver = itself().or_else(|| index.driver(job.as_ref()?)).or_else(owner);
         let policy = snapshot.policy(driver.as_ref());
-        let (own, own_invalid) = if is_driver { Default::default() } else { conventions.overrides(core) };
+        let (own, own_invalid) = if is_driver || owns { Default::default() } else { conventions.overrides(core) };
         let status = job.as_ref().filter(|job| index.contains(job)).map(|job| JobStatus::of_one(snapshot, &index, job));
-        let (outcome, capacity) = outcome(core, role, &own, &policy, conventions);
+        let (outcome, capacity) = match outcome(core, role, &own, &policy, conventions) {
+            (Outcome::OtherRole, _) if owns => (Outcome::Owner, None),
+            found => found,
+        };
         Self { snapshot, pod, core, job, status, driver, policy, own, own_invalid, outcome, capacity }
     }
 
@@ -222,6 +228,10 @@ impl<'s> Subject<'s> {
                 }
                 None => format!("None: it has no label {workload_role_label}, so it is no driver and no executor."),
             },
+            (Some(job), Outcome::Owner) => format!(
+                "It owns the executors of the job {}, which has no driver pod: Spark runs in client mode there.",
+                job.app_id
+            ),
             (None, Outcome::Driver) => "It drives jobs, and has no job id of its own.".into(),
             (Some(job), Outcome::Driver) => format!("It drives the job {}.", job.app_id),
             (None, _) => format!("None: it is an executor without a job id (label {}).", job_id_label.join(" or ")),

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use balancer_core::Pool;
 use balancer_core::{InvalidField, Pod, PolicyField, PolicyOverrides, SpotPreference};
 use balancer_reconcile::index::{ClusterIndex, DriverRef};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::jiff::Timestamp;
+use kube::core::{Selector, SelectorExt};
 use serde::Serialize;
 
 use crate::settings::{Origin, Settings};
@@ -69,6 +71,8 @@ pub(crate) struct Snapshot {
     pub(crate) events: Option<Vec<Event>>,
     /// When the webhook was registered with the apiserver, if that may be read.
     pub(crate) registered: Option<Timestamp>,
+    /// Whether the pods of the namespace are sent to the webhook, if that may be read.
+    pub(crate) is_selected: Option<bool>,
     pub(crate) now: Timestamp,
 }
 
@@ -239,6 +243,11 @@ impl Event {
 /// The namespace and the name of a pod.
 pub(crate) fn key(pod: &Pod<'_>) -> Option<PodKey> {
     Some((pod.metadata.namespace.as_deref()?.to_owned(), pod.metadata.name.as_deref()?.to_owned()))
+}
+
+/// Whether a selector selects an object with these labels. Without a selector all are selected, and none by an invalid one.
+pub(crate) fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
+    selector.is_none_or(|selector| Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels)))
 }
 
 /// When a pod was created.

@@ -16,7 +16,7 @@ use kube::api::{Api, ListParams};
 use crate::cluster::{Cluster, Freshness, RequestError, if_allowed, list, list_metadata, within};
 use crate::settings::{Origin, Settings, not_literal};
 
-use super::{Event, Node, PodKey, SPOT_CLOSED, SPOT_REOPENED, Snapshot, key};
+use super::{Event, Node, PodKey, SPOT_CLOSED, SPOT_REOPENED, Snapshot, key, selects};
 
 /// What the objects of an installation have in common.
 const NAME_LABEL: &str = "app.kubernetes.io/name=spot-balancer";
@@ -58,10 +58,11 @@ pub(crate) async fn snapshot(
     let nodes = async { if_allowed(nodes(cluster, freshness).await).context("cannot list the nodes") };
     let events =
         async { if_allowed(events(cluster, namespace, wanted, freshness).await).context("cannot list the Events") };
-    let registered = async { Ok(registered(cluster, wanted).await) };
-    let ((pods, unread_owners), nodes, events, registered) = tokio::try_join!(pods, nodes, events, registered)?;
+    let registration = async { Ok(registration(cluster, namespace, wanted).await) };
+    let ((pods, unread_owners), nodes, events, (registered, is_selected)) =
+        tokio::try_join!(pods, nodes, events, registration)?;
     let pods = Snapshot::by_name(pods);
-    Ok(Snapshot { settings, pods, unread_owners, nodes, events, registered, now: Timestamp::now() })
+    Ok(Snapshot { settings, pods, unread_owners, nodes, events, registered, is_selected, now: Timestamp::now() })
 }
 
 /// The part of a pod that the core reads.
@@ -138,12 +139,27 @@ async fn events(
     Ok(events)
 }
 
-/// When the webhook was registered. Few may read it, and no answer depends on it alone.
-async fn registered(cluster: &Cluster, wanted: Wanted<'_>) -> Option<Timestamp> {
-    let Wanted::EventsOf(_) = wanted else { return None };
-    let api = Api::<MutatingWebhookConfiguration>::all(cluster.client.clone());
-    let created = |configuration: kube::core::PartialObjectMeta<_>| Some(configuration.metadata.creation_timestamp?.0);
-    list_metadata(&api, ListParams::default().labels(NAME_LABEL), created).await.ok()?.into_iter().min()
+/// When the webhook was registered, and whether pods of the namespace are sent to it. Few may read it, and no answer depends
+/// on it alone.
+async fn registration(
+    cluster: &Cluster,
+    namespace: Option<&str>,
+    wanted: Wanted<'_>,
+) -> (Option<Timestamp>, Option<bool>) {
+    let (Wanted::EventsOf(_), Some(name)) = (wanted, namespace) else { return (None, None) };
+    let configurations = Api::<MutatingWebhookConfiguration>::all(cluster.client.clone());
+    let namespaces = Api::<v1::Namespace>::all(cluster.client.clone());
+    let (found, namespace) = tokio::join!(
+        list(&configurations, ListParams::default().labels(NAME_LABEL), Some),
+        within(namespaces.get(name))
+    );
+    let Ok(found) = found else { return (None, None) };
+    let registered = found.iter().filter_map(|one| Some(one.metadata.creation_timestamp.as_ref()?.0)).min();
+    let webhooks: Vec<_> = found.into_iter().flat_map(|one| one.webhooks.unwrap_or_default()).collect();
+    let is_selected = namespace.ok().filter(|_| !webhooks.is_empty()).map(|namespace| {
+        webhooks.iter().any(|webhook| selects(webhook.namespace_selector.as_ref(), namespace.labels()))
+    });
+    (registered, is_selected)
 }
 
 /// The settings of the first webhook that the caller may read, else the defaults.

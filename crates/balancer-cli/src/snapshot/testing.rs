@@ -39,6 +39,7 @@ pub(crate) fn without_rights(pods: &[Value]) -> Snapshot {
         nodes: None,
         events: None,
         registered: None,
+        is_selected: None,
         now: time(NOW),
     }
 }

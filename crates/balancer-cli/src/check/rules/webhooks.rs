@@ -1,17 +1,16 @@
 //! Checks the webhook configurations: whether the apiserver sends the pods of jobs to the webhook, and waits long enough.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use balancer_core::{Pod, PolicyField};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
-use kube::core::{Selector, SelectorExt};
 
 use super::listed;
 use crate::check::problem::{Finding, Problem};
 use crate::check::snapshot::{DryRun, Hook, HookKind, Read, Snapshot, Unchecked, WEBHOOK, container, settings_of};
 use crate::settings::not_literal;
+use crate::snapshot::selects;
 
 const UPGRADE: &str = "Run `helm upgrade` with your values again, or apply the manifests again.";
 /// How long the apiserver waits if the configuration states no time.
@@ -304,11 +303,6 @@ pub(super) fn service(snapshot: &Snapshot) -> Vec<Finding> {
 /// What a check finds in each of the configurations.
 fn each(snapshot: &Snapshot, check: impl FnMut(&Hook) -> Option<Finding>) -> Vec<Finding> {
     snapshot.hooks.iter().flatten().filter_map(check).collect()
-}
-
-/// Whether a selector selects an object with these labels. Without a selector all are selected, and none by an invalid one.
-fn selects(selector: Option<&LabelSelector>, labels: &BTreeMap<String, String>) -> bool {
-    selector.is_none_or(|selector| Selector::try_from(selector.clone()).is_ok_and(|selector| selector.matches(labels)))
 }
 
 /// The name of the Service that a webhook calls, and the path.
