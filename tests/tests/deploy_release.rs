@@ -16,6 +16,8 @@ use serde_json::{Value, json};
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const DOWNLOAD: &str = concat!("https://example.com/download/v", env!("CARGO_PKG_VERSION"));
 const PLUGIN: &str = "kubectl-spot_balancer";
+/// What completes its commands.
+const COMPLETION: &str = "kubectl_complete-spot_balancer";
 
 /// This machine's, as release files name it.
 fn platform() -> &'static str {
@@ -333,10 +335,10 @@ fn the_archives_of_the_plugin_are_what_krew_accepts_and_run_as_a_plugin() -> Res
         let entries = listed(&folder.join(archive(platform)))?;
         let mut names = vec!["LICENSE", "LICENSE-APACHE", "LICENSE-MIT"];
         names.extend(libc);
-        names.extend(["RUST.html", "THIRD-PARTY", PLUGIN]);
+        names.extend(["RUST.html", "THIRD-PARTY", PLUGIN, COMPLETION]);
         assert_eq!(entries.iter().map(|entry| &*entry.path).collect::<Vec<_>>(), names, "{platform}");
         for entry in &entries {
-            let mode = if entry.path == PLUGIN { "-rwxr-xr-x" } else { "-rw-r--r--" };
+            let mode = if [PLUGIN, COMPLETION].contains(&&*entry.path) { "-rwxr-xr-x" } else { "-rw-r--r--" };
             assert_eq!((&*entry.mode, &*entry.owner), (mode, "0/0"), "{platform}: {}", entry.path);
         }
     }
@@ -360,8 +362,10 @@ fn the_archives_of_the_plugin_are_what_krew_accepts_and_run_as_a_plugin() -> Res
     let completions = output(Command::new(here.join(PLUGIN)).args(["completions", "bash"]))?;
     ensure!(completions.contains("complete -F"), "{completions}");
     let path = format!("{}:{}", here.display(), std::env::var("PATH")?);
-    let by_kubectl = output(Command::new(program("kubectl")?).args(["spot-balancer", "--version"]).env("PATH", path))?;
-    assert_eq!(by_kubectl, version);
+    let kubectl = |arguments: &[&str]| output(Command::new(program("kubectl")?).args(arguments).env("PATH", &path));
+    assert_eq!(kubectl(&["spot-balancer", "--version"])?, version);
+    let completed = kubectl(&["__complete", "spot-balancer", "ex"])?;
+    ensure!(completed.starts_with("explain\t") && completed.contains("\n:4"), "{completed}");
 
     // A program of another platform is not packed.
     let wrong = scratch_path("wrong")?;

@@ -75,6 +75,17 @@ pub(crate) struct ClusterArguments {
     kubeconfig: Option<PathBuf>,
 }
 
+impl ClusterArguments {
+    /// What the flags after the command state, or else those before it.
+    pub(crate) fn or(self, before: Self) -> Self {
+        Self {
+            namespace: self.namespace.or(before.namespace),
+            context: self.context.or(before.context),
+            kubeconfig: self.kubeconfig.or(before.kubeconfig),
+        }
+    }
+}
+
 /// How the jobs of a cluster are read, and printed.
 #[derive(Args, Debug)]
 pub(crate) struct ViewArguments {
@@ -292,6 +303,9 @@ fn without_credentials(error: &AuthError, command: Option<&str>) -> String {
                 "the command{command} by which the kubeconfig gets credentials has failed, so log in again ({}): {written}",
                 out.status
             )
+        }
+        AuthError::ReadTokenFile(error, path) => {
+            format!("cannot read the file of the kubeconfig's token, {}: {error}", path.display())
         }
         error => format!("the kubeconfig has no credentials that can be used: {}", chain(error)),
     }

@@ -7,6 +7,7 @@
 mod advise;
 mod check;
 mod cluster;
+mod completion;
 mod explain;
 mod output;
 mod proxy;
@@ -21,10 +22,15 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 use clap_complete::{Shell, generate};
 
+use cluster::ClusterArguments;
+
 /// What every job has and why, and which ratio to choose.
 #[derive(Debug, Parser)]
 #[command(name = "kubectl spot-balancer", bin_name = "kubectl spot-balancer", version)]
 pub struct Arguments {
+    #[command(flatten)]
+    cluster: ClusterArguments,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -46,12 +52,27 @@ enum Command {
         /// The shell
         shell: Shell,
     },
+    /// Print what may follow these words, as kubectl asks for it
+    #[command(name = "__complete", hide = true)]
+    Complete {
+        /// The words after the plugin's name; the last one is to be completed
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<String>,
+    },
 }
+
+/// The options do not fit together, which shows only once they are read.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct UsageError(pub(crate) String);
+
+/// The exit code after wrong usage, as clap has it.
+const WRONG_USAGE: u8 = 2;
 
 /// Runs one command, and reports an error on standard error.
 pub fn run(arguments: Arguments) -> ExitCode {
     let mut out = io::stdout().lock();
-    match execute(arguments.command, &mut out).and_then(|()| Ok(out.flush()?)) {
+    match execute(arguments, &mut out).and_then(|()| Ok(out.flush()?)) {
         // A reader such as `head` may stop before the end of the output.
         Err(error) if error.downcast_ref().is_some_and(|error: &io::Error| error.kind() == ErrorKind::BrokenPipe) => {
             ExitCode::SUCCESS
@@ -60,16 +81,16 @@ pub fn run(arguments: Arguments) -> ExitCode {
         Err(error) if error.is::<check::Unhealthy>() => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<UsageError>() { ExitCode::from(WRONG_USAGE) } else { ExitCode::FAILURE }
         }
     }
 }
 
-fn execute(command: Command, out: &mut impl Write) -> anyhow::Result<()> {
+fn execute(Arguments { cluster, command }: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     match command {
-        Command::Status(arguments) => block_on(status::run(arguments, out)),
-        Command::Explain(arguments) => block_on(explain::run(arguments, out)),
-        Command::Check(arguments) => block_on(check::run(arguments, out)),
+        Command::Status(arguments) => block_on(status::run(arguments.after(cluster)?, out)),
+        Command::Explain(arguments) => block_on(explain::run(arguments.after(cluster), out)),
+        Command::Check(arguments) => block_on(check::run(arguments.after(cluster), out)),
         Command::Simulate(arguments) => simulate::run(&arguments, out),
         Command::Advise(arguments) => advise::run(&arguments, out),
         Command::Completions { shell } => {
@@ -77,6 +98,7 @@ fn execute(command: Command, out: &mut impl Write) -> anyhow::Result<()> {
             generate(shell, &mut Arguments::command(), "kubectl-spot_balancer", out);
             Ok(())
         }
+        Command::Complete { words } => Ok(completion::write(out, Arguments::command(), &words)?),
     }
 }
 

@@ -43,8 +43,16 @@ pub(crate) fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Re
 }
 
 /// The address of a page of the documentation, or of a section, by its path from the root of the repository.
-pub(crate) fn address_of(page: &str) -> String {
-    format!("{}/blob/main/{page}", env!("CARGO_PKG_REPOSITORY"))
+macro_rules! address {
+    ($page:literal) => {
+        concat!(env!("CARGO_PKG_REPOSITORY"), "/blob/main/", $page)
+    };
+}
+pub(crate) use address;
+
+/// A number without the digits that only computing adds.
+pub(crate) fn rounded(number: f64) -> f64 {
+    (number * 1e9).round() / 1e9
 }
 
 /// Without what a terminal would obey.

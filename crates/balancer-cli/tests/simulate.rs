@@ -115,11 +115,11 @@ fn wrong_usage_exits_with_2_and_what_does_not_work_with_1() {
     let error = String::from_utf8_lossy(&wrong.stderr).into_owned();
     assert_eq!(wrong.status.code(), Some(2));
     assert!(error.contains("--ratios") && error.contains("\"2\"") && error.contains("accepted: a decimal"), "{error}");
-    let failed = simulate("--pools 3 --rates 0.1,0.2");
-    assert_eq!(failed.status.code(), Some(1));
+    let late = simulate("--pools 3 --rates 0.1,0.2");
+    assert_eq!(late.status.code(), Some(2));
     assert!(
-        String::from_utf8_lossy(&failed.stderr).starts_with("error: --rates has 2 values for 3 pools"),
-        "{failed:?}"
+        String::from_utf8_lossy(&late.stderr).starts_with("error: --rates has 2 values for 3 pools"),
+        "{late:?}"
     );
     let failed = simulate("--html /nowhere/report.html");
     assert_eq!(failed.status.code(), Some(1));

@@ -15,7 +15,7 @@ use bytesize::ByteSize;
 use clap::{ArgGroup, Args};
 use serde::Serialize;
 
-use crate::output::{Format, write_json, write_table};
+use crate::output::{Format, address, write_json, write_table};
 use event_log::Run;
 use render::Target;
 use size::{Advice, Job, Preset, Setting};
@@ -106,7 +106,8 @@ fn write_tables(out: &mut impl Write, job: &Job, advice: &Advice, wide: bool) ->
     }
     writeln!(
         out,
-        "To set it: --format spark-submit, spark-application, emr or helm. The reasons: docs/cli.md#how-advise-decides"
+        "To set it: --format spark-submit, spark-application, emr or helm. The reasons: {}",
+        address!("docs/cli.md#how-advise-decides")
     )?;
     Ok(())
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::ValueEnum;
 
 use super::size::{
-    Advice, Basis, CORES, DRIVER_ANNOTATION, GRACE_PERIOD, INSTANCES, MEMORY, MEMORY_OVERHEAD, POD_TEMPLATE,
+    Advice, Basis, CORES, DRIVER_ANNOTATION, FALLBACK, GRACE_PERIOD, INSTANCES, MEMORY, MEMORY_OVERHEAD, POD_TEMPLATE,
     POD_TEMPLATE_CONTENT, Preset, REQUESTED_CORES, Setting, word,
 };
 
@@ -140,7 +140,7 @@ fn helm(out: &mut impl Write, advice: &Advice) -> io::Result<()> {
             "max-pool-share" => write("maxPoolShare", &text(&setting.value), &reason(setting))?,
             // It would have no effect otherwise, and the chart would give the reconciler a right for it.
             "spot-fallback-seconds" if preference == "STRICT" => {
-                write("spotFallbackSeconds", &setting.value, &reason(setting))?;
+                write("spotFallbackSeconds", &setting.value, &format!("{FALLBACK} ({})", setting.basis.word()))?;
             }
             "on-demand-base" => base = Some(setting.value.clone()),
             _ => {}

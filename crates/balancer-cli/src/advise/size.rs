@@ -9,6 +9,8 @@ use bytesize::ByteSize;
 use clap::ValueEnum;
 use serde::Serialize;
 
+use crate::output::address;
+
 use super::event_log::Run;
 
 const MIB: u64 = 1 << 20;
@@ -166,12 +168,16 @@ pub(crate) struct Advice {
 const SPARK: &str = "https://spark.apache.org/docs/latest/configuration.html";
 const SPARK_SQL: &str = "https://spark.apache.org/docs/latest/sql-performance-tuning.html";
 const SPARK_MEMORY: &str = "https://spark.apache.org/docs/latest/tuning.html#memory-management-overview";
-const OURS: &str = "docs/spark.md";
-const OURS_RATIO: &str = "docs/spark.md#which-ratio";
-const OURS_VOLUMES: &str = "docs/spark.md#keep-shuffle-files-past-the-pod";
-const OURS_DYNAMIC: &str = "docs/spark.md#dynamic-allocation";
-const OURS_SHORTAGE: &str = "docs/when-spot-runs-out.md";
-const OURS_RULES: &str = "docs/cli.md#how-advise-decides";
+const OURS: &str = address!("docs/spark.md");
+const OURS_RATIO: &str = address!("docs/spark.md#which-ratio");
+const OURS_VOLUMES: &str = address!("docs/spark.md#keep-shuffle-files-past-the-pod");
+const OURS_DYNAMIC: &str = address!("docs/spark.md#dynamic-allocation");
+const OURS_SHORTAGE: &str = address!("docs/when-spot-runs-out.md");
+const OURS_RULES: &str = address!("docs/cli.md#how-advise-decides");
+
+/// What the seconds of the fallback are for.
+pub(super) const FALLBACK: &str =
+    "with STRICT, an executor that finds no spot for so long goes to on-demand; 900 with the cluster autoscaler";
 
 /// Where Spark on Kubernetes takes a driver's annotations from.
 pub(super) const DRIVER_ANNOTATION: &str = "spark.kubernetes.driver.annotation.";
@@ -256,22 +262,24 @@ pub(crate) fn advise(job: &Job, preset: Preset) -> Advice {
     if keeps_volumes {
         volume_settings(&size, &mut settings);
         notes.push(Note::about_shuffle_files(
-            "a volume of EBS belongs to one zone: keep the executors in one zone, and read what volumes need \
-             (docs/spark.md#keep-shuffle-files-past-the-pod)",
+            &format!("a volume of EBS belongs to one zone: keep the executors in one zone, and read what volumes need ({OURS_VOLUMES})"),
         ));
     } else if needs_volumes {
         notes.push(Note::about_shuffle_files(
-            "if the job shuffles all of its input, a lost executor takes more shuffle files with it than it can migrate: take \
-             the event log of a run to know, and keep them on volumes if so (docs/spark.md#keep-shuffle-files-past-the-pod)",
+            &format!(
+                "if the job shuffles all of its input, a lost executor takes more shuffle files with it than it can migrate: \
+                 take the event log of a run to know, and keep them on volumes if so ({OURS_VOLUMES})"
+            ),
         ));
     } else if is_large && size.is_dynamic {
-        notes.push(Note::about_shuffle_files(
-            "a lost executor takes more shuffle files with it than it can migrate, and dynamic allocation does not go well \
-             with volumes: use fallback storage (docs/spark.md#if-the-other-executors-have-no-room-fallback-storage)",
-        ));
+        notes.push(Note::about_shuffle_files(&format!(
+            "a lost executor takes more shuffle files with it than it can migrate, and dynamic allocation does not go \
+                 well with volumes: use fallback storage ({})",
+            address!("docs/spark.md#if-the-other-executors-have-no-room-fallback-storage")
+        )));
     }
-    let driver = "keep the driver on on-demand: the job ends when it loses its driver (docs/spark.md#drivers)";
-    notes.push(driver.to_owned().into());
+    let drivers = address!("docs/spark.md#drivers");
+    notes.push(format!("keep the driver on on-demand: the job ends when it loses its driver ({drivers})").into());
     Advice {
         preset,
         executors: size.executors.0,
@@ -575,9 +583,7 @@ fn policy(job: &Job, preset: Preset, size: &Size, keeps_volumes: bool, settings:
         Preset::Reliable => Some(60),
     };
     if let Some(seconds) = seconds {
-        let why = "with STRICT and reconciler.allowSpotFallback, an executor that finds no spot for so long goes to \
-                   on-demand; 900 with the cluster autoscaler"
-            .into();
+        let why = format!("{FALLBACK}; without settings.spotFallbackSeconds it needs reconciler.allowSpotFallback");
         let field = PolicyField::SpotFallbackSeconds;
         settings.push(annotation(field, seconds.to_string(), Basis::Preset, why, OURS_SHORTAGE));
     }

@@ -35,6 +35,13 @@ pub(crate) struct Arguments {
     output: Format,
 }
 
+impl Arguments {
+    /// The same with the flags that stand before the command.
+    pub(crate) fn after(self, before: ClusterArguments) -> Self {
+        Self { cluster: self.cluster.or(before), ..self }
+    }
+}
+
 /// Something is wrong with the installation. It has been printed.
 #[derive(Debug, thiserror::Error)]
 #[error("the installation has problems")]
@@ -136,7 +143,7 @@ impl Report {
 
 fn row(Finding { problem, object, text, fix }: &Finding) -> Vec<String> {
     let (severity, id) = (problem.severity().to_string(), problem.id().to_owned());
-    vec![severity, id, object.clone(), text.clone(), fix.clone(), problem.documentation()]
+    vec![severity, id, object.clone(), text.clone(), fix.clone(), problem.documentation().to_owned()]
 }
 
 #[derive(Serialize)]
@@ -155,7 +162,7 @@ struct JsonFinding<'r> {
     object: &'r str,
     problem: &'r str,
     fix: &'r str,
-    documentation: String,
+    documentation: &'static str,
 }
 
 #[cfg(test)]

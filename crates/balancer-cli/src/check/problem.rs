@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-use crate::output::address_of;
+use crate::output::address;
 
 /// How urgent a problem is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -49,8 +49,14 @@ macro_rules! problems {
             }
 
             /// The section of the documentation, from the root of the repository.
+            #[cfg(test)]
             pub(crate) const fn page(self) -> &'static str {
                 match self { $(Self::$name => $page,)* }
+            }
+
+            /// The address of that section.
+            pub(crate) const fn documentation(self) -> &'static str {
+                match self { $(Self::$name => address!($page),)* }
             }
         }
     };
@@ -129,13 +135,6 @@ problems! {
     NodeRole = "node-role", Warning, "docs/troubleshooting.md#executors-stay-pending";
     /// A driver states an invalid value.
     InvalidAnnotation = "invalid-annotation", Warning, "docs/how-it-decides.md#ask-for-a-ratio";
-}
-
-impl Problem {
-    /// The address of the section of the documentation.
-    pub(crate) fn documentation(self) -> String {
-        address_of(self.page())
-    }
 }
 
 /// One problem of one object, and what to do about it.

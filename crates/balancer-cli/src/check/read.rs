@@ -24,7 +24,7 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::cluster::{Cluster, FirstOf, RequestError, list, list_first, within};
-use crate::output::address_of;
+use crate::output::address;
 use crate::snapshot::read::core_pod;
 
 use super::metrics::Metrics;
@@ -66,7 +66,7 @@ const MAX_DRY_RUNS: usize = 3;
 /// How notes name what a dry run shows.
 const REACHED: &str = "whether the apiserver reaches the webhook";
 /// How to try it by hand.
-const VERIFY: &str = "docs/install.md#verify";
+const VERIFY: &str = address!("docs/install.md#verify");
 /// What an apiserver says of a webhook that must answer and does not.
 const NOT_CALLED: &str = "failed calling webhook";
 /// From the first sample of metrics to the second. A reconciler calls the store once a second.
@@ -125,7 +125,7 @@ pub(crate) async fn snapshots(cluster: &Cluster, namespace: Option<&str>) -> any
     let releases = releases(hooks.as_deref().unwrap_or_default(), found.unwrap_or_default(), namespace);
     if releases.is_empty() && hooks.is_some() && deployments.is_some() {
         let place = namespace.map_or("this cluster".to_owned(), |namespace| format!("the namespace {namespace:?}"));
-        bail!("there is no Spot Balancer in {place}; to install it: {}", address_of("docs/install.md"));
+        bail!("there is no Spot Balancer in {place}; to install it: {}", address!("docs/install.md"));
     }
     let mut snapshots = Vec::new();
     for release in &releases {
@@ -488,7 +488,7 @@ impl<'c> Reader<'c> {
                 }
             }
         }
-        self.note(REACHED, format!("{why}; to try it by hand: {}", address_of(VERIFY)));
+        self.note(REACHED, format!("{why}; to try it by hand: {VERIFY}"));
         DryRun::Unknown
     }
 

@@ -36,6 +36,13 @@ pub(crate) struct Arguments {
     view: ViewArguments,
 }
 
+impl Arguments {
+    /// The same with the flags that stand before the command.
+    pub(crate) fn after(self, before: ClusterArguments) -> Self {
+        Self { cluster: self.cluster.or(before), ..self }
+    }
+}
+
 /// Explains the pod.
 pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::Result<()> {
     let cluster = Cluster::connect(&arguments.cluster).await?;

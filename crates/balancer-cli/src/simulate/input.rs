@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::model::{AT_ONCE_SECONDS, Cloud, Job, Scenario, SpotPool};
 use super::run::FEWEST_RUNS;
-use crate::output::Format;
+use crate::output::{Format, address};
 
 const MAX_EXECUTORS: u32 = 100_000;
 /// A month, because rates are those of a month.
@@ -22,7 +22,10 @@ const MAX_RUNS: u32 = 1_000_000;
 /// Cost, run time and risk of a job, by its spot ratio and its on-demand base
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Values that you do not state are assumptions; the output lists them. Their sources: docs/simulation.md"
+    after_help = concat!(
+        "Values that you do not state are assumptions; the output lists them. Their sources: ",
+        address!("docs/simulation.md")
+    )
 )]
 pub(crate) struct Arguments {
     /// The executors of the job

@@ -15,6 +15,7 @@ use balancer_runtime::text::number_of;
 use indicatif::ProgressBar;
 use serde::Serialize;
 
+use crate::UsageError;
 use crate::output::{Format, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
@@ -44,9 +45,10 @@ struct Simulation {
 /// # Errors
 /// If options do not fit together, the simulation would take too long, or the output cannot be written.
 pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result<()> {
-    let Plan { scenario, policies, on_demand_price, inputs } = arguments.plan()?;
+    let Plan { scenario, policies, on_demand_price, inputs } =
+        arguments.plan().map_err(|error| UsageError(error.to_string()))?;
     let sampling = Sampling { runs: arguments.runs, seed: arguments.seed };
-    let runs = affordable_runs(&scenario, &policies, sampling)?;
+    let runs = affordable_runs(&scenario, &policies, sampling).map_err(|error| UsageError(error.to_string()))?;
     let sampling = Sampling { runs, ..sampling };
     if let Some(path) = &arguments.html {
         // Not only after minutes. What an earlier run has written stays until then, and nothing empty is left.

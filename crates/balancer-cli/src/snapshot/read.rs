@@ -162,7 +162,7 @@ async fn registration(
     (registered, is_selected)
 }
 
-/// The settings of the first webhook that the caller may read, else the defaults.
+/// The settings of a webhook that the caller may read, of one that runs if there is one; else the defaults.
 ///
 /// # Errors
 /// If the API has a fault.
@@ -186,7 +186,11 @@ fn settings_of(answer: Result<Vec<Deployment>, RequestError>) -> Result<Option<S
         }
         answer => if_allowed(answer)?.unwrap_or_default(),
     };
-    let Some(deployment) = found.first() else { return Ok(None) };
+    let is_ready = |deployment: &&Deployment| {
+        deployment.status.as_ref().is_some_and(|status| status.ready_replicas.unwrap_or(0) > 0)
+    };
+    // One that is left behind and does not run places no executor.
+    let Some(deployment) = found.iter().find(is_ready).or(found.first()) else { return Ok(None) };
     let origin =
         Origin::Deployment { namespace: deployment.namespace().unwrap_or_default(), name: deployment.name_any() };
     let template = deployment.spec.as_ref().and_then(|spec| spec.template.spec.as_ref());
@@ -291,6 +295,12 @@ mod tests {
         assert_eq!(
             doubt(vec![deployment("one", &literal), deployment("two", &literal)]).as_deref(),
             Some("there are 2 installations, and the settings are those of spot-balancer/one")
+        );
+        let mut runs = deployment("two", &literal);
+        runs.status = serde_json::from_value(json!({"readyReplicas": 1})).expect("a status");
+        assert_eq!(
+            doubt(vec![deployment("one", &literal), runs]).as_deref(),
+            Some("there are 2 installations, and the settings are those of spot-balancer/two"),
         );
         let of_map = json!({"configMapKeyRef": {"name": "settings", "key": "ratio"}});
         let elsewhere = json!([{"name": "DEFAULT_SPOT_RATIO", "valueFrom": of_map}]);

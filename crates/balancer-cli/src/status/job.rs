@@ -8,6 +8,7 @@ use balancer_reconcile::jobs::share;
 use k8s_openapi::jiff::Timestamp;
 use serde::Serialize;
 
+use crate::output::rounded;
 use crate::settings::{Origin, Settings};
 use crate::snapshot::{self, Missing, RatioSource, Snapshot, SpotState};
 
@@ -154,7 +155,10 @@ impl Profile {
     /// The same in words.
     pub(crate) fn words(&self) -> String {
         let origin = match &self.origin {
-            Origin::Defaults { .. } => "default settings, because the webhook's Deployment was not read".to_owned(),
+            Origin::Defaults { error: Some(error) } => format!("default settings, because {error}"),
+            Origin::Defaults { error: None } => {
+                "default settings, because the webhook's Deployment was not read".to_owned()
+            }
             origin => format!("settings of the Deployment {origin}"),
         };
         format!("Capacity profile {}; {origin}.", self.capacity_profile)
@@ -200,18 +204,18 @@ impl JobStatus {
             pending_spot: pending.spot,
             pending_on_demand: pending.on_demand,
             fixed,
-            wanted_spot: wanted.map(|(ratio, base)| wanted_spot(all.total(), base, ratio)),
+            wanted_spot: wanted.map(|(ratio, base)| rounded(wanted_spot(all.total(), base, ratio))),
             distance: wanted.map(|(ratio, base)| distance(all.spot, all.on_demand, base, ratio)),
             largest_node: largest_node.map(|(name, executors)| LargestNode {
                 name,
                 executors,
-                share: share(executors, with_node),
+                share: rounded(share(executors, with_node)),
             }),
             largest_pool: largest_pool.map(|(pool, executors)| LargestPool {
                 instance_type: pool.instance_type.to_string(),
                 zone: pool.zone.to_string(),
                 executors: u64::from(*executors),
-                share: share((*executors).into(), with_node),
+                share: rounded(share((*executors).into(), with_node)),
             }),
             spot_state: match state {
                 SpotState::Open => SpotWord::Open,

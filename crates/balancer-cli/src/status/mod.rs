@@ -12,6 +12,7 @@ use anyhow::bail;
 use clap::Args;
 use tokio::time::{Instant, sleep};
 
+use crate::UsageError;
 use crate::cluster::{Cluster, ClusterArguments, Freshness, ViewArguments, is_temporary};
 use crate::output::Format;
 use crate::settings::{Origin, Settings};
@@ -45,6 +46,20 @@ pub(crate) struct Arguments {
     /// Print again whenever something has changed, until interrupted
     #[arg(short, long)]
     watch: bool,
+}
+
+impl Arguments {
+    /// The same with the flags that stand before the command.
+    ///
+    /// # Errors
+    /// If these name a namespace, and all are to be shown.
+    pub(crate) fn after(self, before: ClusterArguments) -> Result<Self, UsageError> {
+        let cluster = self.cluster.or(before);
+        if self.all_namespaces && cluster.namespace.is_some() {
+            return Err(UsageError("--all-namespaces cannot be used with --namespace".to_owned()));
+        }
+        Ok(Self { cluster, ..self })
+    }
 }
 
 /// Prints the jobs.
