@@ -110,6 +110,31 @@ fn the_report_is_well_formed_and_loads_nothing() {
 }
 
 #[test]
+fn options_without_an_effect_are_named() {
+    for (options, without) in [
+        ("--bases 41", "--bases 41 is more than the job's 40 executors"),
+        ("--spot-fallback-seconds 60", "--spot-fallback-seconds has no effect with --spot-preference best-effort"),
+        (
+            "--ready-nodes 5,5 --ratios 0.5 --max-pool-share 0.9",
+            "--max-pool-share does not change where executors start",
+        ),
+    ] {
+        assert!(text(options).contains(without), "{options}");
+    }
+    for options in [
+        "--bases 40",
+        "--spot-fallback-seconds 60 --spot-preference strict",
+        "--ready-nodes 8,2,1,1 --ratios 1 --max-pool-share 0.3",
+    ] {
+        let text = text(options);
+        assert!(
+            !text.contains("has no effect") && !text.contains("does not change") && !text.contains("is more than"),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn wrong_usage_exits_with_2_and_what_does_not_work_with_1() {
     let wrong = simulate("--ratios 2");
     let error = String::from_utf8_lossy(&wrong.stderr).into_owned();
@@ -117,10 +142,7 @@ fn wrong_usage_exits_with_2_and_what_does_not_work_with_1() {
     assert!(error.contains("--ratios") && error.contains("\"2\"") && error.contains("accepted: a decimal"), "{error}");
     let late = simulate("--pools 3 --rates 0.1,0.2");
     assert_eq!(late.status.code(), Some(2));
-    assert!(
-        String::from_utf8_lossy(&late.stderr).starts_with("error: --rates has 2 values for 3 pools"),
-        "{late:?}"
-    );
+    assert!(String::from_utf8_lossy(&late.stderr).starts_with("error: --rates has 2 values for 3 pools"), "{late:?}");
     let failed = simulate("--html /nowhere/report.html");
     assert_eq!(failed.status.code(), Some(1));
     let error = String::from_utf8_lossy(&failed.stderr).into_owned();

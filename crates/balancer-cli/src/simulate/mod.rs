@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
+use balancer_core::{Policy, Ratio, SpotPreference};
 use balancer_runtime::text::number_of;
 use indicatif::ProgressBar;
 use serde::Serialize;
@@ -19,6 +20,7 @@ use crate::UsageError;
 use crate::output::{Format, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
+use model::{Model, Scenario};
 use run::{Estimate, Forecast, Sampling, affordable_runs, forecasts};
 
 /// From one change of the progress bar to the next.
@@ -38,6 +40,9 @@ struct Simulation {
     #[serde(skip_serializing_if = "Option::is_none")]
     on_demand_cost: Option<f64>,
     forecasts: Vec<Forecast>,
+    /// What was stated for nothing.
+    #[serde(skip)]
+    without_effect: Vec<String>,
 }
 
 /// Simulates the job, and writes what to expect of it.
@@ -63,12 +68,14 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     // It shows itself only in a terminal.
     let progress = ProgressBar::new(jobs);
     progress.enable_steady_tick(TICK);
+    let without_effect = without_effect(&scenario, &policies);
     let forecasts = forecasts(&scenario, &policies, sampling, || progress.inc(1));
     progress.finish_and_clear();
     let hours = f64::from(scenario.job.executors) * scenario.job.hours;
     let on_demand_cost = on_demand_price.map(|price| price * hours);
     let wanted_runs = arguments.runs;
-    let simulation = Simulation { inputs, runs, wanted_runs, seed: sampling.seed, on_demand_cost, forecasts };
+    let seed = sampling.seed;
+    let simulation = Simulation { inputs, runs, wanted_runs, seed, on_demand_cost, forecasts, without_effect };
     match arguments.output {
         Format::Json => write_json(out, &simulation)?,
         Format::Table | Format::Wide => write_text(out, &simulation, arguments.output == Format::Wide)?,
@@ -165,6 +172,38 @@ fn notes(simulation: &Simulation) -> Vec<String> {
             "Up to {} of the jobs were given up, so their cost and time are higher than shown.",
             percent(unfinished)
         ));
+    }
+    notes.extend(simulation.without_effect.iter().cloned());
+    notes
+}
+
+/// The options that change nothing, and why.
+fn without_effect(scenario: &Scenario, policies: &[Policy]) -> Vec<String> {
+    let mut notes = Vec::new();
+    let Scenario { job, preference, .. } = scenario;
+    let too_large = policies.iter().map(|policy| policy.on_demand_base).find(|base| *base > job.executors);
+    notes.extend(too_large.map(|base| {
+        format!(
+            "--bases {base} is more than the job's {}, so all are on on-demand.",
+            number_of(job.executors, "executor")
+        )
+    }));
+    let waits = policies.iter().any(|policy| policy.spot_fallback_seconds > 0);
+    if waits && *preference == SpotPreference::BestEffort {
+        notes.push(
+            "--spot-fallback-seconds has no effect with --spot-preference best-effort, because no executor waits for spot."
+                .to_owned(),
+        );
+    }
+    let is_capped = policies.iter().any(|policy| policy.max_pool_share < Ratio::ONE);
+    let is_same = |policy: &Policy| {
+        let free = Policy { max_pool_share: Ratio::ONE, ..*policy };
+        Model::new(scenario, *policy).largest_pool() == Model::new(scenario, free).largest_pool()
+    };
+    if is_capped && policies.iter().all(is_same) {
+        notes.push(
+            "--max-pool-share does not change where executors start, for any of the ratios and bases.".to_owned(),
+        );
     }
     notes
 }
