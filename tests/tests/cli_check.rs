@@ -376,6 +376,21 @@ async fn check_finds_each_planted_fault_and_nothing_in_a_healthy_installation() 
     }
     installation.until_found("all faults are undone", &[]).await?;
 
+    // The apiserver's error quotes the path with the token.
+    let endpoints = format!("/api/v1/namespaces/{RELEASE}/endpoints/{WEBHOOK}");
+    let mut edits = in_both("/webhooks/0/failurePolicy", &json!("Fail"));
+    edits.push(replace(&endpoints, "/subsets/0/ports/0/port", json!(1)));
+    let mut before = Vec::new();
+    for edit in &edits {
+        before.push(edit.make(&client).await?);
+    }
+    let report = installation.until_found("pods are refused", &["webhook-failure-policy", "webhook-unreached"]).await?;
+    ensure!(report["findings"].to_string().contains("/mutate/…"), "{report:#}");
+    for (edit, before) in edits.iter().zip(&before).rev() {
+        edit.undo(&client, before).await?;
+    }
+    installation.until_found("pods are no longer refused", &[]).await?;
+
     installation.redis.stop();
     let report = installation.until_found("Redis is down", &["store"]).await?;
     ensure!(report["findings"][0]["problem"].as_str().is_some_and(|text| text.contains("no connection")), "{report:#}");

@@ -34,6 +34,14 @@ const PAGE: u32 = 500;
 /// The objects of a list that are kept: as many as a cluster may have pods by the limits of Kubernetes.
 const MAX_OBJECTS: usize = 150_000;
 
+/// A connection that receives nothing for so long is closed: longer than any request may take.
+const READ_LIMIT: Duration = Duration::from_secs(60);
+
+/// A request that the API refuses because it is overloaded is sent again so often, after pauses that grow from the first to
+/// the last. They end within the time of a request, so that the reason of the refusal is told.
+const RETRIES: u32 = 3;
+const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
+
 /// The most characters that are quoted of what a command for credentials has written.
 const MAX_QUOTED: usize = 400;
 
@@ -76,6 +84,11 @@ pub(crate) struct ClusterArguments {
 }
 
 impl ClusterArguments {
+    /// Whether any of the flags is stated.
+    pub(crate) fn is_stated(&self) -> bool {
+        self.namespace.is_some() || self.context.is_some() || self.kubeconfig.is_some()
+    }
+
     /// What the flags after the command state, or else those before it.
     pub(crate) fn or(self, before: Self) -> Self {
         Self {
@@ -202,7 +215,7 @@ impl Cluster {
             );
         }
         config.connect_timeout = Some(CONNECT_LIMIT);
-        config.read_timeout = Some(2 * REQUEST_LIMIT);
+        config.read_timeout = Some(READ_LIMIT);
         let namespace = namespace.clone().unwrap_or_else(|| config.default_namespace.clone());
         let command = config.auth_info.exec.as_ref().and_then(|exec| exec.command.clone());
         Self::of(config, namespace).map_err(|error| match auth_error(&error) {
@@ -222,7 +235,10 @@ impl Cluster {
             let sender = sender.clone();
             async move { sender.send(request).await.map_err(BoxError::from) }
         });
-        let client = Client::new(Retry::new(RetryPolicy::server_retry(), send), namespace.clone());
+        let [first, last] = RETRY_PAUSES;
+        let retries = RetryPolicy::new(first, last, RETRIES, true)
+            .map_err(|error| kube::Error::Service(BoxError::from(error.to_string())))?;
+        let client = Client::new(Retry::new(retries, send), namespace.clone());
         Ok(Self { client, once, namespace, server })
     }
 
@@ -265,23 +281,27 @@ fn is_supported(provider: &AuthProviderConfig) -> bool {
 /// Waits for the answer to one request.
 pub(crate) async fn within<T>(request: impl Future<Output = kube::Result<T>>) -> Result<T, RequestError> {
     let Ok(answer) = timeout(REQUEST_LIMIT, request).await else { return Err(RequestError::TimedOut) };
-    answer.map_err(|error| {
+    answer.map_err(RequestError::from)
+}
+
+impl From<kube::Error> for RequestError {
+    fn from(error: kube::Error) -> Self {
         let text = chain(&error);
         if let Some(error) = auth_error(&error) {
-            return RequestError::NoCredentials(without_credentials(error, None));
+            return Self::NoCredentials(without_credentials(error, None));
         }
         match error {
             kube::Error::Api(status) => match status.code {
-                401 => RequestError::Unauthenticated(text),
-                403 => RequestError::Forbidden(text),
-                404 => RequestError::NotFound(text),
-                429 | 500.. => RequestError::Unavailable(text),
-                _ => RequestError::Refused(text),
+                401 => Self::Unauthenticated(text),
+                403 => Self::Forbidden(text),
+                404 => Self::NotFound(text),
+                429 | 500.. => Self::Unavailable(text),
+                _ => Self::Refused(text),
             },
-            error if is_of_certificate(&error) => RequestError::Untrusted(text),
-            _ => RequestError::Unavailable(text),
+            error if is_of_certificate(&error) => Self::Untrusted(text),
+            _ => Self::Unavailable(text),
         }
-    })
+    }
 }
 
 /// What keeps the client from credentials.
@@ -303,6 +323,10 @@ fn without_credentials(error: &AuthError, command: Option<&str>) -> String {
                 "the command{command} by which the kubeconfig gets credentials has failed, so log in again ({}): {written}",
                 out.status
             )
+        }
+        // The cause quotes what the command has written, which may be the token.
+        AuthError::AuthExecParse(_) => {
+            format!("the command{command} by which the kubeconfig gets credentials has written no ExecCredential")
         }
         AuthError::ReadTokenFile(error, path) => {
             format!("cannot read the file of the kubeconfig's token, {}: {error}", path.display())
@@ -534,6 +558,14 @@ mod tests {
         let expected = "the command \"sh\" by which the kubeconfig gets credentials has failed, so log in again \
                         (exit status: 3): who are you";
         assert_eq!(error, expected);
+        let warns = connect(
+            "exec-warns",
+            json!({"server": server}),
+            user("echo warning: old; echo '{\"token\": \"t1-secret\"'"),
+        )
+        .await;
+        let error = format!("{:#}", warns.err().expect("no credential"));
+        assert_eq!(error, "the command \"sh\" by which the kubeconfig gets credentials has written no ExecCredential");
         let exec = json!({"apiVersion": "client.authentication.k8s.io/v1", "command": "no-such-plugin", "interactiveMode": "Never"});
         let missing = connect("exec-missing", json!({"server": server}), json!({"exec": exec})).await;
         let error = format!("{:#}", missing.err().expect("no token"));

@@ -53,7 +53,7 @@ enum Command {
         shell: Shell,
     },
     /// Print what may follow these words, as kubectl asks for it
-    #[command(name = "__complete", hide = true)]
+    #[command(name = "__complete", hide = true, disable_help_flag = true)]
     Complete {
         /// The words after the plugin's name; the last one is to be completed
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -91,6 +91,12 @@ fn execute(Arguments { cluster, command }: Arguments, out: &mut impl Write) -> a
         Command::Status(arguments) => block_on(status::run(arguments.after(cluster)?, out)),
         Command::Explain(arguments) => block_on(explain::run(arguments.after(cluster), out)),
         Command::Check(arguments) => block_on(check::run(arguments.after(cluster), out)),
+        Command::Complete { words } => Ok(completion::write(out, Arguments::command(), &words)?),
+        _ if cluster.is_stated() => {
+            let text =
+                "--namespace, --context and --kubeconfig are for status, explain and check, which read the cluster";
+            Err(UsageError(text.to_owned()).into())
+        }
         Command::Simulate(arguments) => simulate::run(&arguments, out),
         Command::Advise(arguments) => advise::run(&arguments, out),
         Command::Completions { shell } => {
@@ -98,7 +104,6 @@ fn execute(Arguments { cluster, command }: Arguments, out: &mut impl Write) -> a
             generate(shell, &mut Arguments::command(), "kubectl-spot_balancer", out);
             Ok(())
         }
-        Command::Complete { words } => Ok(completion::write(out, Arguments::command(), &words)?),
     }
 }
 

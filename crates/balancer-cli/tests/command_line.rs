@@ -15,6 +15,7 @@ fn wrong_usage_has_the_same_exit_code_whenever_it_shows() {
         ("status --no-such-flag", "--no-such-flag"),
         ("-n etl status -A", "--all-namespaces cannot be used with --namespace"),
         ("status -n etl -A", "cannot be used with"),
+        ("-n etl simulate --executors 4 --hours 1", "are for status, explain and check"),
         ("simulate --executors 4 --hours 1 --pools 3 --rates 0.1,0.2", "--rates"),
     ] {
         let output = run(arguments);
@@ -41,6 +42,8 @@ fn kubectl_is_told_what_may_follow() {
     let output = run("__complete -n etl status --watc");
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(text, "--watch\tPrint again whenever something has changed, until interrupted\n:4\n");
+    let output = run("__complete --help ");
+    assert!(output.stdout.ends_with(b"\n:4\n"), "{output:?}");
     let output = run("__complete status --output=w");
     assert!(output.stdout.starts_with(b"--output=wide\t"), "{output:?}");
 }

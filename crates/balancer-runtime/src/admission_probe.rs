@@ -1,9 +1,16 @@
 //! An executor that is created by a dry run, to find out whether the apiserver sends executors to the webhook.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use balancer_core::Conventions;
+use http::Request;
+use kube::Client;
 use serde_json::{Map, Value, json};
+use tokio::time::timeout;
+
+/// How long the Kubernetes API may take for it: longer than it works on one creation (34 s), so that its own error is
+/// reported.
+pub const LIMIT: Duration = Duration::from_secs(40);
 
 /// The label that every Spark job has.
 const SPARK_JOB_ID: &str = "spark-app-selector";
@@ -15,10 +22,35 @@ const SPARK_JOB_ID: &str = "spark-app-selector";
 #[derive(Debug)]
 pub struct AdmissionProbe<'c>(pub &'c Conventions);
 
+/// Why it is not known whether the webhook is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ProbeError {
+    /// The API did not answer.
+    #[error("the Kubernetes API did not answer within {LIMIT:?}")]
+    TimedOut,
+    /// The API refuses the executor, or cannot be asked.
+    #[error(transparent)]
+    Failed(#[from] kube::Error),
+}
+
 impl AdmissionProbe<'_> {
+    /// Creates the executor in the namespace by a dry run. Returns what shows that the webhook changed it; `None` if it came
+    /// back unchanged.
+    ///
+    /// # Errors
+    /// If the API does not create it within [`LIMIT`].
+    pub async fn run(&self, client: &Client, namespace: &str) -> Result<Option<String>, ProbeError> {
+        let request = Request::post(format!("/api/v1/namespaces/{namespace}/pods?dryRun=All"))
+            .header("content-type", "application/json")
+            .body(self.executor().to_string().into_bytes())
+            .map_err(kube::Error::HttpError)?;
+        let created = timeout(LIMIT, client.request::<Value>(request)).await.map_err(|_| ProbeError::TimedOut)??;
+        Ok(self.decision(&created))
+    }
+
     /// A pod that restricted pod security accepts, of a job that no other probe has, so that no ledger has its policy. The
     /// image is never pulled.
-    pub fn executor(&self) -> Value {
+    fn executor(&self) -> Value {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         self.executor_of(&format!("spot-balancer-test-{:x}", now.as_nanos()))
     }
@@ -66,7 +98,7 @@ impl AdmissionProbe<'_> {
     }
 
     /// What shows in the created executor that the webhook changed it.
-    pub fn decision(&self, created: &Value) -> Option<String> {
+    fn decision(&self, created: &Value) -> Option<String> {
         let Self(conventions) = self;
         match &conventions.decision_annotation {
             Some(annotation) => {

@@ -5,16 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use balancer_core::Conventions;
-use balancer_runtime::admission_probe::AdmissionProbe;
+use balancer_runtime::admission_probe::{AdmissionProbe, LIMIT, ProbeError};
 use balancer_runtime::cluster::{chain, client};
-use kube::api::PostParams;
-use serde_json::Value;
-use tokio::time::timeout;
 
-/// Longer than the apiserver works on one creation (34 s), so that its own error is reported.
-const LIMIT: Duration = Duration::from_secs(40);
 /// Longer than [`LIMIT`].
 const API_READ_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// An executor that is created by a dry run in one namespace.
 #[derive(Debug)]
 pub(crate) struct AdmissionTest {
@@ -36,32 +32,26 @@ impl AdmissionTest {
     async fn result(&self, client: kube::Client) -> anyhow::Result<String> {
         let namespace = &self.namespace;
         let probe = AdmissionProbe(&self.conventions);
-        let params = PostParams { dry_run: true, ..PostParams::default() };
-        let request = kube::core::Request::new(format!("/api/v1/namespaces/{namespace}/pods"))
-            .create(&params, serde_json::to_vec(&probe.executor())?)?;
-        let created: Value = match timeout(LIMIT, client.request(request)).await {
-            Ok(Ok(created)) => created,
-            Ok(Err(error)) => bail!(
-                "the dry run of an executor in the namespace {namespace} failed: {}. Check that the namespace exists, \
-                 that you may create pods in it, and that no other policy or quota refuses the pod",
-                chain(&error)
-            ),
-            Err(_) => bail!(
-                "the Kubernetes API did not answer the dry run of an executor in the namespace {namespace} within \
-                 {LIMIT:?}. Check the address of the cluster, and the other admission webhooks of the namespace"
-            ),
-        };
-        let Some(decision) = probe.decision(&created) else {
-            bail!(
+        match probe.run(&client, namespace).await {
+            Ok(Some(decision)) => Ok(format!(
+                "The webhook answers in the namespace {namespace}: {decision}. It was a dry run, which creates nothing."
+            )),
+            Ok(None) => bail!(
                 "the webhook did not change an executor in the namespace {namespace}. Check that the namespaceSelector \
                  of the MutatingWebhookConfiguration selects the namespace, that the webhook's pods are ready, that \
                  the caBundle belongs to the certificate that they serve, and that their labels and annotations are \
                  configured like those of this command. The apiserver's log says why a call failed"
-            );
-        };
-        Ok(format!(
-            "The webhook answers in the namespace {namespace}: {decision}. It was a dry run, which creates nothing."
-        ))
+            ),
+            Err(ProbeError::TimedOut) => bail!(
+                "the Kubernetes API did not answer the dry run of an executor in the namespace {namespace} within \
+                 {LIMIT:?}. Check the address of the cluster, and the other admission webhooks of the namespace"
+            ),
+            Err(ProbeError::Failed(error)) => bail!(
+                "the dry run of an executor in the namespace {namespace} failed: {}. Check that the namespace exists, \
+                 that you may create pods in it, and that no other policy or quota refuses the pod",
+                chain(&error)
+            ),
+        }
     }
 }
 
@@ -72,7 +62,7 @@ mod tests {
     use http::{Method, Request, Response};
     use http_body_util::BodyExt;
     use kube::client::Body;
-    use serde_json::json;
+    use serde_json::{Value, json};
     use tower_test::mock;
 
     fn test(conventions: Conventions) -> AdmissionTest {

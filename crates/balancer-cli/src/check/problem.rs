@@ -84,7 +84,7 @@ problems! {
         "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
     /// The configuration calls a Service or a port that there is not.
     WebhookService = "webhook-service", Error, "docs/failure-modes.md#admission";
-    /// The apiserver does not reach the webhook: an executor that a dry run creates comes back unchanged.
+    /// The webhook gives the apiserver no valid answer: an executor that a dry run creates comes back unchanged.
     WebhookUnreached = "webhook-unreached", Error,
         "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
     /// The path has no token that the webhook accepts, or the Secret with the tokens is missing.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use balancer_core::{Capacity, Conventions, JobPod, Pod as CorePod};
 use balancer_reconcile::WatchedPod;
-use balancer_runtime::admission_probe::AdmissionProbe;
+use balancer_runtime::admission_probe::{self, AdmissionProbe, ProbeError};
 use futures::{StreamExt, stream};
 use http::Request;
 use k8s_openapi::api::admissionregistration::v1::{
@@ -21,7 +21,7 @@ use k8s_openapi::jiff::Timestamp;
 use kube::ResourceExt;
 use kube::api::{Api, ListParams, ObjectMeta, PostParams};
 use serde::Serialize;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::cluster::{Cluster, FirstOf, RequestError, list, list_first, within};
 use crate::output::address;
@@ -29,7 +29,7 @@ use crate::snapshot::read::core_pod;
 
 use super::metrics::Metrics;
 use super::rules::rights::{MAX_NAMESPACES, needed};
-use super::rules::served;
+use super::rules::{REACHED, served};
 use super::snapshot::{
     COMPONENT_LABEL, Component, DryRun, Hook, HookKind, Node, RECONCILER, Read, Right, Sample, Snapshot, Unchecked,
     WEBHOOK,
@@ -63,8 +63,8 @@ const MAX_DRIVERS: usize = 10_000;
 const AT_ONCE: usize = 8;
 /// In how many namespaces an executor is tried.
 const MAX_DRY_RUNS: usize = 3;
-/// How notes name what a dry run shows.
-const REACHED: &str = "whether the apiserver reaches the webhook";
+/// From an executor that the webhook has not changed to the next that is tried.
+const BEFORE_NEXT_TRY: Duration = Duration::from_secs(1);
 /// How to try it by hand.
 const VERIFY: &str = address!("docs/install.md#verify");
 /// What an apiserver says of a webhook that must answer and does not.
@@ -466,30 +466,44 @@ impl<'c> Reader<'c> {
 
     /// Creates an executor by a dry run, as the apiserver would create one of a job. Nothing is stored.
     async fn dry_run(&self, snapshot: &Snapshot) -> DryRun {
-        let conventions = snapshot.settings().conventions;
-        let probe = AdmissionProbe(&conventions);
         let mut why = "no namespace is known whose pods are sent to it".to_owned();
+        let began = Instant::now();
         for namespace in served(snapshot, &self.cluster.namespace, MAX_DRY_RUNS) {
-            let request = Request::post(format!("/api/v1/namespaces/{namespace}/pods?dryRun=All"))
-                .header("content-type", "application/json")
-                .body(probe.executor().to_string().into_bytes());
-            let Ok(request) = request else { continue };
-            match within(self.cluster.client.request::<serde_json::Value>(request)).await {
-                Ok(created) if probe.decision(&created).is_some() => return DryRun::Placed,
-                Ok(_) => return DryRun::Unchanged { namespace },
-                Err(RequestError::Unavailable(error)) if is_of_hook(snapshot, &error) => {
-                    return DryRun::NotCalled { error };
-                }
+            let mut tried = self.try_executor(snapshot, &namespace).await;
+            if matches!(tried, Ok(DryRun::Unchanged { .. } | DryRun::NotCalled { .. })) {
+                // One call may be lost while a replica is replaced.
+                sleep(BEFORE_NEXT_TRY).await;
+                tried = self.try_executor(snapshot, &namespace).await;
+            }
+            match tried {
+                Ok(found) => return found,
                 // A quota or a policy may refuse it, and another namespace may have none.
-                Err(error) => {
-                    let is_silent = matches!(error, RequestError::TimedOut | RequestError::Unauthenticated(_));
-                    self.has_failed.set(self.has_failed.get() || is_silent);
-                    why = format!("an executor cannot be created in {namespace} by a dry run: {error}");
-                }
+                Err(error) => why = format!("an executor cannot be created in {namespace} by a dry run: {error}"),
+            }
+            if began.elapsed() >= admission_probe::LIMIT {
+                break;
             }
         }
         self.note(REACHED, format!("{why}; to try it by hand: {VERIFY}"));
         DryRun::Unknown
+    }
+
+    /// What becomes of an executor in this namespace, or why it is not created.
+    async fn try_executor(&self, snapshot: &Snapshot, namespace: &str) -> Result<DryRun, String> {
+        let conventions = snapshot.settings().conventions;
+        match AdmissionProbe(&conventions).run(&self.cluster.client, namespace).await {
+            Ok(Some(_)) => Ok(DryRun::Placed),
+            Ok(None) => Ok(DryRun::Unchanged { namespace: namespace.to_owned() }),
+            Err(error @ ProbeError::TimedOut) => Err(error.to_string()),
+            Err(ProbeError::Failed(error)) => match RequestError::from(error) {
+                RequestError::Unavailable(error) if is_of_hook(snapshot, &error) => Ok(DryRun::NotCalled { error }),
+                error => {
+                    let is_refused = matches!(error, RequestError::Unauthenticated(_));
+                    self.has_failed.set(self.has_failed.get() || is_refused);
+                    Err(error.to_string())
+                }
+            },
+        }
     }
 
     /// The metrics of the replicas, through the apiserver.
@@ -805,8 +819,17 @@ mod tests {
         assert!(matches!(found, DryRun::Placed) && notes.is_empty(), "{found:?} {notes:?}");
         let (found, _) = dry_run(|_| (201, json!({"metadata": {"annotations": {"workload/spot-ratio": "0"}}}))).await;
         assert!(matches!(&found, DryRun::Unchanged { namespace } if namespace == "etl"), "{found:?}");
-        let (found, _) = dry_run(|_| refusal(500, "", "failed calling webhook \"place.x.local\": timeout")).await;
-        assert!(matches!(found, DryRun::NotCalled { .. }), "{found:?}");
+        let call = "failed calling webhook \"place.x.local\": Post \"https://w.b.svc:443/mutate/0123456789abcdef?timeout=3s\": EOF";
+        let (found, _) = dry_run(move |_| refusal(500, "", call)).await;
+        let shows_token = format!("{found:?}").contains("0123456789abcdef");
+        assert!(matches!(found, DryRun::NotCalled { .. }) && !shows_token, "{found:?}");
+        let lost = std::sync::atomic::AtomicBool::new(true);
+        let (found, _) = dry_run(move |_| {
+            let is_lost = lost.swap(false, std::sync::atomic::Ordering::Relaxed);
+            (201, json!({"metadata": {"annotations": {if is_lost { "a" } else { "workload/capacity-type" }: "on-demand"}}}))
+        })
+        .await;
+        assert!(matches!(found, DryRun::Placed), "one call may be lost: {found:?}");
         for refused in
             [refusal(403, "", "exceeded quota"), refusal(500, "", "failed calling webhook \"another\": timeout")]
         {

@@ -16,6 +16,8 @@ use crate::settings::Settings;
 
 use super::metrics::Metrics;
 
+/// The label that each namespace has by itself.
+pub(crate) const NAME_LABEL: &str = "kubernetes.io/metadata.name";
 /// The label with the part of an installation that an object belongs to, and its values.
 pub(crate) const COMPONENT_LABEL: &str = "app.kubernetes.io/component";
 pub(crate) const WEBHOOK: &str = "webhook";
@@ -287,7 +289,7 @@ impl Snapshot {
         let mut creations = self.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating);
         let selector = creations.find_map(|hook| hook.webhook.namespace_selector.as_ref());
         let mut expressions = selector.into_iter().flat_map(|selector| selector.match_expressions.iter().flatten());
-        let names = expressions.find(|own| own.key == "kubernetes.io/metadata.name" && own.operator == "In");
+        let names = expressions.find(|own| own.key == NAME_LABEL && own.operator == "In");
         names.and_then(|own| own.values.clone()).unwrap_or_default()
     }
 

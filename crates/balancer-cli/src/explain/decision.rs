@@ -178,12 +178,12 @@ impl Subject<'_> {
             words.push("It was created with a nodeName, and such an executor is left alone.".into());
             return words;
         }
-        let elsewhere =
-            if self.snapshot.is_selected.is_none() { "the namespace is not sent to the webhook; " } else { "" };
+        let then =
+            if self.snapshot.is_selected.is_none() { "is not sent to the webhook" } else { "was not sent to it then" };
         let before = if registered.is_none() { "it was created before Spot Balancer was installed; " } else { "" };
         words.push(format!(
             "Possible causes: {before}the webhook did not answer, and the apiserver created the pod without it \
-             (failurePolicy Ignore); {elsewhere}the job had the ratio off then."
+             (failurePolicy Ignore); the namespace {then}; the job had the ratio off then."
         ));
         words
     }

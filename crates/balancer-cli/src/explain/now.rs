@@ -250,8 +250,11 @@ impl Subject<'_> {
             }
             (_, _) => None,
         };
-        let again = "If it is deleted, Spark creates another executor, which is placed anew.".to_owned();
-        node.into_iter().chain([again]).collect()
+        let again = self
+            .driver
+            .is_some()
+            .then(|| "If it is deleted, its driver may request another executor, which is placed anew.".to_owned());
+        node.into_iter().chain(again).collect()
     }
 }
 

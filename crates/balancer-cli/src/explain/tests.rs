@@ -230,7 +230,8 @@ fn a_namespace_that_is_not_sent_to_the_webhook_explains_its_pods() {
         assert!(!text.contains("Possible causes") && !text.contains("follow an edit"), "{text}");
     }
     snapshot.is_selected = Some(true);
-    let text = check(&snapshot, &untouched("a"), Outcome::NotPlaced, &["Possible causes"]);
+    let causes = ["Possible causes", "the namespace was not sent to it then"];
+    let text = check(&snapshot, &untouched("a"), Outcome::NotPlaced, &causes);
     assert!(!text.contains("not sent to the webhook"), "{text}");
 }
 
@@ -275,7 +276,7 @@ fn what_helps_an_executor_depends_on_what_it_waits_for() {
         snapshot.settings = settings(&[]);
         text(&explain(&snapshot, pod))
     };
-    let again = "If it is deleted, Spark creates another executor, which is placed anew.";
+    let again = "If it is deleted, its driver may request another executor, which is placed anew.";
     let text = best_effort(&placed("a", "spot"));
     assert!(text.contains("a node of either that has room for it helps") && text.contains(again), "{text}");
     let text = best_effort(&placed("a", "on-demand"));

@@ -57,7 +57,7 @@ pub(crate) fn run(arguments: &Arguments, out: &mut impl Write) -> anyhow::Result
     let sampling = Sampling { runs, ..sampling };
     if let Some(path) = &arguments.html {
         // Not only after minutes. What an earlier run has written stays until then, and nothing empty is left.
-        let is_new = !path.exists();
+        let is_new = path.symlink_metadata().is_err();
         let tried = OpenOptions::new().append(true).create(true).open(path);
         drop(tried.with_context(|| cannot_write(path))?);
         if is_new {

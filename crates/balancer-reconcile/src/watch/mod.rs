@@ -35,7 +35,7 @@ pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(75);
 /// Events that wait to be received; the watches wait until there is room.
 const MAX_WAITING: usize = 1024;
 /// Those of them that may be listed objects. Lists are long, and what the watches report must find room next to them.
-const MAX_LISTED: usize = 256;
+const MAX_LISTED: usize = 512;
 
 /// An event that waits to be received, and for a listed object the room that it takes.
 type Waiting = (ClusterEvent, Option<OwnedSemaphorePermit>);

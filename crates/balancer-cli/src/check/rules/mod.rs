@@ -13,7 +13,7 @@ use super::problem::Finding;
 use super::snapshot::{Snapshot, Unchecked};
 
 pub(crate) use store::STORE_ERRORS;
-pub(crate) use webhooks::served;
+pub(crate) use webhooks::{REACHED, served};
 
 /// Every check.
 const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
@@ -49,9 +49,7 @@ const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
 /// What all checks find, the most urgent first.
 pub(crate) fn findings(snapshot: &Snapshot) -> Vec<Finding> {
     let mut findings: Vec<Finding> = CHECKS.iter().flat_map(|check| check(snapshot)).collect();
-    if !findings.iter().any(|finding| webhooks::keeps_executors_from_it(snapshot, finding)) {
-        findings.extend(webhooks::reached(snapshot));
-    }
+    findings.extend(webhooks::reached(snapshot, &findings));
     findings.sort_by_key(|finding| finding.problem.severity());
     findings
 }

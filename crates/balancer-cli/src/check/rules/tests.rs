@@ -483,6 +483,8 @@ fn an_unchanged_executor_is_no_finding_if_something_else_explains_it_or_its_labe
     snapshot.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
     edit(&mut snapshot, |one| one["clientConfig"]["caBundle"] = Value::Null);
     assert_eq!(ids(&snapshot), ["ca-bundle"]);
+    snapshot.dry_run = DryRun::NotCalled { error: "failed calling webhook".into() };
+    assert_eq!(ids(&snapshot), ["ca-bundle", "webhook-unreached"]);
     let mut snapshot = healthy();
     snapshot.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
     snapshot.components = None;
@@ -504,6 +506,10 @@ fn executors_are_tried_only_where_the_webhook_is_asked() {
     assert_eq!(served(&snapshot, "team", 1), ["team"]);
     snapshot.namespaces = None;
     assert_eq!(served(&snapshot, "other", 3), ["other", "jobs"]);
+    edit(&mut snapshot, |one| {
+        one["namespaceSelector"]["matchExpressions"] = json!([{"key": "spot-balancer", "operator": "DoesNotExist"}]);
+    });
+    assert!(served(&snapshot, "other", 3).is_empty(), "nobody knows the labels");
     snapshot.hooks = None;
     assert!(served(&snapshot, "other", 3).is_empty());
 }

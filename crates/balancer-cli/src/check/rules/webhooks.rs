@@ -1,14 +1,18 @@
 //! Checks the webhook configurations: whether the apiserver sends the pods of jobs to the webhook, and waits long enough.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use balancer_core::{Pod, PolicyField};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
+use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
 
 use super::listed;
 use crate::check::problem::{Finding, Problem};
-use crate::check::snapshot::{DryRun, Hook, HookKind, Read, Snapshot, Unchecked, WEBHOOK, container, settings_of};
+use crate::check::snapshot::{
+    DryRun, Hook, HookKind, NAME_LABEL, Read, Snapshot, Unchecked, WEBHOOK, container, settings_of,
+};
 use crate::settings::not_literal;
 use crate::snapshot::selects;
 
@@ -113,10 +117,9 @@ pub(super) fn pods(snapshot: &Snapshot) -> Vec<Finding> {
 /// The namespaceSelector has the namespaces whose jobs are reconciled, or at least one.
 pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
     let Some(namespaces) = &snapshot.namespaces else { return Vec::new() };
-    let watched = snapshot.watched();
+    let (labels, watched) = (labels_of(namespaces), snapshot.watched());
     let is_selected = |hook: &Hook, name: &str| {
-        let namespace = namespaces.iter().find(|namespace| namespace.name_any() == name);
-        namespace.is_some_and(|found| selects(hook.webhook.namespace_selector.as_ref(), found.labels()))
+        labels.get(name).is_some_and(|labels| selects(hook.webhook.namespace_selector.as_ref(), labels))
     };
     let known = snapshot.hooks.iter().flatten().chain(&snapshot.other_hooks);
     let creations: Vec<&Hook> = known.filter(|hook| hook.kind == HookKind::Mutating).collect();
@@ -126,7 +129,7 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
         let selected = |name: &str| is_selected(hook, name);
         let left_out: Vec<&String> = watched.iter().filter(|name| !selected(name)).collect();
         let (text, fix) = if !left_out.is_empty() {
-            let exists = |name: &&String| namespaces.iter().any(|namespace| namespace.name_any() == **name);
+            let exists = |name: &&String| labels.contains_key(name.as_str());
             let (exist, gone): (Vec<&String>, Vec<&String>) = left_out.into_iter().partition(exists);
             match exist.as_slice() {
                 [] => (
@@ -140,7 +143,7 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
                         .to_owned(),
                 ),
             }
-        } else if watched.is_empty() && !namespaces.iter().any(|namespace| selected(&namespace.name_any())) {
+        } else if watched.is_empty() && !labels.keys().any(|name| selected(name)) {
             (
                 "The namespaceSelector selects no namespace that exists.".to_owned(),
                 "Label the namespaces of your jobs as namespaces.selector says.".to_owned(),
@@ -160,50 +163,67 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
     })
 }
 
+/// How notes name what a dry run shows.
+pub(crate) const REACHED: &str = "whether the apiserver reaches the webhook";
+
 /// At most so many namespaces whose pods are sent to the webhook when they are created: first the caller's own, then those of
 /// the settings and of jobs.
 pub(crate) fn served(snapshot: &Snapshot, own: &str, most: usize) -> Vec<String> {
+    let labels = snapshot.namespaces.as_ref().map(|namespaces| labels_of(namespaces));
+    let creations: Vec<_> = snapshot.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating).collect();
+    let is_served = |name: &String| {
+        creations.iter().any(|hook| {
+            let selector = hook.webhook.namespace_selector.as_ref();
+            match &labels {
+                Some(labels) => labels.get(name.as_str()).is_some_and(|labels| selects(selector, labels)),
+                // Only the label that each namespace has by itself is known.
+                None => {
+                    selector.is_none_or(is_by_name)
+                        && selects(selector, &[(NAME_LABEL.to_owned(), name.clone())].into())
+                }
+            }
+        })
+    };
     let jobs = snapshot.drivers.iter().filter_map(|driver| driver.metadata.namespace.as_deref().map(str::to_owned));
     let all = snapshot.namespaces.iter().flatten().map(ResourceExt::name_any);
-    let mut names = Vec::new();
-    for name in [own.to_owned()].into_iter().chain(snapshot.watched()).chain(jobs).chain(all) {
-        if names.len() < most && !names.contains(&name) && is_served(snapshot, &name) {
-            names.push(name);
-        }
-    }
-    names
+    let names = [own.to_owned()].into_iter().chain(snapshot.watched()).chain(jobs).chain(all);
+    let mut seen = BTreeSet::new();
+    names.filter(|name| seen.insert(name.clone()) && is_served(name)).take(most).collect()
 }
 
-/// Whether the configuration for creations selects the namespace. If the caller may not read namespaces, only the label that
-/// each has by itself is known.
-fn is_served(snapshot: &Snapshot, name: &str) -> bool {
-    let labels = match &snapshot.namespaces {
-        Some(namespaces) => match namespaces.iter().find(|namespace| namespace.name_any() == name) {
-            Some(namespace) => namespace.labels().clone(),
-            None => return false,
-        },
-        None => [("kubernetes.io/metadata.name".to_owned(), name.to_owned())].into(),
-    };
-    let mut creations = snapshot.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating);
-    creations.any(|hook| selects(hook.webhook.namespace_selector.as_ref(), &labels))
+fn labels_of(namespaces: &[Namespace]) -> BTreeMap<&str, &BTreeMap<String, String>> {
+    namespaces.iter().filter_map(|namespace| Some((namespace.metadata.name.as_deref()?, namespace.labels()))).collect()
 }
 
-/// The apiserver reaches the webhook.
-pub(super) fn reached(snapshot: &Snapshot) -> Vec<Finding> {
+/// Whether a selector asks for the names of namespaces alone.
+fn is_by_name(selector: &LabelSelector) -> bool {
+    let labels = selector.match_labels.iter().flat_map(BTreeMap::keys);
+    let expressions = selector.match_expressions.iter().flatten().map(|expression| &expression.key);
+    labels.chain(expressions).all(|key| key == NAME_LABEL)
+}
+
+/// The apiserver reaches the webhook, as far as the other findings do not explain that an executor is unchanged.
+pub(super) fn reached(snapshot: &Snapshot, others: &[Finding]) -> Option<Finding> {
     let text = match &snapshot.dry_run {
-        DryRun::Unchanged { namespace } if knows_settings(snapshot) => format!(
-            "An executor that a dry run created in {namespace} came back unchanged, so the apiserver does not reach the webhook."
-        ),
-        DryRun::NotCalled { error } => format!("The apiserver does not reach the webhook: {error}."),
-        DryRun::Unchanged { .. } | DryRun::Placed | DryRun::Unknown => return Vec::new(),
+        DryRun::Unchanged { namespace } => {
+            if !knows_settings(snapshot) || others.iter().any(|finding| keeps_executors_from_it(snapshot, finding)) {
+                return None;
+            }
+            let has_conditions = others.iter().any(|finding| finding.problem == Problem::WebhookConditions);
+            let unless = if has_conditions { ", unless its matchConditions leave such an executor out" } else { "" };
+            format!(
+                "An executor that a dry run created in {namespace} came back unchanged, so the webhook gave the apiserver no \
+                 valid answer in time{unless}."
+            )
+        }
+        DryRun::NotCalled { error } => format!("The apiserver cannot call the webhook: {error}."),
+        DryRun::Placed | DryRun::Unknown => return None,
     };
-    let mut creations = snapshot.hooks.iter().flatten().filter(|hook| hook.kind == HookKind::Mutating);
-    let finding = |hook: &Hook| {
-        let fix = "Let the control plane connect to the webhook (security groups, firewalls, NetworkPolicies); the log of \
-                   the apiserver says why it does not (`failed calling webhook`).";
-        Finding::new(Problem::WebhookUnreached, hook.object(), text, fix)
-    };
-    creations.next().map(finding).into_iter().collect()
+    let hook = snapshot.hooks.iter().flatten().find(|hook| hook.kind == HookKind::Mutating)?;
+    let fix = "Look for `failed calling webhook` in the log of the apiserver. Usual causes: a firewall or a NetworkPolicy \
+               between the control plane and the webhook, a caBundle of another CA than that of the certificate which is \
+               served, an expired certificate, an old token in the path, a replica that hangs.";
+    Some(Finding::new(Problem::WebhookUnreached, hook.object(), text, fix))
 }
 
 /// An unchanged executor, if it may have other labels than the webhook is set to.
@@ -212,12 +232,11 @@ pub(super) fn doubtful(snapshot: &Snapshot) -> Vec<Unchecked> {
     if knows_settings(snapshot) {
         return Vec::new();
     }
-    let what = "whether the apiserver reaches the webhook".to_owned();
     let why = format!(
         "an executor that a dry run created in {namespace} came back unchanged, but it had the default labels and \
          annotations, because the settings are not known"
     );
-    vec![Unchecked { what, why }]
+    vec![Unchecked { what: REACHED.to_owned(), why }]
 }
 
 fn knows_settings(snapshot: &Snapshot) -> bool {
@@ -228,13 +247,11 @@ fn knows_settings(snapshot: &Snapshot) -> bool {
 }
 
 /// Whether this explains by itself that executors come back unchanged.
-pub(super) fn keeps_executors_from_it(snapshot: &Snapshot, finding: &Finding) -> bool {
+fn keeps_executors_from_it(snapshot: &Snapshot, finding: &Finding) -> bool {
     match finding.problem {
         Problem::WebhookMissing
-        | Problem::WebhookTimeout
         | Problem::WebhookRules
         | Problem::WebhookPods
-        | Problem::WebhookConditions
         | Problem::WebhookService
         | Problem::AdmissionToken
         | Problem::CaBundle => !finding.object.starts_with(HookKind::Validating.object_kind()),
