@@ -294,6 +294,11 @@ async fn faults(client: &Client) -> Result<Vec<(&'static str, &'static str, Vec<
         ),
         ("another Service", "webhook-service", in_both("/webhooks/0/clientConfig/service/name", &json!("other"))),
         ("another port", "webhook-service", in_both("/webhooks/0/clientConfig/service/port", &json!(8443))),
+        (
+            "a Service of other pods",
+            "webhook-service",
+            vec![replace(&service, "/spec/selector", json!({"app": "other"}))],
+        ),
         // The apiserver deletes its Endpoints with it, so they are made again too.
         ("no Service", "webhook-service", vec![Edit::Delete(endpoints.clone()), Edit::Delete(service)]),
         (
@@ -390,6 +395,23 @@ async fn check_finds_each_planted_fault_and_nothing_in_a_healthy_installation() 
         edit.undo(&client, before).await?;
     }
     installation.until_found("pods are no longer refused", &[]).await?;
+
+    let other = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": "MutatingWebhookConfiguration",
+        "metadata": {"name": "other"},
+        "webhooks": [{
+            "name": "x.other.local", "failurePolicy": "Fail", "sideEffects": "None", "admissionReviewVersions": ["v1"],
+            "clientConfig": {"url": endpoint::https(1)},
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": JOBS}},
+            "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["pods"]}],
+        }],
+    });
+    let (configurations, _) = MUTATING.rsplit_once('/').context("no parent")?;
+    let answer = endpoint::post(&client, configurations, &other).await?;
+    ensure!(answer.status == 201, "{}", answer.text);
+    installation.until_found("another webhook is down", &["other-webhook"]).await?;
+    Edit::Delete(format!("{configurations}/other")).make(&client).await?;
+    installation.until_found("the other webhook is gone", &[]).await?;
 
     installation.redis.stop();
     let report = installation.until_found("Redis is down", &["store"]).await?;

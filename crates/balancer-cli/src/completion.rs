@@ -6,10 +6,10 @@ use std::io::{self, Write};
 use clap::Command;
 use clap_complete::engine::complete;
 
-/// The shell completes names of files. By the protocol of Cobra, as the other one.
-const FILES: u8 = 0;
-/// The shell adds nothing.
-const NOTHING_ELSE: u8 = 4;
+/// The shell adds no names of files. By the protocol of Cobra, as the other one.
+const NO_FILES: u8 = 4;
+/// The shell adds no space, because a path goes on.
+const NO_SPACE: u8 = 2;
 
 /// Writes a line for each word that may stand in place of the last one, and then the directive for the shell.
 pub(crate) fn write(out: &mut impl Write, mut command: Command, words: &[String]) -> io::Result<()> {
@@ -17,13 +17,14 @@ pub(crate) fn write(out: &mut impl Write, mut command: Command, words: &[String]
     let program = command.get_name().to_owned();
     let words: Vec<OsString> = [&program].into_iter().chain(before).map(OsString::from).chain([last.into()]).collect();
     let at = words.len() - 1;
-    let found = complete(&mut command, words, at, None)?;
+    let found = complete(&mut command, words, at, std::env::current_dir().ok().as_deref())?;
     for candidate in &found {
         let help = candidate.get_help().map(ToString::to_string).unwrap_or_default();
         let help = help.lines().next().unwrap_or_default();
         writeln!(out, "{}\t{help}", candidate.get_value().display())?;
     }
-    let directive = if found.is_empty() { FILES } else { NOTHING_ELSE };
+    let is_folder = found.iter().any(|candidate| candidate.get_value().to_string_lossy().ends_with('/'));
+    let directive = if is_folder { NO_FILES | NO_SPACE } else { NO_FILES };
     writeln!(out, ":{directive}")
 }
 
@@ -58,7 +59,8 @@ mod tests {
     }
 
     #[test]
-    fn a_path_is_completed_by_the_shell() {
-        assert_eq!(complete("status --kubeconfig ./"), (vec![], ":0".to_owned()));
+    fn a_path_is_completed_and_no_file_stands_for_a_name() {
+        assert_eq!(complete("status --kubeconfig ./sr"), (vec!["./src/".to_owned()], ":6".to_owned()));
+        assert_eq!(complete("status -n s"), (vec![], ":4".to_owned()));
     }
 }

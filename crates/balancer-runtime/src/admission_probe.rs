@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use balancer_core::Conventions;
+use balancer_core::{Capacity, Conventions, JobPod, Pod};
 use http::Request;
 use kube::Client;
 use serde_json::{Map, Value, json};
@@ -22,6 +22,17 @@ const SPARK_JOB_ID: &str = "spark-app-selector";
 #[derive(Debug)]
 pub struct AdmissionProbe<'c>(pub &'c Conventions);
 
+/// What has become of the executor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Admitted {
+    /// The webhook placed it. The text says what shows it.
+    Placed(String),
+    /// It came back unchanged.
+    Unchanged,
+    /// Another webhook makes it require this capacity, so that what its ratio asks for has no effect.
+    Overridden(Capacity),
+}
+
 /// Why it is not known whether the webhook is asked.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
@@ -34,18 +45,21 @@ pub enum ProbeError {
 }
 
 impl AdmissionProbe<'_> {
-    /// Creates the executor in the namespace by a dry run. Returns what shows that the webhook changed it; `None` if it came
-    /// back unchanged.
+    /// Creates the executor in the namespace by a dry run.
     ///
     /// # Errors
     /// If the API does not create it within [`LIMIT`].
-    pub async fn run(&self, client: &Client, namespace: &str) -> Result<Option<String>, ProbeError> {
+    pub async fn run(&self, client: &Client, namespace: &str) -> Result<Admitted, ProbeError> {
         let request = Request::post(format!("/api/v1/namespaces/{namespace}/pods?dryRun=All"))
             .header("content-type", "application/json")
             .body(self.executor().to_string().into_bytes())
             .map_err(kube::Error::HttpError)?;
         let created = timeout(LIMIT, client.request::<Value>(request)).await.map_err(|_| ProbeError::TimedOut)??;
-        Ok(self.decision(&created))
+        Ok(match (self.overridden(&created), self.decision(&created)) {
+            (Some(capacity), _) => Admitted::Overridden(capacity),
+            (None, Some(decision)) => Admitted::Placed(decision),
+            (None, None) => Admitted::Unchanged,
+        })
     }
 
     /// A pod that restricted pod security accepts, of a job that no other probe has, so that no ledger has its policy. The
@@ -97,6 +111,14 @@ impl AdmissionProbe<'_> {
         })
     }
 
+    /// The capacity that the created executor requires, if that is not what the ratio 0 asks for.
+    fn overridden(&self, created: &Value) -> Option<Capacity> {
+        let created = created.to_string();
+        let pod: Pod<'_> = serde_json::from_str(&created).ok()?;
+        let JobPod::Executor(executor) = JobPod::of(&pod, self.0)? else { return None };
+        executor.fixed.or(executor.asked.filter(|asked| *asked == Capacity::Spot))
+    }
+
     /// What shows in the created executor that the webhook changed it.
     fn decision(&self, created: &Value) -> Option<String> {
         let Self(conventions) = self;
@@ -124,6 +146,29 @@ impl AdmissionProbe<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_capacity_that_another_webhook_demands_is_told() {
+        let conventions = Conventions::default();
+        let probe = AdmissionProbe(&conventions);
+        let overridden = |annotation: Option<&str>, selector: Option<&str>| {
+            let mut pod = probe.executor();
+            (pod["metadata"]["namespace"], pod["metadata"]["uid"]) = ("etl".into(), "u".into());
+            if let Some(capacity) = annotation {
+                pod["metadata"]["annotations"]["workload/capacity-type"] = capacity.into();
+            }
+            if let Some(capacity) = selector {
+                pod["spec"]["nodeSelector"] = json!({"karpenter.sh/capacity-type": capacity});
+            }
+            probe.overridden(&pod)
+        };
+        assert_eq!(overridden(None, None), None);
+        assert_eq!(overridden(Some("on-demand"), None), None);
+        assert_eq!(overridden(Some("on-demand"), Some("on-demand")), None);
+        assert_eq!(overridden(Some("spot"), None), Some(Capacity::Spot));
+        assert_eq!(overridden(Some("on-demand"), Some("spot")), Some(Capacity::Spot));
+        assert_eq!(overridden(None, Some("on-demand")), Some(Capacity::OnDemand), "it lost its annotation");
+    }
 
     #[test]
     fn the_job_id_has_the_first_label_if_spark_has_none_of_them() {

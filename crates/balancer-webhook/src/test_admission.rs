@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use balancer_core::Conventions;
-use balancer_runtime::admission_probe::{AdmissionProbe, LIMIT, ProbeError};
+use balancer_runtime::admission_probe::{AdmissionProbe, Admitted, LIMIT, ProbeError};
 use balancer_runtime::cluster::{chain, client};
 
 /// Longer than [`LIMIT`].
@@ -33,10 +33,14 @@ impl AdmissionTest {
         let namespace = &self.namespace;
         let probe = AdmissionProbe(&self.conventions);
         match probe.run(&client, namespace).await {
-            Ok(Some(decision)) => Ok(format!(
+            Ok(Admitted::Placed(decision)) => Ok(format!(
                 "The webhook answers in the namespace {namespace}: {decision}. It was a dry run, which creates nothing."
             )),
-            Ok(None) => bail!(
+            Ok(Admitted::Overridden(capacity)) => bail!(
+                "another webhook makes the executors of the namespace {namespace} require {capacity}, or removes the \
+                 annotations of this one. Find it among the MutatingWebhookConfigurations and let it leave executors out"
+            ),
+            Ok(Admitted::Unchanged) => bail!(
                 "the webhook did not change an executor in the namespace {namespace}. Check that the namespaceSelector \
                  of the MutatingWebhookConfiguration selects the namespace, that the webhook's pods are ready, that \
                  the caBundle belongs to the certificate that they serve, and that their labels and annotations are \
@@ -123,6 +127,12 @@ mod tests {
         assert!(said.contains("DECISION_ANNOTATION is empty"), "{said}");
         run(test(conventions.clone()), affinity).await.expect("it has the affinity");
         run(test(conventions), of_another).await.expect_err("another webhook's selector");
+        let spot = |pod: &mut Value| pod["spec"]["nodeSelector"] = json!({"karpenter.sh/capacity-type": "spot"});
+        let created =
+            |pod: &mut Value| (pod["metadata"]["namespace"], pod["metadata"]["uid"]) = ("etl".into(), "u".into());
+        let error =
+            run(test(Conventions::default()), |pod| (created(pod), spot(pod)).0).await.expect_err("it was overridden");
+        assert!(error.to_string().contains("require spot"), "{error}");
     }
 
     #[tokio::test]

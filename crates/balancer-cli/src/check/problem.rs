@@ -82,10 +82,13 @@ problems! {
     /// There are matchConditions, which can leave out pods.
     WebhookConditions = "webhook-conditions", Warning,
         "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
-    /// The configuration calls a Service or a port that there is not.
+    /// The configuration calls a Service or a port that there is not, or a Service of other pods.
     WebhookService = "webhook-service", Error, "docs/failure-modes.md#admission";
     /// The webhook gives the apiserver no valid answer: an executor that a dry run creates comes back unchanged.
     WebhookUnreached = "webhook-unreached", Error,
+        "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
+    /// A webhook of somebody else decides on the capacity of executors, or keeps them from being created.
+    OtherWebhook = "other-webhook", Error,
         "docs/troubleshooting.md#executors-have-no-annotation-workloadcapacity-type";
     /// The path has no token that the webhook accepts, or the Secret with the tokens is missing.
     AdmissionToken = "admission-token", Error, "docs/troubleshooting.md#spotbalancerreviewswithouttoken";

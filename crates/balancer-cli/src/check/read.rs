@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use balancer_core::{Capacity, Conventions, JobPod, Pod as CorePod};
 use balancer_reconcile::WatchedPod;
-use balancer_runtime::admission_probe::{self, AdmissionProbe, ProbeError};
+use balancer_runtime::admission_probe::{self, AdmissionProbe, Admitted, ProbeError};
 use futures::{StreamExt, stream};
 use http::Request;
 use k8s_openapi::api::admissionregistration::v1::{
@@ -65,6 +65,8 @@ const AT_ONCE: usize = 8;
 const MAX_DRY_RUNS: usize = 3;
 /// From an executor that the webhook has not changed to the next that is tried.
 const BEFORE_NEXT_TRY: Duration = Duration::from_secs(1);
+/// How notes name the drivers.
+const DRIVERS: &str = "the drivers of jobs";
 /// How to try it by hand.
 const VERIFY: &str = address!("docs/install.md#verify");
 /// What an apiserver says of a webhook that must answer and does not.
@@ -135,6 +137,9 @@ pub(crate) async fn snapshots(cluster: &Cluster, namespace: Option<&str>) -> any
         reader.note("the installation", "you may read neither its Deployments nor the webhook configurations");
         let mut snapshot = Snapshot { now: Timestamp::now(), ..Snapshot::default() };
         (snapshot.drivers, _) = reader.job_pods(&Conventions::default()).await;
+        if reader.unchecked.borrow().iter().any(|note| note.what == DRIVERS) {
+            bail!("nothing can be checked: you may read no webhook configurations, no Deployments and no pods");
+        }
         snapshots.push(snapshot);
     }
     let is_complete = !reader.has_failed.get();
@@ -416,7 +421,7 @@ impl<'c> Reader<'c> {
             namespace = Some(own);
             found = self.drivers_in(namespace, &drivers).await;
         }
-        let Some(drivers) = self.known("the drivers of jobs", found) else { return Default::default() };
+        let Some(drivers) = self.known(DRIVERS, found) else { return Default::default() };
         if drivers.has_more {
             self.note("further drivers of jobs", format!("only {MAX_DRIVERS} are checked"));
         }
@@ -470,7 +475,7 @@ impl<'c> Reader<'c> {
         let began = Instant::now();
         for namespace in served(snapshot, &self.cluster.namespace, MAX_DRY_RUNS) {
             let mut tried = self.try_executor(snapshot, &namespace).await;
-            if matches!(tried, Ok(DryRun::Unchanged { .. } | DryRun::NotCalled { .. })) {
+            if !matches!(tried, Ok(DryRun::Placed) | Err(_)) {
                 // One call may be lost while a replica is replaced.
                 sleep(BEFORE_NEXT_TRY).await;
                 tried = self.try_executor(snapshot, &namespace).await;
@@ -492,11 +497,15 @@ impl<'c> Reader<'c> {
     async fn try_executor(&self, snapshot: &Snapshot, namespace: &str) -> Result<DryRun, String> {
         let conventions = snapshot.settings().conventions;
         match AdmissionProbe(&conventions).run(&self.cluster.client, namespace).await {
-            Ok(Some(_)) => Ok(DryRun::Placed),
-            Ok(None) => Ok(DryRun::Unchanged { namespace: namespace.to_owned() }),
+            Ok(Admitted::Placed(_)) => Ok(DryRun::Placed),
+            Ok(Admitted::Unchanged) => Ok(DryRun::Unchanged { namespace: namespace.to_owned() }),
+            Ok(Admitted::Overridden(capacity)) => Ok(DryRun::Overridden { namespace: namespace.to_owned(), capacity }),
             Err(error @ ProbeError::TimedOut) => Err(error.to_string()),
             Err(ProbeError::Failed(error)) => match RequestError::from(error) {
                 RequestError::Unavailable(error) if is_of_hook(snapshot, &error) => Ok(DryRun::NotCalled { error }),
+                RequestError::Unavailable(error) if error.contains(NOT_CALLED) => {
+                    Ok(DryRun::OtherNotCalled { namespace: namespace.to_owned(), error })
+                }
                 error => {
                     let is_refused = matches!(error, RequestError::Unauthenticated(_));
                     self.has_failed.set(self.has_failed.get() || is_refused);
@@ -830,9 +839,10 @@ mod tests {
         })
         .await;
         assert!(matches!(found, DryRun::Placed), "one call may be lost: {found:?}");
-        for refused in
-            [refusal(403, "", "exceeded quota"), refusal(500, "", "failed calling webhook \"another\": timeout")]
-        {
+        let (found, _) = dry_run(|_| refusal(500, "", "failed calling webhook \"another\": timeout")).await;
+        assert!(matches!(found, DryRun::OtherNotCalled { .. }), "{found:?}");
+        let denied = "admission webhook \"another\" denied the request";
+        for refused in [refusal(403, "", "exceeded quota"), refusal(400, "", denied)] {
             let message = refused.1["message"].as_str().expect("text").to_owned();
             let (found, notes) = dry_run(move |_| refused.clone()).await;
             assert!(matches!(found, DryRun::Unknown), "{found:?}");

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use balancer_core::Pod as CorePod;
+use balancer_core::{Capacity, Pod as CorePod};
 use balancer_runtime::arguments::switch;
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
 use k8s_openapi::api::apps::v1::Deployment;
@@ -130,8 +130,12 @@ pub(crate) enum DryRun {
     Placed,
     /// It came back as it was sent, from this namespace.
     Unchanged { namespace: String },
+    /// Another webhook makes it require this capacity, in this namespace.
+    Overridden { namespace: String, capacity: Capacity },
     /// The apiserver refused it, because it could not call the webhook.
     NotCalled { error: String },
+    /// The apiserver refused it in this namespace, because it could not call a webhook of somebody else.
+    OtherNotCalled { namespace: String, error: String },
     /// It is not known. A note says why.
     #[default]
     Unknown,

@@ -13,6 +13,8 @@ use super::words::{Outcome, Subject};
 
 /// The most characters that are quoted of a text of another program.
 const MAX_QUOTED: usize = 400;
+/// The reason of the Event about executors that find no node.
+const UNSCHEDULABLE: &str = "ExecutorsUnschedulable";
 /// The reason of the Event about a ratio that has no effect.
 const WITHOUT_EFFECT: &str = "SpotRatioWithoutEffect";
 /// What a kubelet reports is about a container, and not about the node.
@@ -123,7 +125,16 @@ impl Subject<'_> {
             SPOT_CLOSED | SPOT_REOPENED => SPOT_CLOSED.to_owned(),
             other => other.to_owned(),
         };
-        self.last_events(&driver.uid, |event| event.reporter == REPORTER && self.holds(event), group)
+        self.last_events(
+            &driver.uid,
+            |event| event.reporter == REPORTER && self.holds(event) && self.concerns(event),
+            group,
+        )
+    }
+
+    /// Whether the Event may be about this pod: executors that find no node are others than one that has one.
+    fn concerns(&self, event: &Event) -> bool {
+        event.reason != UNSCHEDULABLE || self.node().is_none()
     }
 
     /// Whether what the Event says of annotations is true of their values now.

@@ -17,7 +17,7 @@ use indicatif::ProgressBar;
 use serde::Serialize;
 
 use crate::UsageError;
-use crate::output::{Format, write_json, write_table};
+use crate::output::{Format, address, write_json, write_table};
 pub(crate) use input::Arguments;
 use input::{Input, Plan};
 use model::{Model, Scenario};
@@ -132,7 +132,11 @@ fn write_text(out: &mut impl Write, simulation: &Simulation, is_wide: bool) -> a
     };
     write_table(out, &header, simulation.forecasts.iter().map(row))?;
     writeln!(out)?;
-    for note in notes(simulation) {
+    let choose = format!(
+        "Choose the highest ratio whose TIME IF LOST you can bear. --stages and --shuffle change it most: {}",
+        address!("docs/spark.md#which-ratio")
+    );
+    for note in notes(simulation).into_iter().chain([choose]) {
         writeln!(out, "{note}")?;
     }
     writeln!(out)?;

@@ -24,6 +24,8 @@ use job::Report;
 const INTERVAL: Duration = Duration::from_secs(2);
 /// A watch reads for at most one in so many seconds, because everybody's watches are a load for the apiserver.
 const WAIT_PER_READ: u32 = 10;
+/// The longest wait: a read that takes long once says little about the next.
+const LONGEST_WAIT: Duration = Duration::from_secs(30);
 /// Moves the cursor home and clears the screen.
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
@@ -109,7 +111,7 @@ pub(crate) async fn run(arguments: Arguments, out: &mut impl Write) -> anyhow::R
 
 /// How long to wait after a read that took so long.
 fn wait_after(read: Duration) -> Duration {
-    INTERVAL.max(read.saturating_mul(WAIT_PER_READ))
+    read.saturating_mul(WAIT_PER_READ).clamp(INTERVAL, LONGEST_WAIT)
 }
 
 /// Reads the cluster, once or again and again.

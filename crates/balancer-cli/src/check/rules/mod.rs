@@ -25,6 +25,7 @@ const CHECKS: &[fn(&Snapshot) -> Vec<Finding>] = &[
     webhooks::namespaces,
     webhooks::conditions,
     webhooks::service,
+    webhooks::others,
     token::token,
     certificate::bundle,
     certificate::validity,

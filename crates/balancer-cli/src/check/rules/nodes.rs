@@ -61,8 +61,10 @@ pub(super) fn values(snapshot: &Snapshot) -> Vec<Finding> {
         nodes.filter_map(|node| Some((node.name.as_str(), node.label(&labels.label).filter(is_alike)?))).collect();
     let Some((_, value)) = found.first() else { return Vec::new() };
     let names: Vec<&str> = found.iter().map(|(name, _)| *name).collect();
-    let text =
-        format!("The value {value:?} differs in case from a known one, so it is not recognised: {}.", listed(&names));
+    let text = format!(
+        "The value {value:?} differs in case from a known one, so these nodes count as on-demand: {}.",
+        listed(&names)
+    );
     let fix = format!("Correct the label, or add {value} to settings.spotValues or settings.onDemandValues.");
     vec![Finding::new(Problem::NodeCapacity, format!("Nodes with the label {}", labels.label), text, fix)]
 }

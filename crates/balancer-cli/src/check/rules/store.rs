@@ -1,5 +1,8 @@
 //! Checks by the metrics of the replicas whether calls to Redis fail, and whether a reconciler may change ledgers.
 
+use k8s_openapi::api::core::v1::Pod;
+
+use super::workloads::is_of;
 use crate::check::problem::{Finding, Problem};
 use crate::check::snapshot::{RECONCILER, Read, Sample, Snapshot, WEBHOOK};
 
@@ -7,6 +10,9 @@ use crate::check::snapshot::{RECONCILER, Read, Sample, Snapshot, WEBHOOK};
 pub(crate) const STORE_ERRORS: [&str; 2] =
     ["spot_balancer_store_errors_total", "spot_balancer_reconcile_store_errors_total"];
 const LEADER: &str = "spot_balancer_reconcile_leader";
+
+/// After a leader has ended, another one leads within this time.
+const FAILOVER_SECONDS: i64 = 60;
 
 /// No calls to the store fail now, and the leader may change ledgers.
 pub(super) fn store(snapshot: &Snapshot) -> Vec<Finding> {
@@ -51,12 +57,26 @@ fn not_reconciling(snapshot: &Snapshot) -> Vec<Finding> {
     let all_were_read = !samples.is_empty() && samples.len() >= reconciling.replicas();
     let is_held = reconciling.uses_memory()
         || matches!(&snapshot.lease, Read::Found(lease) if lease.spec.as_ref().is_some_and(|spec| spec.holder_identity.is_some()));
+    // The Lease may still name a leader that has ended.
+    let is_new = snapshot
+        .pods
+        .iter()
+        .flatten()
+        .any(|pod| is_of(pod, component) && has_started_since(pod, snapshot.now.as_second() - FAILOVER_SECONDS));
     let leads = samples.iter().any(|sample| sample.after.sum(LEADER).is_some_and(|value| value > 0.0));
-    if !all_were_read || !is_held || leads {
+    if !all_were_read || !is_held || leads || is_new {
         return Vec::new();
     }
     let text =
         "One of its replicas leads, and none may change ledgers: the store or the Kubernetes API does not answer.";
     let fix = "Look at the log of the leader, which the Lease names.";
     vec![Finding::new(Problem::NotReconciling, reconciling.object(), text, fix)]
+}
+
+/// Whether a container of the pod has been started since then.
+fn has_started_since(pod: &Pod, since: i64) -> bool {
+    let containers = pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten());
+    let mut running =
+        containers.filter_map(|container| container.state.as_ref()?.running.as_ref()?.started_at.as_ref());
+    running.any(|started| started.0.as_second() >= since)
 }

@@ -4,6 +4,7 @@ use super::*;
 
 use std::collections::BTreeSet;
 
+use balancer_core::Capacity;
 use k8s_openapi::ByteString;
 use k8s_openapi::api::core::v1::Secret;
 use k8s_openapi::jiff::Timestamp;
@@ -83,7 +84,7 @@ fn component(name: &str, environment: &[(&str, &str)]) -> Component {
         "spec": {
             "replicas": 2,
             "selector": {},
-            "template": {"spec": {
+            "template": {"metadata": {"labels": {"app": name}}, "spec": {
                 "serviceAccountName": object,
                 "containers": [{
                     "name": name,
@@ -301,8 +302,18 @@ const FAULTS: &[(&str, &str, Fault)] = &[
     ("a dry run is refused", "webhook-unreached", |it| {
         it.dry_run = DryRun::NotCalled { error: "failed calling webhook".into() };
     }),
+    ("another webhook decides", "other-webhook", |it| {
+        it.dry_run = DryRun::Overridden { namespace: "jobs".into(), capacity: Capacity::Spot };
+    }),
+    ("another webhook is down", "other-webhook", |it| {
+        it.dry_run = DryRun::OtherNotCalled { namespace: "jobs".into(), error: "failed calling webhook \"x\"".into() };
+    }),
     ("another Service", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["name"] = json!("x"))),
     ("another port", "webhook-service", |it| edit(it, |one| one["clientConfig"]["service"]["port"] = json!(8443))),
+    ("a Service of other pods", "webhook-service", |it| {
+        let Read::Found(service) = &mut it.service else { panic!("a Service") };
+        service.spec.as_mut().expect("a spec").selector = Some(of(json!({"app": "other"})));
+    }),
     ("no Service", "webhook-service", |it| it.service = Read::Absent),
     ("another namespace", "webhook-service", |it| {
         edit(it, |one| one["clientConfig"]["service"]["namespace"] = json!("x"));
@@ -512,6 +523,22 @@ fn executors_are_tried_only_where_the_webhook_is_asked() {
     assert!(served(&snapshot, "other", 3).is_empty(), "nobody knows the labels");
     snapshot.hooks = None;
     assert!(served(&snapshot, "other", 3).is_empty());
+}
+
+#[test]
+fn a_leader_that_has_just_ended_is_no_finding() {
+    let mut snapshot = healthy();
+    snapshot.metrics[1] = sample(RECONCILER, "spot_balancer_reconcile_leader 0\n");
+    let started = |at: &str| {
+        of(json!([{
+            "name": "c", "ready": true, "restartCount": 1, "image": "", "imageID": "", "state": {"running": {"startedAt": at}},
+        }]))
+    };
+    for (at, found) in [("2030-05-31T23:59:40Z", &[""; 0][..]), ("2030-05-31T23:50:00Z", &["not-reconciling"])] {
+        let status = snapshot.pods.as_mut().expect("pods")[2].status.as_mut().expect("a status");
+        status.container_statuses = Some(started(at));
+        assert_eq!(ids(&snapshot), found, "{at}");
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use balancer_core::{Pod, PolicyField};
 use k8s_openapi::api::admissionregistration::v1::ValidatingWebhook;
-use k8s_openapi::api::core::v1::Namespace;
+use k8s_openapi::api::core::v1::{Namespace, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use kube::ResourceExt;
 
@@ -138,8 +138,8 @@ pub(super) fn namespaces(snapshot: &Snapshot) -> Vec<Finding> {
                 ),
                 exist => (
                     format!("The namespaceSelector leaves out namespaces of jobs: {}.", listed(exist)),
-                    "Set the label kubernetes.io/metadata.name of these namespaces to their names, and upgrade the \
-                     release so that the selector has them."
+                    "Upgrade the release, so that the selector has them. Where their label kubernetes.io/metadata.name \
+                     is missing, set it to their names first."
                         .to_owned(),
                 ),
             }
@@ -217,13 +217,34 @@ pub(super) fn reached(snapshot: &Snapshot, others: &[Finding]) -> Option<Finding
             )
         }
         DryRun::NotCalled { error } => format!("The apiserver cannot call the webhook: {error}."),
-        DryRun::Placed | DryRun::Unknown => return None,
+        _ => return None,
     };
     let hook = snapshot.hooks.iter().flatten().find(|hook| hook.kind == HookKind::Mutating)?;
     let fix = "Look for `failed calling webhook` in the log of the apiserver. Usual causes: a firewall or a NetworkPolicy \
                between the control plane and the webhook, a caBundle of another CA than that of the certificate which is \
-               served, an expired certificate, an old token in the path, a replica that hangs.";
+               served, an expired certificate, an old token in the path, a replica that hangs; or another webhook that \
+               removes annotations.";
     Some(Finding::new(Problem::WebhookUnreached, hook.object(), text, fix))
+}
+
+/// No webhook of somebody else comes between.
+pub(super) fn others(snapshot: &Snapshot) -> Vec<Finding> {
+    let (namespace, text, fix) = match &snapshot.dry_run {
+        DryRun::Overridden { namespace, capacity } => (
+            namespace,
+            format!("Another webhook makes executors require {capacity}, so their ratios have no effect."),
+            "Find it among the MutatingWebhookConfigurations, and let it leave executors out.",
+        ),
+        DryRun::OtherNotCalled { namespace, error } => (
+            namespace,
+            format!(
+                "Executors cannot be created, because the apiserver cannot call a webhook of somebody else: {error}."
+            ),
+            "Repair that webhook, or set its failurePolicy to Ignore.",
+        ),
+        _ => return Vec::new(),
+    };
+    vec![Finding::new(Problem::OtherWebhook, format!("Namespace {namespace}"), text, fix)]
 }
 
 /// An unchanged executor, if it may have other labels than the webhook is set to.
@@ -313,8 +334,25 @@ pub(super) fn service(snapshot: &Snapshot) -> Vec<Finding> {
         };
         let port = called.port.unwrap_or(443);
         let has_port = service.spec.iter().flat_map(|spec| spec.ports.iter().flatten()).any(|one| one.port == port);
-        if has_port { None } else { finding(format!("It calls the port {port}, which the Service does not have.")) }
+        if !has_port {
+            return finding(format!("It calls the port {port}, which the Service does not have."));
+        }
+        if selects_webhook(snapshot, service) {
+            return None;
+        }
+        let name = service.name_any();
+        finding(format!("It calls the Service {name}, whose selector does not select the pods of the webhook."))
     })
+}
+
+/// Whether the Service leads to the pods of the webhook's Deployment. Without a selector somebody else makes its Endpoints.
+fn selects_webhook(snapshot: &Snapshot, service: &Service) -> bool {
+    let selector = service.spec.as_ref().and_then(|spec| spec.selector.as_ref());
+    let labels = snapshot
+        .component(WEBHOOK)
+        .and_then(|webhook| webhook.deployment.spec.as_ref()?.template.metadata.as_ref()?.labels.as_ref());
+    let Some((selector, labels)) = selector.zip(labels) else { return true };
+    selector.iter().all(|(name, value)| labels.get(name) == Some(value))
 }
 
 /// What a check finds in each of the configurations.
