@@ -496,12 +496,16 @@ fn an_unchanged_executor_is_no_finding_if_something_else_explains_it_or_its_labe
     assert_eq!(ids(&snapshot), ["ca-bundle"]);
     snapshot.dry_run = DryRun::NotCalled { error: "failed calling webhook".into() };
     assert_eq!(ids(&snapshot), ["ca-bundle", "webhook-unreached"]);
-    let mut snapshot = healthy();
-    snapshot.dry_run = DryRun::Unchanged { namespace: "jobs".into() };
-    snapshot.components = None;
-    assert_eq!(findings(&snapshot), []);
-    let notes = unchecked(&snapshot);
-    assert!(notes.len() == 1 && notes[0].why.contains("the settings are not known"), "{notes:?}");
+    for dry_run in [
+        DryRun::Unchanged { namespace: "jobs".into() },
+        DryRun::Overridden { namespace: "jobs".into(), capacity: Capacity::OnDemand },
+    ] {
+        let mut snapshot = healthy();
+        (snapshot.dry_run, snapshot.components) = (dry_run, None);
+        assert_eq!(findings(&snapshot), []);
+        let notes = unchecked(&snapshot);
+        assert!(notes.len() == 1 && notes[0].why.contains("the settings are not known"), "{notes:?}");
+    }
 }
 
 #[test]

@@ -230,7 +230,7 @@ pub(super) fn reached(snapshot: &Snapshot, others: &[Finding]) -> Option<Finding
 /// No webhook of somebody else comes between.
 pub(super) fn others(snapshot: &Snapshot) -> Vec<Finding> {
     let (namespace, text, fix) = match &snapshot.dry_run {
-        DryRun::Overridden { namespace, capacity } => (
+        DryRun::Overridden { namespace, capacity } if knows_settings(snapshot) => (
             namespace,
             format!("Another webhook makes executors require {capacity}, so their ratios have no effect."),
             "Find it among the MutatingWebhookConfigurations, and let it leave executors out.",
@@ -247,15 +247,19 @@ pub(super) fn others(snapshot: &Snapshot) -> Vec<Finding> {
     vec![Finding::new(Problem::OtherWebhook, format!("Namespace {namespace}"), text, fix)]
 }
 
-/// An unchanged executor, if it may have other labels than the webhook is set to.
+/// What has become of an executor that may have had other labels than the webhook is set to.
 pub(super) fn doubtful(snapshot: &Snapshot) -> Vec<Unchecked> {
-    let DryRun::Unchanged { namespace } = &snapshot.dry_run else { return Vec::new() };
+    let came_back = match &snapshot.dry_run {
+        DryRun::Unchanged { namespace } => format!("in {namespace} came back unchanged"),
+        DryRun::Overridden { namespace, capacity } => format!("in {namespace} came back requiring {capacity}"),
+        _ => return Vec::new(),
+    };
     if knows_settings(snapshot) {
         return Vec::new();
     }
     let why = format!(
-        "an executor that a dry run created in {namespace} came back unchanged, but it had the default labels and \
-         annotations, because the settings are not known"
+        "an executor that a dry run created {came_back}, but it had the default labels and annotations, because the \
+         settings are not known"
     );
     vec![Unchecked { what: REACHED.to_owned(), why }]
 }
