@@ -143,6 +143,19 @@ impl Installation {
         .await
     }
 
+    /// Makes the changes, waits until these are the checks that find something, and undoes the changes.
+    async fn until_found_with(&self, edits: &[Edit], what: &str, wanted: &[&str]) -> Result<Value> {
+        let mut before = Vec::new();
+        for edit in edits {
+            before.push(edit.make(&self.client).await.with_context(|| what.to_owned())?);
+        }
+        let report = self.until_found(what, wanted).await?;
+        for (edit, before) in edits.iter().zip(&before) {
+            edit.undo(&self.client, before).await.with_context(|| what.to_owned())?;
+        }
+        Ok(report)
+    }
+
     /// Waits until these are the checks that find something.
     async fn until_found(&self, what: &str, wanted: &[&str]) -> Result<Value> {
         let wanted: BTreeSet<&str> = wanted.iter().copied().collect();
@@ -365,18 +378,11 @@ async fn check_finds_each_planted_fault_and_nothing_in_a_healthy_installation() 
     assert_eq!(healthy["notChecked"], json!([]), "the administrator may read everything");
     installation.ensure_notes_for_a_viewer().await?;
     for (what, id, edits) in faults(&client).await? {
-        let mut before = Vec::new();
-        for edit in &edits {
-            before.push(edit.make(&client).await.context(what)?);
-        }
-        let report = installation.until_found(what, &[id]).await?;
+        let report = installation.until_found_with(&edits, what, &[id]).await?;
         for finding in report["findings"].as_array().into_iter().flatten() {
             let texts =
                 ["object", "problem", "fix", "documentation"].map(|field| finding[field].as_str().unwrap_or(""));
             ensure!(texts.iter().all(|text| !text.is_empty()), "{finding}");
-        }
-        for (edit, before) in edits.iter().zip(&before) {
-            edit.undo(&client, before).await.context(what)?;
         }
     }
     installation.until_found("all faults are undone", &[]).await?;
@@ -385,15 +391,9 @@ async fn check_finds_each_planted_fault_and_nothing_in_a_healthy_installation() 
     let endpoints = format!("/api/v1/namespaces/{RELEASE}/endpoints/{WEBHOOK}");
     let mut edits = in_both("/webhooks/0/failurePolicy", &json!("Fail"));
     edits.push(replace(&endpoints, "/subsets/0/ports/0/port", json!(1)));
-    let mut before = Vec::new();
-    for edit in &edits {
-        before.push(edit.make(&client).await?);
-    }
-    let report = installation.until_found("pods are refused", &["webhook-failure-policy", "webhook-unreached"]).await?;
+    let wanted = ["webhook-failure-policy", "webhook-unreached"];
+    let report = installation.until_found_with(&edits, "pods are refused", &wanted).await?;
     ensure!(report["findings"].to_string().contains("/mutate/…"), "{report:#}");
-    for (edit, before) in edits.iter().zip(&before).rev() {
-        edit.undo(&client, before).await?;
-    }
     installation.until_found("pods are no longer refused", &[]).await?;
 
     let other = json!({

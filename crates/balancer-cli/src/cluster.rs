@@ -21,7 +21,7 @@ use tokio::time::timeout;
 use tower::retry::Retry;
 use tower::{BoxError, service_fn};
 
-use crate::output::{Format, printable, shorten};
+use crate::output::{Format, printable, quoted};
 use crate::proxy::proxy;
 use crate::settings::Settings;
 
@@ -41,9 +41,6 @@ const READ_LIMIT: Duration = Duration::from_secs(60);
 /// the last. They end within the time of a request, so that the reason of the refusal is told.
 const RETRIES: u32 = 3;
 const RETRY_PAUSES: [Duration; 2] = [Duration::from_millis(500), Duration::from_secs(2)];
-
-/// The most characters that are quoted of what a command for credentials has written.
-const MAX_QUOTED: usize = 400;
 
 /// The resourceVersion that apiservers answer from their caches.
 const OF_CACHE: &str = "0";
@@ -317,8 +314,7 @@ fn without_credentials(error: &AuthError, command: Option<&str>) -> String {
             format!("cannot run the command{command} by which the kubeconfig gets credentials: {error}")
         }
         AuthError::AuthExecRun { out, .. } => {
-            let written = String::from_utf8_lossy(&out.stderr);
-            let written = shorten(&printable(&written.split_whitespace().collect::<Vec<_>>().join(" ")), MAX_QUOTED);
+            let written = printable(&quoted(&String::from_utf8_lossy(&out.stderr)));
             format!(
                 "the command{command} by which the kubeconfig gets credentials has failed, so log in again ({}): {written}",
                 out.status

@@ -68,6 +68,14 @@ pub(crate) fn shorten(text: &str, most: usize) -> String {
     }
 }
 
+/// The most characters that are quoted of a text of another program.
+const MAX_QUOTED: usize = 400;
+
+/// The start of a text that another program has written, on one line.
+pub(crate) fn quoted(text: &str) -> String {
+    shorten(&text.split_whitespace().collect::<Vec<_>>().join(" "), MAX_QUOTED)
+}
+
 /// A share as a whole percentage.
 pub(crate) fn percent(share: f64) -> String {
     format!("{:.0}%", share * 100.0)

@@ -32,7 +32,7 @@ const MAX_NOTE: usize = 1024;
 
 /// What is wrong with a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum WarningReason {
+pub enum WarningReason {
     /// An annotation has an invalid value. The reason is the field's own.
     InvalidAnnotation(&'static str),
     /// The executors require a capacity by themselves.
@@ -52,7 +52,8 @@ pub(crate) enum WarningReason {
 }
 
 impl WarningReason {
-    fn as_str(self) -> &'static str {
+    /// The reason of the Event.
+    pub const fn as_str(self) -> &'static str {
         match self {
             Self::InvalidAnnotation(reason) => reason,
             Self::SpotRatioWithoutEffect => "SpotRatioWithoutEffect",

@@ -63,6 +63,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 pub use arguments::{Arguments, ReconcileArguments, ReconcileSettings};
+pub use events::WarningReason;
 use jobs::{JobsPage, Reader};
 use leader::{Elector, Leadership};
 pub use metrics::Metrics;

@@ -4,19 +4,18 @@ use std::collections::BTreeMap;
 
 use balancer_core::Pool;
 use balancer_core::{Capacity, PolicyField, SpotPreference};
+use balancer_reconcile::WarningReason;
 use k8s_openapi::jiff::Timestamp;
 
-use crate::output::{age, shorten};
+use crate::output::{age, quoted};
 use crate::snapshot::{Event, REPORTER, RatioSource, SPOT_CLOSED, SPOT_REOPENED, SpotState, created};
 
 use super::words::{Outcome, Subject};
 
-/// The most characters that are quoted of a text of another program.
-const MAX_QUOTED: usize = 400;
 /// The reason of the Event about executors that find no node.
-const UNSCHEDULABLE: &str = "ExecutorsUnschedulable";
+const UNSCHEDULABLE: &str = WarningReason::ExecutorsUnschedulable.as_str();
 /// The reason of the Event about a ratio that has no effect.
-const WITHOUT_EFFECT: &str = "SpotRatioWithoutEffect";
+const WITHOUT_EFFECT: &str = WarningReason::SpotRatioWithoutEffect.as_str();
 /// What a kubelet reports is about a container, and not about the node.
 const KUBELET: &str = "kubelet";
 
@@ -267,9 +266,4 @@ impl Subject<'_> {
             .then(|| "If it is deleted, its driver may request another executor, which is placed anew.".to_owned());
         node.into_iter().chain(again).collect()
     }
-}
-
-/// The start of a text that another program has written, on one line.
-fn quoted(text: &str) -> String {
-    shorten(&text.split_whitespace().collect::<Vec<_>>().join(" "), MAX_QUOTED)
 }

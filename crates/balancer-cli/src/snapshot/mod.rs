@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use balancer_core::Pool;
 use balancer_core::{InvalidField, Pod, PolicyField, PolicyOverrides, SpotPreference};
+use balancer_reconcile::WarningReason;
 use balancer_reconcile::index::{ClusterIndex, DriverRef};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use k8s_openapi::jiff::Timestamp;
@@ -119,8 +120,8 @@ const EVENTS_KEPT_SECONDS: i64 = 3600;
 
 /// By what the reconciler's Events are known.
 pub(crate) const REPORTER: &str = "spot-balancer";
-pub(crate) const SPOT_CLOSED: &str = "SpotClosed";
-pub(crate) const SPOT_REOPENED: &str = "SpotReopened";
+pub(crate) const SPOT_CLOSED: &str = WarningReason::SpotClosed.as_str();
+pub(crate) const SPOT_REOPENED: &str = WarningReason::SpotReopened.as_str();
 
 impl Snapshot {
     /// The pods by their names. One without a name is none of a cluster.
